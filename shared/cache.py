@@ -1,0 +1,247 @@
+"""Opens a cache for reading: its rows, what is complete, and what a student run was started on."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load as load_safetensors
+
+from shared import manifest as manifests
+from shared.codec import ClassRanks
+from shared.errors import CorruptCache, IncompleteCache
+from shared.manifest import Manifest
+from shared.shards import (
+    MAX_COMMIT_BYTES,
+    Block,
+    Commit,
+    ShardReader,
+    commit_name,
+    file_hash,
+    parse_commit,
+)
+from shared.storage import Storage
+
+_OPEN_SHARDS = 64  # memory maps kept; a map costs address space and little else
+
+
+@dataclass(frozen=True, slots=True)
+class RowTargets:
+    """Targets of one row: P positions, K entries. `ids` i64, the rest float32."""
+
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+    tail_mass: torch.Tensor
+    counts: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training example. `input_ids` [T]; `positions`, `labels` [P]; `hidden[layer]` [P, D]."""
+
+    row_id: int
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    targets: RowTargets | None
+    hidden: dict[int, torch.Tensor]
+
+
+class Cache(Sequence[Row]):
+    """The committed shards of a cache, in shard order; `cache[i]` is row i. Safe in threads."""
+
+    def __init__(
+        self, storage: Storage, manifest: Manifest, cache_id: str, commits: list[Commit]
+    ) -> None:
+        self.storage, self.manifest, self.cache_id = storage, manifest, cache_id
+        self.path, self.commits = storage.root, commits
+        self.ranks = class_ranks(storage, manifest)
+        lengths = [c.lengths(str(storage.path(commit_name(c.shard)))) for c in commits]
+        empty = np.zeros(0, np.int32)
+        self.row_tokens = np.concatenate([*(tokens for tokens, _ in lengths), empty])
+        self.row_positions = np.concatenate([*(positions for _, positions in lengths), empty])
+        self.block_rows = np.array([r for c in self.commits for r in c.block_rows], np.int64)
+        self._row_starts = np.concatenate([[0], np.cumsum(self.block_rows)])
+        blocks = [len(commit.block_rows) for commit in self.commits]
+        self._block_starts = np.concatenate([[0], np.cumsum(blocks, dtype=np.int64)])
+        self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_tokens)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.block_rows)
+
+    @property
+    def missing_shards(self) -> list[int]:
+        """Shards without a commit."""
+        there = {commit.shard for commit in self.commits}
+        return [shard for shard in range(self.manifest.plan.num_shards) if shard not in there]
+
+    @property
+    def has_targets(self) -> bool:
+        return self.manifest.targets.kind != "none"
+
+    def snapshot(self) -> dict[str, str]:
+        """Hash of every committed shard by its number: what a student run is started on."""
+        return {str(commit.shard): commit.xxh3_128 for commit in self.commits}
+
+    def restrict(self, snapshot: dict[str, str]) -> "Cache":
+        """The same cache with exactly the shards of a snapshot; one that is gone is an error."""
+        there = {str(commit.shard): commit for commit in self.commits}
+        for shard, digest in snapshot.items():
+            if shard not in there or there[shard].xxh3_128 != digest:
+                found = there[shard].xxh3_128 if shard in there else "no commit"
+                raise CorruptCache(
+                    f"{self.path}: this run was started on shard {shard} with hash {digest}, but "
+                    f"now there is {found}. Restore the shard, or start a new run with another "
+                    "--out."
+                )
+        commits = [commit for commit in self.commits if str(commit.shard) in snapshot]
+        return Cache(self.storage, self.manifest, self.cache_id, commits)
+
+    def channel_deviation(self, layer: int) -> torch.Tensor:
+        """Standard deviation of each channel of a stored layer, float32 [D]."""
+        return torch.from_numpy(learnt(self.storage, self.manifest)[f"hidden.{layer}.std"])
+
+    def read_block(
+        self, block: int, *, hidden_layers: Sequence[int] = (), targets: bool = True
+    ) -> Block:
+        """Decodes one block; hidden states are never read unless asked for."""
+        shard = int(np.searchsorted(self._block_starts, block, "right")) - 1
+        return self._reader(shard).read_block(
+            block - int(self._block_starts[shard]),
+            self.ranks,
+            hidden_layers=tuple(hidden_layers),
+            targets=targets and self.has_targets,
+        )
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of a cache with {len(self)} rows")
+        index %= len(self)
+        number = int(np.searchsorted(self._row_starts, index, "right")) - 1
+        block = self.read_block(number, hidden_layers=self.manifest.hidden.layers)
+        return _row(block, index - int(self._row_starts[number]))
+
+    def _reader(self, index: int) -> ShardReader:
+        with self._lock:
+            reader = self._readers.pop(index, None)
+            if reader is None:
+                commit = self.commits[index]
+                reader = ShardReader(self.storage.path(commit.file), self.manifest, commit)
+            self._readers[index] = reader
+            while len(self._readers) > _OPEN_SHARDS:
+                self._readers.popitem(last=False)
+        return reader
+
+
+def open_cache(path: Path | str, *, allow_partial: bool = False) -> Cache:
+    """Opens a cache folder. Missing shards are an error unless `allow_partial`; no shard at all,
+    a manifest or side file that was changed, or a newer format always is."""
+    storage = Storage(path)
+    manifest, cache_id = manifests.read(storage)
+    for name, digest in manifest.side_files.items():
+        side_file = storage.path(name)
+        if not side_file.is_file():
+            raise CorruptCache(f"{side_file}: this file is missing; restore it from a copy.")
+        if file_hash(side_file) != digest:
+            raise CorruptCache(
+                f"{side_file}: its hash is not the one in the manifest; restore it from a copy."
+            )
+    cache = Cache(storage, manifest, cache_id, read_commits(storage, manifest, cache_id))
+    missing, shards = cache.missing_shards, manifest.plan.num_shards
+    if not cache.commits:
+        raise IncompleteCache(
+            f"{path}: none of {shards} shards is done. Run cache-teacher run again."
+        )
+    if missing and not allow_partial:
+        raise IncompleteCache(
+            f"{path}: {shards - len(missing)} of {shards} shards are done (shard {missing[0]} is "
+            "the "
+            "first missing one). Run the same cache-teacher run command again to finish it, or "
+            "train on what is there with --allow-partial."
+        )
+    return cache
+
+
+def class_ranks(storage: Storage, manifest: Manifest) -> ClassRanks:
+    """The learnt order of the classes; their own order in a cache without a teacher."""
+    arrays = learnt(storage, manifest)
+    if not arrays:
+        return ClassRanks.from_classes(np.arange(manifest.targets.num_classes))
+    return ClassRanks.from_classes(arrays["class_by_rank"])
+
+
+def learnt(storage: Storage, manifest: Manifest) -> dict[str, np.ndarray]:
+    """What calibration learnt: class order, channel statistics; empty without a teacher."""
+    names = [name for name in manifest.side_files if name.startswith("learnt-")]
+    return load_safetensors(storage.read(names[0])) if names else {}
+
+
+def read_commit(storage: Storage, manifest: Manifest, cache_id: str, shard: int) -> Commit:
+    """The commit of one shard; of another cache, or out of place, is an error."""
+    path = storage.path(commit_name(shard))
+    commit = parse_commit(storage.read(commit_name(shard), max_bytes=MAX_COMMIT_BYTES), str(path))
+    if commit.cache_id != cache_id or commit.shard != shard:
+        raise CorruptCache(
+            f"{path}: belongs to shard {commit.shard} of cache {commit.cache_id[:12]}, expected "
+            f"shard {shard} of cache {cache_id[:12]}. Delete it and run cache-teacher run again."
+        )
+    if not commit.file.startswith(f"shards/{shard:05d}-"):
+        raise CorruptCache(
+            f"{path}: names the file {commit.file!r}, which is no file of shard {shard}"
+        )
+    return commit
+
+
+def read_commits(storage: Storage, manifest: Manifest, cache_id: str) -> list[Commit]:
+    """Every commit there is, in shard order."""
+    shards = manifest.plan.num_shards
+    numbers = committed_shards(storage)
+    if numbers and numbers[-1] >= shards:
+        raise CorruptCache(
+            f"{storage.root}: a commit of shard {numbers[-1]}, but there are {shards}"
+        )
+    return [read_commit(storage, manifest, cache_id, shard) for shard in numbers]
+
+
+def committed_shards(storage: Storage) -> list[int]:
+    """Numbers of the shards with a commit, from the file names alone."""
+    names = [name.rpartition("/")[2].removesuffix(".json") for name in storage.list("commits")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _row(block: Block, index: int) -> Row:
+    tokens = np.concatenate([[0], np.cumsum(block.num_tokens)])
+    positions = np.concatenate([[0], np.cumsum(block.num_positions)])
+    start, end = positions[index], positions[index + 1]
+    input_ids = torch.from_numpy(
+        block.input_ids[tokens[index] : tokens[index + 1]].astype(np.int64)
+    )
+    at = torch.from_numpy(block.positions[start:end].astype(np.int64))
+    if block.labels is not None:
+        labels = torch.from_numpy(block.labels[start:end].astype(np.int64))
+    else:
+        labels = input_ids[at + 1]
+    targets = None
+    if block.target is not None:
+        targets = RowTargets(
+            ids=torch.from_numpy(block.target.ids[start:end].astype(np.int64)),
+            logprobs=torch.from_numpy(np.ascontiguousarray(block.target.logprobs[start:end])),
+            tail_mass=torch.from_numpy(np.exp(block.target.log_tail[start:end])),
+        )
+    hidden = {
+        layer: torch.from_numpy(states[start:end].copy()).view(torch.bfloat16)
+        for layer, states in block.hidden.items()
+    }
+    return Row(int(block.row_ids[index]), input_ids, labels, at, targets, hidden)

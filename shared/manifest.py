@@ -1,0 +1,249 @@
+"""The manifest: what is cached, in one immutable JSON file whose sha256 is the cache id.
+
+It holds what was asked for, what the teacher, the tokenizer and the corpus were, and what
+calibration fixed; no clock, no host and no absolute path, so that two runs of the same job publish
+the same bytes. Read strictly: an unknown format version is refused, a missing or ill-typed field is
+an error that names it, unknown fields are ignored (a newer writer may add some).
+"""
+
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, TypeVar
+
+import xxhash
+
+from shared.codec import TargetSpec
+from shared.errors import CacheMismatch, CorruptCache, IncompleteCache
+from shared.storage import Storage
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest.sha256"
+MAX_MANIFEST_BYTES = 16 << 20
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherInfo:
+    """Which teacher, and how it was run; `id` is a Hub id or the folder's own name."""
+
+    id: str
+    revision: str
+    config_hash: str
+    weights_digest: str
+    dtype: str
+    attn_implementation: str
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerInfo:
+    """`hash` is over the canonical content; `num_ids` is the highest token id + 1."""
+
+    hash: str
+    num_ids: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+    template_hash: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusInfo:
+    """`fingerprint`: of sorted names, sizes and hashes (local), or repository and commit (Hub)."""
+
+    source: str
+    fingerprint: str
+    num_documents: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocessing:
+    """Every option that decides which tokens a document becomes."""
+
+    split: str
+    columns: tuple[str, ...]
+    sample_by: str
+    encoding_errors: str
+    limit_documents: int
+    max_length: int
+    pack: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HiddenSpec:
+    """Stored layers (-1 is the final state after the last norm), their widths and codec."""
+
+    layers: tuple[int, ...]
+    widths: tuple[int, ...]
+    codec: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """What calibration fixed; part of the definition of every shard's bytes."""
+
+    documents_per_shard: int
+    num_shards: int
+    estimated_tokens: int
+    forward_tokens: int
+    chunk_positions: int
+    cpu_threads: int
+    asked_shard_tokens: int
+    asked_forward_tokens: int | str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything that is needed to read a cache; `teacher` is None in a label-only cache."""
+
+    format_version: int
+    task: str
+    teacher: TeacherInfo | None
+    tokenizer: TokenizerInfo
+    corpus: CorpusInfo
+    preprocessing: Preprocessing
+    rows_id: str
+    targets: TargetSpec
+    hidden: HiddenSpec
+    columns: tuple[str, ...]
+    plan: BatchPlan
+    seed: int
+    nonfinite: str
+    side_files: dict[str, str]
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False).encode()
+
+    @property
+    def cache_id(self) -> str:
+        return hashlib.sha256(self.to_json()).hexdigest()
+
+
+def rows_id(corpus: CorpusInfo, tokenizer: TokenizerInfo, preprocessing: Preprocessing) -> str:
+    """Equal for two caches exactly when their row ids name the same rows."""
+    parts = [corpus.fingerprint, tokenizer.hash, tokenizer.template_hash, asdict(preprocessing)]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+
+def publish(storage: Storage, manifest: Manifest) -> bool:
+    """Writes the manifest if the cache has none; false if another process was first."""
+    won = storage.put_new(MANIFEST, manifest.to_json())
+    write_hash(storage)
+    return won
+
+
+def write_hash(storage: Storage) -> None:
+    """Adds manifest.sha256, which a crash right after the manifest may have left out."""
+    digest = hashlib.sha256(storage.read(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)).hexdigest()
+    storage.put_new(MANIFEST_HASH, f"{digest}  {MANIFEST}\n".encode())
+
+
+def read(storage: Storage) -> tuple[Manifest, str]:
+    """The manifest and the cache id; every byte is checked against manifest.sha256."""
+    path = storage.path(MANIFEST)
+    if not storage.exists(MANIFEST):
+        raise IncompleteCache(
+            f"{storage.root}: no cache here ({MANIFEST} is missing). "
+            "Make one with cache-teacher run --out, or name another folder."
+        )
+    data = storage.read(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+    digest = hashlib.sha256(data).hexdigest()
+    if not storage.exists(MANIFEST_HASH):
+        raise IncompleteCache(
+            f"{storage.root}: {MANIFEST_HASH} is missing, so the start of this cache was cut "
+            "short. Run the same cache-teacher run command again."
+        )
+    recorded = storage.read(MANIFEST_HASH, max_bytes=1024).decode("utf-8", "replace").split()
+    if not recorded or recorded[0] != digest:
+        raise CorruptCache(
+            f"{path}: its sha256 is {digest} but {MANIFEST_HASH} says "
+            f"{(recorded or ['nothing'])[0]}. "
+            "One of the two files was changed; restore it from a copy."
+        )
+    raw = parse_json(data, str(path))
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CacheMismatch(
+            f"{path}: format {version} needs a newer teacher-cache; this one reads up to format "
+            f"{FORMAT_VERSION}. Run pip install --upgrade teacher-cache."
+        )
+    return build(Manifest, raw, str(path)), digest
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Parsed JSON; anything else, or nesting too deep, is an error that names the file."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCache(f"{where}: not valid JSON: {error}") from None
+
+
+def build(kind: type[T], value: Any, where: str) -> T:
+    """A dataclass from parsed JSON, every field checked against its declared type."""
+    return typing.cast(T, _build(kind, value, where))
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        exact = [argument for argument in arguments if type(value) is argument]
+        return _build((exact or arguments)[0], value, where)
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise _wrong(where, value, "an object")
+        hints = typing.get_type_hints(kind)
+        missing = [field.name for field in fields(kind) if field.name not in value]
+        if missing:
+            raise CorruptCache(f"{where}: the field {missing[0]!r} is missing")
+        return kind(
+            **{
+                f.name: _build(hints[f.name], value[f.name], f"{where}: {f.name}")
+                for f in fields(kind)
+            }
+        )
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _wrong(where, value, "a list")
+        return tuple(_build(arguments[0], item, where) for item in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong(where, value, "an object")
+        return {str(key): _build(arguments[1], item, where) for key, item in value.items()}
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise _wrong(where, value, f"one of {', '.join(map(str, arguments))}")
+        return value
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise _wrong(where, value, f"a value of type {kind.__name__}")
+    return value
+
+
+def _wrong(where: str, value: Any, expected: str) -> CorruptCache:
+    return CorruptCache(f"{where}: found {str(value)[:80]!r}, expected {expected}")
+
+
+def differences(
+    found: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    prefix: str = "",
+    *,
+    left: str = "the cache has",
+) -> Iterator[str]:
+    """One line for each field that differs: `targets.top_k: the cache has 32, asked for 64`."""
+    for key in sorted(found.keys() | asked.keys()):
+        one, other, name = found.get(key), asked.get(key), f"{prefix}{key}"
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from differences(one, other, f"{name}.", left=left)
+        elif one != other:
+            yield f"{name}: {left} {one!r}, asked for {other!r}"

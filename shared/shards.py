@@ -1,0 +1,508 @@
+"""Writes and reads one shard, and the commit that says a shard is done.
+
+A shard is published in four steps: a temporary file, flushed and opened again to check it; its
+content name (`shards/00042-<hash>.arrow`); the commit (`commits/00042.json`) by exclusive create.
+The first commit wins; the loser of a race deletes its own shard file unless it has the same name.
+"""
+
+import base64
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from shared import codec, frames
+from shared.codec import ClassRanks, Target
+from shared.errors import CorruptCache
+from shared.manifest import FORMAT_VERSION, Manifest, build, parse_json
+from shared.schema import Plane, layout
+from shared.storage import Storage, crash_point
+
+MAX_COMMIT_BYTES = 64 << 20
+_BATCH_BLOCKS = 64  # Arrow's own metadata costs 1.3 KB for each record batch, so blocks share one
+_BATCH_BYTES = 16 << 20
+
+
+@dataclass(slots=True)
+class Block:
+    """Decoded consecutive rows. R rows, T tokens, P positions, D channels; numpy throughout.
+
+    `positions` are token indices inside the row; `labels` is None where the hard label is the next
+    token; `hidden` holds bfloat16 bit patterns.
+    """
+
+    row_ids: np.ndarray  # u64 [R]
+    num_tokens: np.ndarray  # i32 [R]
+    num_positions: np.ndarray  # i32 [R]
+    input_ids: np.ndarray  # i32 [T]
+    positions: np.ndarray  # i32 [P]
+    segments: np.ndarray | None = None  # i32, lengths of the documents' parts
+    num_segments: np.ndarray | None = None  # i32 [R]
+    labels: np.ndarray | None = None  # i32 [P]
+    target: Target | None = None
+    label_logprob: np.ndarray | None = None  # f32 [P]
+    entropy: np.ndarray | None = None  # f32 [P]
+    log_partition_ratio: dict[float, np.ndarray] = field(default_factory=dict)  # f32 [P] each
+    hidden: dict[int, np.ndarray] = field(default_factory=dict)  # u16 [P, D] each
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBlock:
+    """A block as frames by plane name, with the lengths that the commit keeps."""
+
+    frames: dict[str, bytes]
+    row_tokens: np.ndarray
+    row_positions: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """The record that shard `shard` is done: what its file is, and every length in it."""
+
+    cache_id: str
+    shard: int
+    file: str
+    bytes: int
+    xxh3_128: str
+    rows: int
+    tokens: int
+    positions: int
+    block_rows: tuple[int, ...]
+    row_tokens: str
+    row_positions: str
+    column_bytes: dict[str, int]
+    statistics: dict[str, float]
+
+    def lengths(self, where: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and positions of each row, i32 [rows] each."""
+        tokens = _unpack(self.row_tokens, self.rows, f"{where}: row_tokens")
+        positions = _unpack(self.row_positions, self.rows, f"{where}: row_positions")
+        sums = (int(tokens.sum(dtype=np.int64)), int(positions.sum(dtype=np.int64)))
+        if sums != (self.tokens, self.positions) or sum(self.block_rows) != self.rows:
+            raise CorruptCache(f"{where}: the lengths of its rows do not add up to its totals")
+        return tokens, positions
+
+    def to_json(self) -> bytes:
+        body = asdict(self)
+        body["checksum"] = _checksum(body)
+        return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
+def commit_name(shard: int) -> str:
+    return f"commits/{shard:05d}.json"
+
+
+def parse_commit(data: bytes, where: str) -> Commit:
+    """A commit from its JSON; a byte changed anywhere is an error that names the file."""
+    raw = parse_json(data, where)
+    if not isinstance(raw, dict) or raw.pop("checksum", None) != _checksum(raw):
+        raise CorruptCache(
+            f"{where}: this commit does not match its own checksum. Delete it and run the same "
+            "cache-teacher run command again: only its shard is redone."
+        )
+    return build(Commit, raw, where)
+
+
+def encode_block(block: Block, number: int, manifest: Manifest, ranks: ClassRanks) -> EncodedBlock:
+    """Turns a block into one frame per plane; a pure function, safe in any thread."""
+    planes = layout(manifest)
+    values = _plane_values(block, planes, manifest, ranks)
+    encoded: dict[str, bytes] = {}
+    for plane in planes:
+        code = frames.column_code(plane.number, plane.plane)
+        encoded[plane.name] = frames.compress(values[plane.name], block=number, column=code)
+    return EncodedBlock(encoded, block.num_tokens, block.num_positions)
+
+
+def _plane_values(
+    block: Block, planes: tuple[Plane, ...], manifest: Manifest, ranks: ClassRanks
+) -> dict[str, np.ndarray]:
+    values: dict[str, np.ndarray] = {}
+    if block.target is not None:
+        values.update(codec.encode(block.target, manifest.targets, ranks))
+    counts: dict[str, int] = {}
+    for plane in planes:
+        counts[plane.column] = max(counts.get(plane.column, 0), plane.plane + 1)
+    for column, count in counts.items():
+        if f"{column}.0" in values:
+            continue
+        stem, _, suffix = column.partition(".")
+        if stem in ("row_ids", "num_tokens", "num_positions", "num_segments"):
+            dtype = "<u8" if stem == "row_ids" else "<u4"
+            values[f"{column}.0"] = np.ascontiguousarray(getattr(block, stem), dtype).view(np.uint8)
+            continue
+        if stem == "label_logprob":
+            parts = codec.encode_label_logprob(block.label_logprob)
+        elif stem == "entropy":
+            parts = [codec.encode_entropy(block.entropy, manifest.targets.num_classes)]
+        elif stem == "log_partition_ratio":
+            temperature = float(suffix)
+            ratio = block.log_partition_ratio[temperature]
+            parts = codec.encode_log_partition_ratio(
+                ratio, temperature, manifest.targets.num_classes
+            )
+        elif stem == "hidden":
+            parts = frames.split_planes(block.hidden[int(suffix)].reshape(-1), 2)
+        else:
+            parts = frames.split_planes(getattr(block, stem).astype(np.uint32), count)
+        values.update({f"{column}.{index}": part for index, part in enumerate(parts)})
+    return values
+
+
+class ShardWriter:
+    """Writes the blocks of one shard in order; commits on a clean exit only.
+
+    With `statistics` set before the exit. `won` is true if this writer's commit is the one that
+    counts.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest, cache_id: str, shard: int) -> None:
+        self.storage, self.manifest, self.cache_id, self.shard = storage, manifest, cache_id, shard
+        self.statistics: dict[str, float] = {}
+        self.won = False
+        self._planes = layout(manifest)
+        self._waiting: list[EncodedBlock] = []
+        self._waiting_bytes = 0
+        self._blocks: list[int] = []
+        self._tokens: list[np.ndarray] = []
+        self._positions: list[np.ndarray] = []
+        self._column_bytes: dict[str, int] = {}
+
+    def __enter__(self) -> "ShardWriter":
+        self._context = self.storage.temporary(f"shards/{self.shard:05d}")
+        self._temporary = self._context.__enter__()
+        self._sink = pa.OSFile(str(self._temporary), "wb")
+        self._writer = pa.ipc.new_file(self._sink, self._schema())
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                self._writer.close()
+                self._sink.close()
+                self._commit()
+            else:
+                self._sink.close()
+        except OSError as failure:
+            self._context.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        else:
+            self._context.__exit__(kind, error, trace)
+
+    def write(self, block: EncodedBlock) -> int:
+        """Adds the next block; returns its bytes in frames."""
+        size = sum(map(len, block.frames.values()))
+        self._waiting.append(block)
+        self._waiting_bytes += size
+        self._blocks.append(len(block.row_tokens))
+        self._tokens.append(block.row_tokens)
+        self._positions.append(block.row_positions)
+        for name, frame in block.frames.items():
+            column = name.rpartition(".")[0]
+            self._column_bytes[column] = self._column_bytes.get(column, 0) + len(frame)
+        if len(self._waiting) >= _BATCH_BLOCKS or self._waiting_bytes >= _BATCH_BYTES:
+            self._flush()
+        return size
+
+    def _schema(self) -> pa.Schema:
+        metadata = {
+            "format_version": str(FORMAT_VERSION),
+            "cache_id": self.cache_id,
+            "shard": str(self.shard),
+        }
+        return pa.schema([(plane.name, pa.large_binary()) for plane in self._planes], metadata)
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        arrays = [
+            pa.array([block.frames[plane.name] for block in self._waiting], pa.large_binary())
+            for plane in self._planes
+        ]
+        crash_point("before-record-batch")
+        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema()))
+        self._waiting, self._waiting_bytes = [], 0
+
+    def _commit(self) -> None:
+        crash_point("after-temporary-write")
+        _sync(self._temporary)
+        crash_point("after-fsync")
+        digest = file_hash(self._temporary)
+        file = f"shards/{self.shard:05d}-{digest[:16]}.arrow"
+        tokens = np.concatenate([*self._tokens, np.zeros(0, np.int32)])
+        positions = np.concatenate([*self._positions, np.zeros(0, np.int32)])
+        commit = Commit(
+            cache_id=self.cache_id,
+            shard=self.shard,
+            file=file,
+            bytes=self._temporary.stat().st_size,
+            xxh3_128=digest,
+            rows=len(tokens),
+            tokens=int(tokens.sum()),
+            positions=int(positions.sum()),
+            block_rows=tuple(self._blocks),
+            row_tokens=_pack(tokens),
+            row_positions=_pack(positions),
+            column_bytes=dict(sorted(self._column_bytes.items())),
+            statistics=dict(sorted(self.statistics.items())),
+        )
+        ShardReader(self._temporary, self.manifest, commit).check_structure()
+        self.storage.publish(self._temporary, file)
+        self.won = self.storage.put_new(commit_name(self.shard), commit.to_json())
+        if not self.won:
+            self._yield_to_winner(file)
+
+    def _yield_to_winner(self, file: str) -> None:
+        """Another writer committed this shard first; ours goes unless the winner names it too."""
+        name = commit_name(self.shard)
+        data = self.storage.read(name, max_bytes=MAX_COMMIT_BYTES)
+        winner = parse_commit(data, str(self.storage.path(name)))
+        if winner.file != file:
+            self.storage.delete(file)
+
+
+class ShardReader:
+    """Reads blocks of one committed shard through a memory map; safe in several threads."""
+
+    def __init__(self, path: Path, manifest: Manifest, commit: Commit) -> None:
+        self.path, self.manifest, self.commit = path, manifest, commit
+        self._planes = layout(manifest)
+        self._tokens, self._positions = commit.lengths(f"commit of {path.name}")
+        self._row_starts = np.concatenate([[0], np.cumsum(commit.block_rows, dtype=np.int64)])
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            size = self.path.stat().st_size
+        except FileNotFoundError:
+            raise CorruptCache(f"{self.path}: {_MISSING}") from None
+        if size != self.commit.bytes:
+            raise CorruptCache(
+                f"{self.path}: {size:,} bytes, but its commit says {self.commit.bytes:,}. {_REPAIR}"
+            )
+        try:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._reader = pa.ipc.open_file(pa.py_buffer(self._map))
+            self._check_schema(self._reader.schema)
+            self._batches = [
+                self._columns(self._reader.get_batch(index))
+                for index in range(self._reader.num_record_batches)
+            ]
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise CorruptCache(f"{self.path}: not readable as Arrow: {error}. {_REPAIR}") from None
+        rows = [len(batch[0][0]) - 1 for batch in self._batches]
+        if sum(rows) != len(self.commit.block_rows):
+            raise CorruptCache(
+                f"{self.path}: {sum(rows)} blocks, but its commit says "
+                f"{len(self.commit.block_rows)}. {_REPAIR}"
+            )
+        self._batch_starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+
+    def _check_schema(self, schema: pa.Schema) -> None:
+        metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+        expected = {
+            "format_version": str(FORMAT_VERSION),
+            "cache_id": self.commit.cache_id,
+            "shard": str(self.commit.shard),
+        }
+        for key, value in expected.items():
+            if metadata.get(key) != value:
+                raise CorruptCache(
+                    f"{self.path}: {key} is {metadata.get(key)!r}, expected {value!r}. {_REPAIR}"
+                )
+        for plane in self._planes:
+            index = schema.get_field_index(plane.name)
+            if index < 0 or schema.field(index).type != pa.large_binary():
+                raise CorruptCache(f"{self.path}: the column {plane.name} is missing. {_REPAIR}")
+
+    def _columns(self, batch: pa.RecordBatch) -> list[tuple[np.ndarray, memoryview]]:
+        """Offsets i64 [blocks + 1] and bytes of each plane, after Arrow's own full validation."""
+        columns = []
+        for plane in self._planes:
+            array = batch.column(plane.name)
+            array.validate(full=True)
+            if array.null_count:
+                raise CorruptCache(f"{self.path}: the column {plane.name} has nulls. {_REPAIR}")
+            _, offsets, data = array.buffers()
+            first, last = array.offset, array.offset + len(array) + 1
+            values = np.frombuffer(offsets, np.int64)[first:last]
+            columns.append((values, memoryview(data) if data is not None else memoryview(b"")))
+        return columns
+
+    def check_structure(self) -> None:
+        """Every frame is there and decodes; used before a shard gets its name."""
+        for block in range(len(self.commit.block_rows)):
+            self.read_planes(block, self._planes)
+
+    def read_planes(self, block: int, planes: tuple[Plane, ...]) -> dict[str, np.ndarray]:
+        """Decompressed planes of one block, u8 each, by plane name."""
+        batch = int(np.searchsorted(self._batch_starts, block, "right")) - 1
+        row = block - int(self._batch_starts[batch])
+        columns = self._batches[batch]
+        counts = self._counts(block)
+        where = str(self.path)
+        values: dict[str, np.ndarray] = {}
+        for index, plane in enumerate(self._planes):
+            if plane not in planes:
+                continue
+            if plane.per == "segment":
+                counts["segment"] = int(values["num_segments.0"].view(np.uint32).sum())
+            offsets, data = columns[index]
+            values[plane.name] = frames.decompress(
+                data[offsets[row] : offsets[row + 1]],
+                block=block,
+                column=frames.column_code(plane.number, plane.plane),
+                size=counts[plane.per] * plane.item_bytes,
+                where=where,
+            )
+        return values
+
+    def _counts(self, block: int) -> dict[str, int]:
+        rows = slice(self._row_starts[block], self._row_starts[block + 1])
+        return {
+            "row": int(self.commit.block_rows[block]),
+            "token": int(self._tokens[rows].sum()),
+            "position": int(self._positions[rows].sum()),
+        }
+
+    def read_block(
+        self, block: int, ranks: ClassRanks, *, hidden_layers: tuple[int, ...], targets: bool
+    ) -> Block:
+        """One decoded block; hidden states and targets only when asked for."""
+        planes = tuple(p for p in self._planes if _wanted(p.column, hidden_layers, targets))
+        values = self.read_planes(block, planes)
+        rows = slice(self._row_starts[block], self._row_starts[block + 1])
+        return _block_from(values, self._tokens[rows], self._positions[rows], self.manifest, ranks)
+
+
+def _wanted(column: str, hidden_layers: tuple[int, ...], targets: bool) -> bool:
+    stem, _, suffix = column.partition(".")
+    if stem == "hidden":
+        return int(suffix) in hidden_layers
+    if stem in ("num_tokens", "num_positions"):
+        return False  # the commit has them; `verify` compares the two
+    if stem.startswith("target_") or stem in ("label_logprob", "entropy", "log_partition_ratio"):
+        return targets
+    return True
+
+
+def _block_from(
+    values: Mapping[str, np.ndarray],
+    num_tokens: np.ndarray,
+    num_positions: np.ndarray,
+    manifest: Manifest,
+    ranks: ClassRanks,
+) -> Block:
+    def whole(name: str) -> np.ndarray:
+        return values[f"{name}.0"].view(np.uint32).astype(np.int32)
+
+    def joined(name: str) -> np.ndarray:
+        parts = [values[key] for key in values if key.rpartition(".")[0] == name]
+        return frames.join_planes(parts, np.uint32).astype(np.int32)
+
+    spec, count = manifest.targets, int(num_positions.sum())
+    packed = "segments.0" in values
+    num_segments = whole("num_segments") if packed else None
+    segments = joined("segments") if packed else None
+    block = Block(
+        row_ids=values["row_ids.0"].view(np.uint64),
+        num_tokens=num_tokens,
+        num_positions=num_positions,
+        input_ids=joined("input_ids"),
+        positions=joined("positions")
+        if "positions.0" in values
+        else _default_positions(num_tokens, num_positions, segments, num_segments),
+        segments=segments,
+        num_segments=num_segments,
+        labels=joined("labels") if "labels.0" in values else None,
+    )
+    if any(key.startswith("target_") for key in values):
+        block.target = codec.decode(values, count, spec, ranks)
+    if "label_logprob.0" in values:
+        parts = (values["label_logprob.0"], values["label_logprob.1"])
+        block.label_logprob = codec.decode_label_logprob(parts)
+    if "entropy.0" in values:
+        block.entropy = codec.decode_entropy(values["entropy.0"], spec.num_classes)
+    for temperature in spec.temperatures:
+        name = f"log_partition_ratio.{temperature:g}"
+        if f"{name}.0" in values:
+            block.log_partition_ratio[temperature] = codec.decode_log_partition_ratio(
+                (values[f"{name}.0"], values[f"{name}.1"]), temperature, spec.num_classes
+            )
+    for layer, width in zip(manifest.hidden.layers, manifest.hidden.widths, strict=True):
+        if f"hidden.{layer}.0" in values:
+            parts = (values[f"hidden.{layer}.0"], values[f"hidden.{layer}.1"])
+            block.hidden[layer] = frames.join_planes(parts, np.uint16).reshape(count, width)
+    return block
+
+
+def _default_positions(
+    num_tokens: np.ndarray,
+    num_positions: np.ndarray,
+    segments: np.ndarray | None,
+    num_segments: np.ndarray | None,
+) -> np.ndarray:
+    """Every token of each segment but its last, as an index inside the row; i32 [P]."""
+    lengths = num_tokens if segments is None else segments
+    predicted = lengths - 1
+    ends = np.cumsum(lengths)
+    row_starts = np.repeat(np.cumsum(num_tokens) - num_tokens, num_positions)
+    starts = np.repeat(ends - lengths, predicted)
+    within = np.arange(int(predicted.sum())) - np.repeat(
+        np.cumsum(predicted) - predicted, predicted
+    )
+    return (starts + within - row_starts).astype(np.int32)
+
+
+def file_hash(path: Path) -> str:
+    """xxh3_128 of a file, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while piece := file.read(8 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _pack(lengths: np.ndarray) -> str:
+    plane = np.ascontiguousarray(lengths, "<u4").view(np.uint8)
+    return base64.b64encode(frames.compress(plane, block=0, column=0)).decode()
+
+
+def _unpack(text: str, rows: int, where: str) -> np.ndarray:
+    if rows > MAX_COMMIT_BYTES:
+        raise CorruptCache(f"{where}: {rows:,} rows in one shard")
+    frame = memoryview(base64.b64decode(text))
+    plane = frames.decompress(frame, block=0, column=0, size=4 * rows, where=where)
+    return plane.view(np.uint32).astype(np.int32)
+
+
+_MISSING = (
+    "this shard is missing though its commit is there. "
+    "Run cache-teacher verify --drop-bad, then run again."
+)
+_REPAIR = (
+    "Run cache-teacher verify CACHE --drop-bad, then cache-teacher run again: only this shard "
+    "is redone."
+)

@@ -1,0 +1,160 @@
+"""Five verbs on a folder: read, put, put_new, list, delete; everything written appears whole.
+
+A name is relative to the folder and uses `/`. A file is written to a unique temporary name in the
+same file system, flushed to the disk, and only then given its name: by rename (`put`), or by a hard
+link that fails when the name is taken (`put_new`), which is how the first of several writers wins
+without a lock. Object stores can take the same five verbs later.
+"""
+
+import errno
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shared.errors import CorruptCache, DiskFull, Refused, TeacherCacheError
+
+TEMPORARY_PREFIX = ".tmp."
+
+
+def crash_point(name: str) -> None:
+    """Marks a place where a crash must do no harm; the crash tests replace this function."""
+
+
+class Storage:
+    """A local folder."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+
+    def path(self, name: str) -> Path:
+        """The local path of a name; a name that leaves the folder is refused."""
+        parts = name.split("/")
+        if not name or any(part in ("", ".", "..") for part in parts) or set(name) & set("\0\\:"):
+            raise CorruptCache(f"{self.root}: the name {name!r} does not stay inside the folder")
+        path = self.root.joinpath(*parts)
+        if path.is_symlink() and not path.resolve().is_relative_to(self.root.resolve()):
+            raise CorruptCache(f"{path}: this link leaves the folder {self.root}")
+        return path
+
+    def exists(self, name: str) -> bool:
+        return self.path(name).is_file()
+
+    def read(self, name: str, *, max_bytes: int = 256 << 20) -> bytes:
+        """The whole content; larger than `max_bytes` is an error before anything is allocated."""
+        path = self.path(name)
+        try:
+            size = path.stat().st_size
+            if size > max_bytes:
+                raise CorruptCache(
+                    f"{path}: {size:,} bytes where at most {max_bytes:,} are expected"
+                )
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise CorruptCache(f"{path}: this file is missing") from None
+        except OSError as error:
+            raise TeacherCacheError(f"{path}: cannot be read: {error.strerror}") from error
+
+    def put(self, name: str, data: bytes) -> None:
+        """Writes or replaces a file; a reader sees the old content or the new one."""
+        with self.temporary(name) as temporary:
+            self._write(temporary, data)
+            self.publish(temporary, name)
+
+    def put_new(self, name: str, data: bytes) -> bool:
+        """Writes a file if the name is free; false, and nothing changed, if it is taken."""
+        path = self.path(name)
+        with self.temporary(name) as temporary:
+            self._write(temporary, data)
+            crash_point("before-link")
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise Refused(
+                        f"{self.root}: this file system has no hard links, which make a commit "
+                        "exclusive. Put the cache on a local or network disk that has them."
+                    ) from error
+                raise _os_error(error, self.root) from error
+            crash_point("after-link")
+            _sync_folder(path.parent)
+        return True
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Names of the files in one folder of the cache, sorted; temporary files are left out."""
+        folder = self.path(prefix) if prefix else self.root
+        if not folder.is_dir():
+            return []
+        start = f"{prefix}/" if prefix else ""
+        return sorted(
+            f"{start}{entry.name}"
+            for entry in os.scandir(folder)
+            if entry.is_file() and not entry.name.startswith(TEMPORARY_PREFIX)
+        )
+
+    def delete(self, name: str) -> None:
+        self.path(name).unlink(missing_ok=True)
+
+    @contextmanager
+    def temporary(self, name: str) -> Iterator[Path]:
+        """A unique path beside `name`; whatever is left there at the end is removed."""
+        folder = self.path(name).parent
+        unique = f"{TEMPORARY_PREFIX}{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
+        temporary = folder / unique
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            yield temporary
+        except OSError as error:
+            raise _os_error(error, self.root) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def publish(self, temporary: Path, name: str) -> None:
+        """Moves a finished temporary file to its name and makes that last through a power cut."""
+        path = self.path(name)
+        crash_point("before-publish")
+        temporary.replace(path)
+        crash_point("after-publish")
+        _sync_folder(path.parent)
+
+    def _write(self, temporary: Path, data: bytes) -> None:
+        with open(temporary, "xb") as file:
+            crash_point("in-the-middle-of-a-write")
+            file.write(data)
+            file.flush()
+            crash_point("before-fsync")
+            os.fsync(file.fileno())
+
+
+def temporary_files(root: Path) -> Iterator[Path]:
+    """Temporary files of finished and of running writers, in the whole folder."""
+    yield from sorted(root.rglob(f"{TEMPORARY_PREFIX}*"))
+
+
+def temporary_writer(path: Path) -> tuple[str, int]:
+    """Host and process that wrote a temporary file, from its name."""
+    host, process, _ = path.name.removeprefix(TEMPORARY_PREFIX).rsplit(".", 2)
+    return host, int(process)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _os_error(error: OSError, root: Path) -> TeacherCacheError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskFull(
+            f"{root}: no space left on the disk ({error.strerror}). Nothing finished is lost: free "
+            "some space and run the same command again to go on."
+        )
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return Refused(f"{root}: cannot be written ({error.strerror}). Choose another --out.")
+    return TeacherCacheError(f"{root}: {error.strerror or error}")

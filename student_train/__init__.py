@@ -1,0 +1,26 @@
+"""Stage two: streams a cache into a training loop; never loads a teacher."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from student_train.objective import Objective, attach
+    from student_train.stream import BatchStream
+    from student_train.trainer import DistillTrainer
+
+__all__ = ["BatchStream", "DistillTrainer", "Objective", "attach"]
+
+_HOMES = {
+    "BatchStream": "stream",
+    "DistillTrainer": "trainer",
+    "Objective": "objective",
+    "attach": "objective",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that `--help` never waits for torch."""
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,71 @@
+"""`train-student`: the commands of stage two. Nothing heavy is imported before it is needed."""
+
+import json
+import logging
+import sys
+
+import typer
+
+from shared.options import command
+from shared.options import main as run_app
+from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
+
+app = typer.Typer(
+    name="train-student",
+    help="Train students from a cache; the teacher is never loaded.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+@command(app, "run", TrainConfig)
+def run_command(config: TrainConfig) -> None:
+    """Trains one student from a cache. Run again to resume."""
+    from student_train.trainer import run
+
+    result = run(config)
+    if "validation" in result:
+        typer.echo(_evaluation_text(result["validation"]))
+    typer.echo(f"saved in {config.out}", err=True)
+
+
+@command(app, "evaluate", EvaluateConfig)
+def evaluate_command(config: EvaluateConfig) -> None:
+    """Evaluates a student on a held-out cache: loss, KL to the teacher, agreement."""
+    from student_train.evaluate import run
+
+    numbers = run(config)
+    typer.echo(json.dumps(numbers) if config.json else _evaluation_text(numbers))
+
+
+@command(app, "compare", CompareConfig)
+def compare_command(config: CompareConfig) -> None:
+    """Puts many students of one cache side by side."""
+    from student_train.report import as_json, compare, table, write_html
+
+    comparison = compare(config)
+    typer.echo(as_json(comparison) if config.json else table(comparison))
+    if config.html is not None:
+        write_html(comparison, config.html)
+        typer.echo(f"drawn in {config.html}", err=True)
+
+
+def _evaluation_text(numbers: dict[str, object]) -> str:
+    names = ("loss", "perplexity", "kl_bucketed", "agreement", "teacher_loss", "positions")
+    return "\n".join(f"{name:<14}{_number(numbers[name])}" for name in names if name in numbers)
+
+
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def main() -> None:
+    """Entry point of the command."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "transformers", "accelerate", "huggingface_hub", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Decoded blocks -> the columns of one window -> micro-batches, with no Python work per row.
+
+R rows, B sequences, T tokens of the longest, P and N positions, K entries, D hidden. A column is an
+array whose first axis runs over the rows, the tokens or the positions of many rows.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from student_train.order import ranges
+
+if TYPE_CHECKING:
+    from shared.shards import Block
+
+Columns = dict[str, np.ndarray]
+MicroBatch = dict[str, torch.Tensor]
+Per = Literal["row", "token", "position"]
+
+_NOT_PER_POSITION: dict[str, Per] = {
+    "row_ids": "row",
+    "num_tokens": "row",
+    "num_positions": "row",
+    "input_ids": "token",
+    "position_ids": "token",
+}
+_NO_ROW = -1  # row id of the one token in a micro-batch without rows
+
+
+class Window:
+    """The columns of all rows of some blocks; threads fill it block by block.
+
+    `rows` are global row numbers and ascend; their lengths say where everything goes before
+    anything is read.
+    """
+
+    def __init__(self, rows: np.ndarray, row_tokens: np.ndarray, row_positions: np.ndarray) -> None:
+        self.rows = rows
+        self.starts: dict[Per, np.ndarray] = {
+            "row": np.arange(len(rows) + 1),
+            "token": np.concatenate([[0], np.cumsum(row_tokens, dtype=np.int64)]),
+            "position": np.concatenate([[0], np.cumsum(row_positions, dtype=np.int64)]),
+        }
+        self.columns: Columns = {}
+        self._allocating = threading.Lock()
+
+    def fill(self, first_row: int, columns: Columns) -> None:
+        """Copies in the columns of the block whose first row is global row `first_row`."""
+        with self._allocating:
+            if not self.columns:
+                self.columns = {
+                    name: np.empty((self.starts[_per(name)][-1], *column.shape[1:]), column.dtype)
+                    for name, column in columns.items()
+                }
+        begin = int(np.searchsorted(self.rows, first_row))
+        end = begin + len(columns["row_ids"])
+        for name, column in columns.items():
+            starts = self.starts[_per(name)]
+            self.columns[name][starts[begin] : starts[end]] = column
+
+    def take(self, rows: np.ndarray) -> Columns:
+        """The columns of these global rows, in this order. Costs 0.01 to 0.05 us a position."""
+        at = np.searchsorted(self.rows, rows)
+        index = {
+            kind: ranges(starts[at], starts[at + 1] - starts[at])
+            for kind, starts in self.starts.items()
+        }
+        return {
+            name: np.take(column, index[_per(name)], axis=0)
+            for name, column in self.columns.items()
+        }
+
+
+def columns_of(block: "Block", temperature: float) -> Columns:
+    """The columns of a block that micro-batches are made of; hidden states as bfloat16 bits.
+
+    `position_ids` restart with every segment. Where a cache has no hard labels of its own, the
+    label is the next token.
+    """
+    lengths = block.num_tokens if block.segments is None else block.segments
+    columns = {
+        "row_ids": block.row_ids.astype(np.int64),
+        "num_tokens": block.num_tokens,
+        "num_positions": block.num_positions,
+        "input_ids": block.input_ids,
+        "position_ids": ranges(np.zeros_like(lengths), lengths),
+        "positions": block.positions,
+        "labels": block.labels if block.labels is not None else _next_tokens(block),
+    }
+    if block.target is not None:
+        columns["target_ids"] = block.target.ids
+        columns["target_logprobs"] = block.target.logprobs
+        columns["target_log_tail"] = block.target.log_tail
+        if temperature != 1:
+            columns["log_partition_ratio"] = block.log_partition_ratio[temperature]
+    if block.entropy is not None:
+        columns["entropy"] = block.entropy
+    return columns | {f"hidden.{layer}": states for layer, states in block.hidden.items()}
+
+
+def collate(
+    parts: Sequence[tuple[Window, np.ndarray]], *, packed: bool, num_positions: int
+) -> MicroBatch:
+    """The micro-batch of these global rows, each part with the window it is in.
+
+    Every segment becomes a sequence of its own, padded on the right with token 0. With `packed` a
+    row stays one sequence, its `position_ids` restart with every segment, and there is no mask.
+    """
+    taken = [window.take(rows) for window, rows in parts]
+    if len(taken) == 1:
+        return _assemble(taken[0], packed, num_positions)
+    joined = {name: np.concatenate([columns[name] for columns in taken]) for name in taken[0]}
+    return _assemble(joined, packed, num_positions)
+
+
+def without_rows(no_rows: Columns, *, packed: bool, num_positions: int) -> MicroBatch:
+    """A micro-batch of one token and no position; `no_rows` are columns of length 0.
+
+    The token is not masked: in a sequence that is all mask some attention kernels give NaN, and
+    NaN times a gradient of 0 would reach every weight.
+    """
+    one_token = {
+        "row_ids": np.array([_NO_ROW]),
+        "num_tokens": np.array([1]),
+        "num_positions": np.array([0]),
+        "input_ids": np.array([0]),
+        "position_ids": np.array([0]),
+    }
+    return _assemble(no_rows | one_token, packed, num_positions)
+
+
+def _assemble(columns: Columns, packed: bool, num_positions: int) -> MicroBatch:
+    row_tokens, position_ids = columns.pop("num_tokens"), columns.pop("position_ids")
+    row_starts = np.cumsum(row_tokens) - row_tokens
+    starts = row_starts if packed else np.flatnonzero(position_ids == 0)
+    lengths = np.diff(starts, append=len(position_ids))
+    width = int(lengths.max())
+    # Where each token goes in [B, T], flat.
+    places = ranges(np.arange(len(starts)) * width, lengths)
+    shape = (len(starts), width)
+    token_of_position = np.repeat(row_starts, columns.pop("num_positions"))
+    token_of_position += columns.pop("positions")
+
+    arrays = {"input_ids": _scatter(columns.pop("input_ids"), places, np.zeros(shape, np.int64))}
+    if packed:
+        padding = np.arange(width) - lengths[:, None]  # 0, 1, ... after the row: one more segment
+        arrays["position_ids"] = _scatter(position_ids, places, padding)
+    else:
+        arrays["attention_mask"] = _scatter(1, places, np.zeros(shape, np.int64))
+    arrays["position_index"] = places[token_of_position]
+    arrays["labels"] = columns.pop("labels").astype(np.int64)
+    row_of_sequence = np.searchsorted(row_starts, starts, side="right") - 1
+    arrays["row_ids"] = columns.pop("row_ids")[row_of_sequence]
+    arrays["num_positions"] = np.array(num_positions)
+    batch = {name: torch.from_numpy(array) for name, array in (arrays | columns).items()}
+    hidden = {name: batch[name].view(torch.bfloat16) for name in batch if name.startswith("hidden")}
+    return batch | hidden
+
+
+def _scatter(values: np.ndarray | int, places: np.ndarray, into_BT: np.ndarray) -> np.ndarray:
+    into_BT.reshape(-1)[places] = values
+    return into_BT
+
+
+def _next_tokens(block: "Block") -> np.ndarray:
+    row_starts = np.cumsum(block.num_tokens) - block.num_tokens
+    return block.input_ids[np.repeat(row_starts, block.num_positions) + block.positions + 1]
+
+
+def _per(name: str) -> Per:
+    return _NOT_PER_POSITION.get(name, "position")

@@ -1,0 +1,164 @@
+"""The options of every `train-student` command, each declared once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from shared.errors import ConfigError
+from shared.options import Option, check_bounds
+from student_train.losses import HiddenLoss, LossSpec, SoftLoss, Tail
+
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
+EvalMetric = Literal["loss", "kl_bucketed"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """`train-student run`: which student, which cache, how to train."""
+
+    student: Annotated[
+        str, Option(help="Hub id or folder; a folder with only config.json: from scratch.")
+    ]
+    cache: Annotated[Path, Option(help="Folder of the cache to train from.")]
+    out: Annotated[Path, Option(help="Folder of this run.")]
+    validation_cache: Annotated[
+        Path | None, Option(help="Held-out cache, for evaluation and early stopping.")
+    ] = None
+    allow_partial: Annotated[
+        bool, Option(help="Train on the shards that are there if some are missing.")
+    ] = False
+    soft_loss: Annotated[SoftLoss, Option(help="Loss against the teacher's targets.")] = (
+        "forward-kl"
+    )
+    tail: Annotated[
+        Tail, Option(help="What becomes of the probability of classes that were not kept.")
+    ] = "bucket"
+    jsd_beta: Annotated[
+        float,
+        Option(help="Weight of the teacher in the mixture.", read_when={"soft_loss": ("jsd",)}),
+    ] = 0.5
+    temperature: Annotated[
+        float,
+        Option(help="Temperature of the soft loss; 1 or one the cache stores.", min=0.05, max=20),
+    ] = 1.0
+    soft_weight: Annotated[
+        float, Option(help="Weight of the soft loss (papers: alpha).", min=0)
+    ] = 1.0
+    hard_weight: Annotated[float, Option(help="Weight of the hard loss (papers: beta).", min=0)] = (
+        0.5
+    )
+    hidden_weight: Annotated[float, Option(help="Weight of the hidden-state loss.", min=0)] = 0.0
+    hidden_loss: Annotated[HiddenLoss, Option(help="Distance of hidden states.")] = "mse"
+    hidden_map: Annotated[
+        tuple[str, ...],
+        Option(help="Teacher layer T to student layer S, as T:S. Default: -1:-1. Repeatable."),
+    ] = ()
+    learning_rate: Annotated[float, Option(help="Peak learning rate.", min=0)] = 1e-4
+    scheduler: Annotated[Scheduler, Option(help="Learning rate over the run.")] = "cosine"
+    warmup_ratio: Annotated[
+        float, Option(help="Share of the steps that warm up.", min=0, max=1)
+    ] = 0.05
+    weight_decay: Annotated[float, Option(help="AdamW weight decay.", min=0)] = 0.0
+    max_grad_norm: Annotated[
+        float, Option(help="Gradients are clipped to it; 0: never.", min=0)
+    ] = 1.0
+    batch_tokens: Annotated[
+        int, Option(help="Tokens of an optimiser step, over all processes.", min=1)
+    ] = 16384
+    micro_batch_tokens: Annotated[
+        int | Literal["auto"], Option(help="Tokens of one forward of one process.", min=1)
+    ] = "auto"
+    max_steps: Annotated[int, Option(help="Optimiser steps; 0: by --epochs.", min=0)] = 0
+    epochs: Annotated[int, Option(help="Passes over the cache.", min=1)] = 1
+    eval_every: Annotated[
+        int, Option(help="Steps between evaluations; 0: only at the end.", min=0)
+    ] = 0
+    save_every: Annotated[int, Option(help="Steps between checkpoints; 0: at the end.", min=0)] = 0
+    log_every: Annotated[int, Option(help="Steps between looks at the losses.", min=1)] = 10
+    keep_checkpoints: Annotated[int, Option(help="Checkpoints kept.", min=1)] = 2
+    early_stopping_patience: Annotated[
+        int, Option(help="Evaluations without a better metric before the end; 0: never.", min=0)
+    ] = 0
+    early_stopping_metric: Annotated[
+        EvalMetric, Option(help="What early stopping and the best checkpoint look at.")
+    ] = "loss"
+    seed: Annotated[int, Option(help="Seed of initialisation, order and dropout.", min=0)] = 0
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Option(help="bfloat16: mixed precision over float32 weights."),
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu"], Option(help="cpu: even where there is a GPU.")] = (
+        "auto"
+    )
+    compile: Annotated[bool, Option(help="torch.compile the student.")] = False
+    gradient_checkpointing: Annotated[bool, Option(help="Less memory, more compute.")] = False
+    lora_rank: Annotated[
+        int, Option(help="Train LoRA adapters of this rank; 0: all weights.", min=0)
+    ] = 0
+    threads: Annotated[int, Option(help="Threads that decode the cache.", min=1, max=64)] = 2
+    report_to: Annotated[
+        Literal["none", "tensorboard", "wandb", "trackio"], Option(help="Experiment tracker.")
+    ] = "none"
+    settings: Annotated[
+        tuple[str, ...],
+        Option(help="Any other TrainingArguments field, key=value. Repeatable.", flag="--set"),
+    ] = ()
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        _ = self.loss_spec  # refuses combinations that have no loss
+        if self.soft_weight == self.hard_weight == self.hidden_weight == 0:
+            raise ConfigError(
+                "--soft-weight, --hard-weight and --hidden-weight are all 0: nothing to learn from"
+            )
+        if self.early_stopping_patience and not (self.validation_cache and self.eval_every):
+            raise ConfigError("--early-stopping-patience needs --validation-cache and --eval-every")
+        for pair in self.hidden_map:
+            self._layer_pair(pair)
+
+    @property
+    def loss_spec(self) -> LossSpec:
+        """The soft loss these options ask for."""
+        return LossSpec(
+            soft_loss=self.soft_loss,
+            tail=self.tail,
+            temperature=self.temperature,
+            jsd_beta=self.jsd_beta,
+        )
+
+    @property
+    def layer_pairs(self) -> tuple[tuple[int, int], ...]:
+        """(teacher layer, student layer) for the hidden loss; empty where it has no weight."""
+        if self.hidden_weight == 0:
+            return ()
+        return tuple(self._layer_pair(pair) for pair in self.hidden_map or ("-1:-1",))
+
+    def _layer_pair(self, pair: str) -> tuple[int, int]:
+        teacher, _, student = pair.partition(":")
+        try:
+            return int(teacher), int(student)
+        except ValueError:
+            raise ConfigError(f"--hidden-map {pair}: expected T:S, such as -1:-1 or 11:5") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """`train-student evaluate`."""
+
+    student: Annotated[str, Option(help="Folder of a run, of a checkpoint, or of any model.")]
+    cache: Annotated[Path, Option(help="Held-out cache.")]
+    allow_partial: Annotated[bool, Option(help="Evaluate on the shards that are there.")] = False
+    batch_tokens: Annotated[int, Option(help="Tokens of one forward.", min=1)] = 8192
+    device: Annotated[Literal["auto", "cpu"], Option(help="cpu: even where there is a GPU.")] = (
+        "auto"
+    )
+    json: Annotated[bool, Option(help="Print one JSON object.")] = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareConfig:
+    """`train-student compare`."""
+
+    runs: Annotated[tuple[Path, ...], Option(help="Folders of finished runs.", argument=True)]
+    html: Annotated[Path | None, Option(help="Also draw it into this file.")] = None
+    json: Annotated[bool, Option(help="Print one JSON object.")] = False

@@ -1,0 +1,110 @@
+"""How good a student is on a held-out cache: loss, KL to the teacher, agreement; teacher included.
+
+Sums over positions are added up batch by batch and over all processes, and divided once. Nothing
+here needs the teacher: its loss on the same positions was cached with its targets.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shared.cache import Cache, open_cache
+from student_train.config import EvaluateConfig
+from student_train.losses import LossSpec
+from student_train.objective import Objective, attach
+from student_train.order import Order, OrderSpec
+from student_train.stream import BatchStream, StreamSpec
+from student_train.student import build_student, check_fit, load_config
+
+
+def evaluate(student: nn.Module, cache: Cache, *, batch_tokens: int) -> dict[str, Any]:
+    """The student's numbers over every row of a cache, at T = 1.
+
+    `loss`: mean cross-entropy on the hard labels, nats. `kl_bucketed`: KL(teacher || student) over
+    the kept classes and one cell for all others. `agreement`: share of positions where student and
+    teacher have the same most probable class. The last two only where the cache has targets.
+    """
+    manifest = cache.manifest
+    has_targets = manifest.targets.kind != "none"
+    objective = Objective(
+        spec=LossSpec(),
+        num_classes=manifest.targets.num_classes,
+        soft_weight=1.0 if has_targets else 0.0,
+        hard_weight=1.0,
+    )
+    world, rank = _world()
+    order = Order(
+        cache.block_rows,
+        cache.row_tokens,
+        OrderSpec(batch_tokens=batch_tokens * world, shuffle=False, epochs=1),
+    )
+    spec = StreamSpec(world_size=world, rank=rank, targets=has_targets)
+    stream = BatchStream(cache, order, spec, max_steps=order.steps_for_epochs(1))
+    device = next(student.parameters()).device
+    names = ("soft", "hard", "agreement", "student_entropy")
+    sums = torch.zeros(len(names), dtype=torch.float64)
+    training = student.training
+    student.eval()
+    attachment = attach(student, objective)
+    try:
+        with torch.no_grad():
+            for batch in stream:
+                output = student(**{name: tensor.to(device) for name, tensor in batch.items()})
+                sums += torch.stack([output[name].double().cpu() for name in names])
+    finally:
+        attachment.detach()
+        student.train(training)
+    if world > 1:
+        sums = _summed_over_processes(sums, device)
+    return _numbers(dict(zip(names, sums.tolist(), strict=True)), cache)
+
+
+def _numbers(sums: dict[str, float], cache: Cache) -> dict[str, Any]:
+    positions = int(cache.row_positions.sum())
+    loss = sums["hard"] / positions
+    numbers: dict[str, Any] = {
+        "positions": positions,
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "student_entropy": sums["student_entropy"] / positions,
+    }
+    targets = cache.manifest.targets
+    if targets.kind != "none":
+        statistics = [commit.statistics for commit in cache.commits]
+        numbers["kl_bucketed"] = sums["soft"] / positions
+        numbers["targets"] = f"{targets.kind} {targets.top_k}"
+        numbers["agreement"] = sums["agreement"] / positions
+        numbers["teacher_loss"] = -sum(s["sum_label_logprob"] for s in statistics) / positions
+        numbers["teacher_entropy"] = sum(s["sum_entropy"] for s in statistics) / positions
+    return numbers
+
+
+def _world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(), dist.get_rank()
+    return 1, 0
+
+
+def _summed_over_processes(sums: torch.Tensor, device: torch.device) -> torch.Tensor:
+    on_device = sums.to(device)
+    dist.all_reduce(on_device)
+    return on_device.cpu()
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """`train-student evaluate`: loads a student and evaluates it on a cache."""
+    cache = open_cache(config.cache, allow_partial=config.allow_partial)
+    model_config = load_config(config.student)
+    check_fit(config.student, model_config, cache)
+    student = build_student(config.student, seed=0)
+    cuda = config.device == "auto" and torch.cuda.is_available()
+    student.to("cuda" if cuda else "cpu")  # type: ignore[arg-type]
+    return {
+        "student": config.student,
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "cache_id": cache.cache_id,
+        **evaluate(student, cache, batch_tokens=config.batch_tokens),
+    }

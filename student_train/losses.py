@@ -1,0 +1,237 @@
+"""The arithmetic of every loss term: row losses on entries and tail, and hidden-state losses.
+
+A row loss compares two distributions over the K entries and one last cell, the tail: the student's
+log-probabilities come from `log_cells`, the teacher's from `teacher_cells`. Where those come from
+(chunks of a head, or full logits) is linear_loss.py's matter. Everything here is a pure function.
+
+Shapes: N positions with a target, K entries, J = K + 1 cells (entries, then tail), D hidden.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared.errors import ConfigError
+
+SoftLoss = Literal["forward-kl", "reverse-kl", "jsd", "tvd", "mse"]
+Tail = Literal["bucket", "label", "none", "renormalise"]
+HiddenLoss = Literal["mse", "cosine"]
+
+LOG_FLOOR = -1e4  # stands for log 0: exp gives exactly 0, and 0 * LOG_FLOOR is 0, not NaN
+MASKED_LOGIT = -1e30  # stands for a logit of -inf, and is below LOG_FLOOR after any normalisation
+MIN_TEMPERED_TAIL = 1e-6  # 1 - sum p of decoded 7-bit values is wrong by about that much
+MIN_REVERSE_LOG_TAIL = -14.0  # the smallest tail the codec stores short of exactly 0
+MIN_RELATIVE_DEVIATION = 1e-2  # a dead channel counts at most 1e4 times the typical one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSpec:
+    """Which soft loss, what becomes of the tail, and at which temperature."""
+
+    soft_loss: SoftLoss = "forward-kl"
+    tail: Tail = "bucket"
+    temperature: float = 1.0
+    jsd_beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_choice("soft-loss", self.soft_loss, get_args(SoftLoss))
+        _check_choice("tail", self.tail, get_args(Tail))
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ConfigError(f"--temperature {self.temperature}: expected a number above 0")
+        if not 0 < self.jsd_beta < 1:
+            raise ConfigError(f"--jsd-beta {self.jsd_beta}: expected a number between 0 and 1")
+        if self.tail != "bucket" and self.soft_loss != "forward-kl":
+            raise ConfigError(
+                f"--tail {self.tail} is only defined for --soft-loss forward-kl, not for "
+                f"{self.soft_loss}: use --tail bucket"
+            )
+        if self.soft_loss == "mse" and self.temperature != 1:
+            raise ConfigError(
+                f"--soft-loss mse compares log-probabilities at temperature 1, not "
+                f"{self.temperature}: leave --temperature out"
+            )
+
+
+@dataclass(slots=True)
+class SoftTarget:
+    """What the teacher says at N positions, all at T = 1; a log-probability of -inf is no entry."""
+
+    ids: Tensor  # int32 or int64 [N, K]
+    logprobs: Tensor  # float32 [N, K]
+    log_tail: Tensor  # float32 [N]; -inf where the tail is exactly 0
+    log_partition_ratio: Tensor | None = None  # float32 [N]: logsumexp(lp / T), lp over all classes
+
+
+def prepare_target(target: SoftTarget, labels_N: Tensor | None, spec: LossSpec) -> SoftTarget:
+    """The teacher's entries and tail as the loss sees them: at its temperature, tail handled.
+
+    With `--tail label` the label becomes one more entry; where it repeats one, the two are added
+    by `merge_repeats`. A position without a label keeps its tail as a bucket.
+    """
+    target = _temper(target, spec.temperature)
+    if spec.tail == "none":
+        return SoftTarget(target.ids, target.logprobs, _no_tail(target.log_tail))
+    if spec.tail == "renormalise":
+        log_mass_N1 = torch.logsumexp(target.logprobs, dim=-1, keepdim=True)
+        logprobs_NK = target.logprobs - log_mass_N1.clamp_min(LOG_FLOOR)
+        return SoftTarget(target.ids, logprobs_NK, _no_tail(target.log_tail))
+    if spec.tail == "label":
+        if labels_N is None:
+            raise ConfigError("--tail label needs hard labels, and there are none: use bucket")
+        return _tail_to_label(target, labels_N)
+    return target
+
+
+def merge_repeats(logprobs_NK: Tensor, owner_NK: Tensor) -> Tensor:
+    """Adds up entries with the same id: all mass goes to one of them, the others become -inf.
+
+    owner_NK, int64: for each entry the slot that stands for its id (its own where unique).
+    """
+    mass_NK = logprobs_NK.exp()
+    merged_NK = torch.zeros_like(mass_NK).scatter_add_(1, owner_NK, mass_NK)
+    # An entry that nothing was added to keeps its log-probability to the last bit.
+    return torch.where(merged_NK == mass_NK, logprobs_NK, merged_NK.log())
+
+
+def teacher_cells(logprobs_NK: Tensor, log_tail_N: Tensor) -> Tensor:
+    """The teacher's log-probabilities over the J cells, with LOG_FLOOR for what is -inf."""
+    return torch.cat((logprobs_NK, log_tail_N[:, None]), dim=-1).clamp_min(LOG_FLOOR)
+
+
+def log_cells(logits_NK: Tensor, log_rest_N: Tensor) -> Tensor:
+    """The student's log-probabilities over the J cells.
+
+    log_rest_N is the logsumexp over all classes that are no entry, so the tail never is a
+    difference `1 - sum q` (whose gradient is 75 % off at a tail of 1e-6 in float32).
+    """
+    cells_NJ = torch.cat((logits_NK, log_rest_N[:, None]), dim=-1)
+    return F.log_softmax(cells_NJ, dim=-1).clamp_min(LOG_FLOOR)
+
+
+def soft_rows(student_NJ: Tensor, teacher_NJ: Tensor, spec: LossSpec) -> Tensor:
+    """The soft loss per position in nats, [N], times the power of T that keeps its gradient's size.
+
+    Both arguments are log-probabilities at the temperature of `spec`. T^2 for divergences is
+    Hinton et al. 2015, section 2; total variation has a gradient one power of T larger.
+    """
+    loss = SOFT_LOSSES[spec.soft_loss]
+    return loss.rows(student_NJ, teacher_NJ, spec) * spec.temperature**loss.temperature_power
+
+
+def forward_kl(student_NJ: Tensor, teacher_NJ: Tensor, spec: LossSpec) -> Tensor:
+    """KL(teacher || student); a cell the teacher gives nothing adds nothing."""
+    return (teacher_NJ.exp() * (teacher_NJ - student_NJ)).sum(dim=-1)
+
+
+def reverse_kl(student_NJ: Tensor, teacher_NJ: Tensor, spec: LossSpec) -> Tensor:
+    """KL(student || teacher), where the teacher's tail is at least e^-14."""
+    tail_N1 = teacher_NJ[:, -1:].clamp_min(MIN_REVERSE_LOG_TAIL)
+    teacher_NJ = torch.cat((teacher_NJ[:, :-1], tail_N1), dim=-1)
+    return (student_NJ.exp() * (student_NJ - teacher_NJ)).sum(dim=-1)
+
+
+def jensen_shannon(student_NJ: Tensor, teacher_NJ: Tensor, spec: LossSpec) -> Tensor:
+    """b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q and b = `jsd_beta`."""
+    beta = spec.jsd_beta
+    mixed_NJ = torch.logaddexp(teacher_NJ + math.log(beta), student_NJ + math.log1p(-beta))
+    teacher_part_NJ = beta * teacher_NJ.exp() * (teacher_NJ - mixed_NJ)
+    student_part_NJ = (1 - beta) * student_NJ.exp() * (student_NJ - mixed_NJ)
+    return (teacher_part_NJ + student_part_NJ).sum(dim=-1)
+
+
+def total_variation(student_NJ: Tensor, teacher_NJ: Tensor, spec: LossSpec) -> Tensor:
+    """Half the absolute difference of the probabilities, summed over the cells."""
+    return (student_NJ.exp() - teacher_NJ.exp()).abs().sum(dim=-1) / 2
+
+
+def log_mse(student_NJ: Tensor, teacher_NJ: Tensor, spec: LossSpec) -> Tensor:
+    """Squared difference of the log-probabilities, averaged over the entries."""
+    kept_NK = teacher_NJ[:, :-1] > LOG_FLOOR
+    squares_NK = (student_NJ - teacher_NJ)[:, :-1].square() * kept_NK
+    return squares_NK.sum(dim=-1) / kept_NK.sum(dim=-1).clamp_min(1)
+
+
+@dataclass(frozen=True, slots=True)
+class RowLoss:
+    """A soft loss, and the power of the temperature its value and gradient are multiplied by."""
+
+    rows: Callable[[Tensor, Tensor, LossSpec], Tensor]
+    temperature_power: int
+
+
+SOFT_LOSSES: dict[SoftLoss, RowLoss] = {
+    "forward-kl": RowLoss(forward_kl, 2),
+    "reverse-kl": RowLoss(reverse_kl, 2),
+    "jsd": RowLoss(jensen_shannon, 2),
+    "tvd": RowLoss(total_variation, 1),
+    "mse": RowLoss(log_mse, 0),
+}
+
+
+def hidden_mse(student_ND: Tensor, teacher_ND: Tensor, deviation_D: Tensor) -> Tensor:
+    """Mean over channels, sum over positions, of the squared error of standardised states.
+
+    deviation_D is the teacher's standard deviation per channel; its mean cancels out.
+    """
+    student_ND, teacher_ND = _wide(student_ND), _wide(teacher_ND)
+    deviation_D = deviation_D.to(student_ND.dtype)
+    typical = deviation_D.square().mean().sqrt()
+    floor = (MIN_RELATIVE_DEVIATION * typical).clamp_min(torch.finfo(typical.dtype).tiny)
+    error_ND = (student_ND - teacher_ND) / torch.maximum(deviation_D, floor)
+    return error_ND.square().mean(dim=-1).sum()
+
+
+def hidden_cosine(student_ND: Tensor, teacher_ND: Tensor, deviation_D: Tensor) -> Tensor:
+    """Sum over positions of 1 - cosine, between the states as they are."""
+    similarity_N = F.cosine_similarity(_wide(student_ND), _wide(teacher_ND), dim=-1)
+    return (1 - similarity_N).sum()
+
+
+HIDDEN_LOSSES: dict[HiddenLoss, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "mse": hidden_mse,
+    "cosine": hidden_cosine,
+}
+
+
+def _temper(target: SoftTarget, temperature: float) -> SoftTarget:
+    """p_T = p^(1/T) over the partition the cache stored for T; a tail of exactly 0 stays 0."""
+    if temperature == 1:
+        return target
+    if target.log_partition_ratio is None:
+        raise ConfigError(
+            f"--temperature {temperature}: the cache's log-partition at this temperature is "
+            "needed and was not given; use a temperature that the manifest lists"
+        )
+    logprobs_NK = target.logprobs / temperature - target.log_partition_ratio[:, None]
+    log_tail_N = (1 - logprobs_NK.exp().sum(dim=-1)).clamp_min(MIN_TEMPERED_TAIL).log()
+    log_tail_N = log_tail_N.masked_fill(target.log_tail == -math.inf, -math.inf)
+    return SoftTarget(target.ids, logprobs_NK, log_tail_N)
+
+
+def _tail_to_label(target: SoftTarget, labels_N: Tensor) -> SoftTarget:
+    labelled_N = labels_N >= 0
+    label_logprob_N = target.log_tail.masked_fill(~labelled_N, -math.inf)
+    return SoftTarget(
+        torch.cat((target.ids.long(), labels_N.long().clamp_min(0)[:, None]), dim=-1),
+        torch.cat((target.logprobs, label_logprob_N[:, None]), dim=-1),
+        target.log_tail.masked_fill(labelled_N, -math.inf),
+    )
+
+
+def _no_tail(log_tail_N: Tensor) -> Tensor:
+    return torch.full_like(log_tail_N, -math.inf)
+
+
+def _wide(states: Tensor) -> Tensor:
+    """bfloat16 and float16 are widened to float32; float32 and float64 stay."""
+    return states if states.dtype == torch.float64 else states.float()
+
+
+def _check_choice(option: str, found: str, choices: tuple[str, ...]) -> None:
+    if found not in choices:
+        raise ConfigError(f"--{option} {found}: expected one of {', '.join(choices)}")

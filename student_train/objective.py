@@ -1,0 +1,263 @@
+"""The distillation loss inside the student's own forward, put there by hooks.
+
+`attach(student, objective)` adds three hooks to the outermost module: one takes the targets out of
+the keyword arguments, one keeps the hidden states in front of the output head and lets a single
+position through, and one returns the loss. The module stays what it was, so saving, adapters, DDP
+and FSDP work as for any model of `transformers`.
+
+Shapes: B rows, T tokens, N positions with a target, K entries, V logit width, D hidden.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from student_train.linear_loss import LinearLossOutput, linear_loss, logits_loss
+from student_train.losses import HIDDEN_LOSSES, HiddenLoss, LossSpec, SoftTarget
+
+log = logging.getLogger(__name__)
+
+TARGET_KEYS = (
+    "position_index",
+    "labels",
+    "target_ids",
+    "target_logprobs",
+    "target_log_tail",
+    "log_partition_ratio",
+    "entropy",
+    "label_logprob",
+    "num_positions",
+    "row_ids",
+)
+PROJECTIONS = "distillation_projections"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What the student is trained on; weights are multiplied by sums over positions."""
+
+    spec: LossSpec
+    num_classes: int
+    soft_weight: float
+    hard_weight: float
+    hidden_weight: float = 0.0
+    hidden_loss: HiddenLoss = "mse"
+    layer_pairs: tuple[tuple[int, int], ...] = ()  # (teacher layer, student layer)
+    deviations: Mapping[int, Tensor] = field(default_factory=dict)  # teacher layer -> [D]
+    with_entropy: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How the student's logits come from the states in front of its head."""
+
+    linear: bool
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class Attachment:
+    """The hooks on one student; `detach` takes them off again."""
+
+    def __init__(self, student: nn.Module, objective: Objective) -> None:
+        self.student, self.objective = student, objective
+        self.head_module: nn.Module = student.get_output_embeddings()
+        self.head = probe_head(student, self.head_module, objective.num_classes)
+        self._targets: dict[str, Tensor] | None = None
+        self._states: Tensor | None = None
+        self._layers: dict[int, Tensor] = {}
+        self._handles = [
+            student.register_forward_pre_hook(self._take_targets, with_kwargs=True),
+            student.register_forward_hook(self._return_loss),
+            self.head_module.register_forward_pre_hook(self._hold_back),
+        ]
+        for _, layer in objective.layer_pairs:
+            if layer != -1:
+                block = _blocks(student)[layer]
+                self._handles.append(block.register_forward_hook(self._keeper(layer)))
+        if objective.layer_pairs and not hasattr(student, PROJECTIONS):
+            setattr(student, PROJECTIONS, self._projections())
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _projections(self) -> nn.ModuleDict:
+        """A linear map for each pair of layers of different width, student to teacher."""
+        width = _hidden_width(self.student)
+        maps: dict[str, nn.Module] = {}
+        for teacher_layer, student_layer in self.objective.layer_pairs:
+            wanted = len(self.objective.deviations[teacher_layer])
+            if wanted != width:
+                name = f"{teacher_layer}_{student_layer}".replace("-", "m")
+                maps[name] = nn.Linear(width, wanted, bias=False)
+        return nn.ModuleDict(maps)
+
+    def _take_targets(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if "position_index" not in kwargs:
+            self._targets = None
+            return args, kwargs
+        names = [name for name in kwargs if name in TARGET_KEYS or name.startswith("hidden.")]
+        self._targets = {name: kwargs.pop(name) for name in names}
+        return args, {**kwargs, "use_cache": False}
+
+    def _hold_back(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._targets is None:
+            return None
+        self._states = args[0]
+        return (args[0][:, :1], *args[1:]) if self.head.linear else None
+
+    def _keeper(self, layer: int) -> Any:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if self._targets is not None:
+                self._layers[layer] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    def _return_loss(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._targets is None:
+            return None
+        targets, self._targets = self._targets, None
+        states, self._states = self._states, None
+        layers, self._layers = self._layers, {}
+        assert states is not None  # the head was called: every causal model calls it once
+        at = targets["position_index"]
+        states_ND = states.flatten(0, 1).index_select(0, at)
+        result = self._token_loss(output, states_ND, at, targets)
+        loss = result.loss
+        sums = {
+            "soft": result.soft_sum,
+            "hard": result.hard_sum,
+            "agreement": result.agreement,
+            "student_entropy": result.student_entropy_sum,
+        }
+        if self.objective.layer_pairs:
+            layers[-1] = states
+            hidden = self._hidden_sum(layers, at, targets)
+            sums["hidden"] = hidden.detach()
+            loss = loss + hidden * (self.objective.hidden_weight / _count(targets))
+        if "entropy" in targets:
+            sums["teacher_entropy"] = targets["entropy"].sum()
+        return {"loss": loss, **sums}
+
+    def _token_loss(
+        self, output: Any, states_ND: Tensor, at: Tensor, targets: dict[str, Tensor]
+    ) -> LinearLossOutput:
+        objective, count = self.objective, _count(targets)
+        target = None
+        if "target_ids" in targets:
+            target = SoftTarget(
+                targets["target_ids"],
+                targets["target_logprobs"],
+                targets["target_log_tail"],
+                targets.get("log_partition_ratio"),
+            )
+        common: dict[str, Any] = {
+            "target": target,
+            "labels_N": targets["labels"],
+            "spec": objective.spec,
+            "num_classes": objective.num_classes,
+            "soft_scale": objective.soft_weight / count,
+            "hard_scale": objective.hard_weight / count,
+            "with_entropy": objective.with_entropy,
+        }
+        if not self.head.linear:
+            return logits_loss(output.logits.flatten(0, 1).index_select(0, at), **common)
+        weight, bias = self.head_module.weight, getattr(self.head_module, "bias", None)
+        scale, softcap = self.head.scale, self.head.softcap
+        return linear_loss(states_ND, weight, bias, logit_scale=scale, softcap=softcap, **common)
+
+    def _hidden_sum(
+        self, layers: dict[int, Tensor], at: Tensor, targets: dict[str, Tensor]
+    ) -> Tensor:
+        projections: nn.ModuleDict = getattr(self.student, PROJECTIONS)
+        total = torch.zeros((), device=at.device)
+        for teacher_layer, student_layer in self.objective.layer_pairs:
+            states_ND = layers[student_layer].flatten(0, 1).index_select(0, at)
+            name = f"{teacher_layer}_{student_layer}".replace("-", "m")
+            if name in projections:
+                states_ND = projections[name](states_ND)
+            deviation = self.objective.deviations[teacher_layer].to(at.device)
+            distance = HIDDEN_LOSSES[self.objective.hidden_loss]
+            total = total + distance(states_ND, targets[f"hidden.{teacher_layer}"], deviation)
+        return total
+
+
+def attach(student: nn.Module, objective: Objective) -> Attachment:
+    """Makes the student return its distillation loss for batches of a `BatchStream`.
+
+    Called with such a batch it returns a dict: `loss`, and detached sums over positions (`soft`,
+    `hard`, `agreement`, `student_entropy`, ...). Any other call gives the model's usual output.
+    """
+    return Attachment(student, objective)
+
+
+def _count(targets: dict[str, Tensor]) -> Tensor:
+    """Positions of the whole optimiser step, at least 1: a step without any has loss 0."""
+    return targets["num_positions"].clamp_min(1).to(torch.float32)
+
+
+def probe_head(student: nn.Module, head: nn.Module | None, num_classes: int) -> Head:
+    """Whether the logits are `scale * (h W^T + b)` with an optional tanh cap, by trying."""
+    weight = getattr(head, "weight", None)
+    if head is None or not isinstance(weight, Tensor) or _is_adapted(head):
+        return _fall_back("its head is no plain linear layer")
+    captured: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
+    training = student.training
+    student.eval()
+    try:
+        ids = torch.arange(1, 5, device=weight.device).reshape(1, 4) % num_classes
+        with torch.no_grad():
+            own = student(input_ids=ids, use_cache=False).logits.float()
+            bias = getattr(head, "bias", None)
+            plain = nn.functional.linear(captured[0], weight, bias).float()
+    finally:
+        handle.remove()
+        student.train(training)
+    cap = getattr(_config(student).get_text_config(), "final_logit_softcapping", None)
+    for softcap in (None, cap):
+        uncapped = (
+            own
+            if softcap is None
+            else softcap * torch.atanh((own / softcap).clamp(-0.9999, 0.9999))
+        )
+        scale = float((uncapped * plain).sum() / plain.square().sum().clamp_min(1e-30))
+        again = plain * scale if softcap is None else softcap * torch.tanh(plain * scale / softcap)
+        tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
+        if torch.allclose(again, own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+            exact = 1.0 if abs(scale - 1) < 1e-3 else scale
+            return Head(linear=True, scale=exact, softcap=softcap)
+    return _fall_back("its logits are no scaled linear function of the states in front of the head")
+
+
+def _is_adapted(head: nn.Module) -> bool:
+    return hasattr(head, "lora_A") or hasattr(head, "base_layer")
+
+
+def _fall_back(reason: str) -> Head:
+    log.warning("this student's full logits are computed (slower, more memory): %s", reason)
+    return Head(linear=False)
+
+
+def _config(student: nn.Module) -> Any:
+    return student.config
+
+
+def _hidden_width(student: nn.Module) -> int:
+    return int(_config(student).get_text_config().hidden_size)
+
+
+def _blocks(student: nn.Module) -> nn.ModuleList:
+    """The list of blocks: the longest ModuleList whose length is the number of layers."""
+    wanted = _config(student).get_text_config().num_hidden_layers
+    for module in student.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return module
+    raise ValueError(f"no list of {wanted} blocks in {type(student).__name__}")

@@ -1,0 +1,154 @@
+"""The folder of one student run: its config, the snapshot of its data, its log, its checkpoints.
+
+OUT/run.yaml        the resolved config; a valid --config
+OUT/snapshot.json   cache ids and the hash of every shard this run was started on
+OUT/metrics.jsonl   one line per step, evaluation and speed reading
+OUT/checkpoint-N/   state to go on from, complete when it holds trainer_state.json
+OUT/result.json     numbers of the finished run; beside it the model itself
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shared.cache import Cache, open_cache
+from shared.errors import CacheMismatch, CorruptCache
+from shared.manifest import differences
+from shared.options import resolved, write_resolved
+from shared.storage import Storage
+from student_train.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+# A resumed run may change these: they do not change which numbers a step computes.
+FREE_TO_CHANGE = frozenset(
+    {
+        "cache",
+        "validation_cache",
+        "out",
+        "max_steps",
+        "epochs",
+        "eval_every",
+        "save_every",
+        "log_every",
+        "keep_checkpoints",
+        "early_stopping_patience",
+        "early_stopping_metric",
+        "micro_batch_tokens",
+        "threads",
+        "report_to",
+        "device",
+        "compile",
+        "gradient_checkpointing",
+        "allow_partial",
+    }
+)
+
+
+class RunFolder:
+    """Reads and writes the files of a run; a second start must ask for the same run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.storage = Storage(path)
+
+    def claim(self, config: TrainConfig) -> Cache:
+        """Starts or resumes: the cache with exactly the shards this run was started on."""
+        if not self.storage.exists("snapshot.json"):
+            cache = open_cache(config.cache, allow_partial=config.allow_partial)
+            self._start(config, cache)
+            return cache
+        self._check_same(config)
+        snapshot = json.loads(self.storage.read("snapshot.json"))
+        cache = open_cache(config.cache, allow_partial=True)
+        if cache.cache_id != snapshot["cache_id"]:
+            raise CacheMismatch(
+                f"{self.path}: this run was started on cache {snapshot['cache_id'][:12]}, but "
+                f"{config.cache} is cache {cache.cache_id[:12]}. Name the first one, or start a "
+                "new run with another --out."
+            )
+        return cache.restrict(snapshot["shards"])
+
+    def _start(self, config: TrainConfig, cache: Cache) -> None:
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise CacheMismatch(
+                f"{self.path}: this folder is not empty and holds no run. Nothing is overwritten: "
+                "choose another --out."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_resolved(config, self.path / "run.yaml")
+        snapshot = {"cache_id": cache.cache_id, "shards": cache.snapshot()}
+        self.storage.put("snapshot.json", json.dumps(snapshot, indent=1).encode())
+
+    def _check_same(self, config: TrainConfig) -> None:
+        import yaml
+
+        before = yaml.safe_load(self.storage.read("run.yaml")) or {}
+        now = resolved(config)
+        kept = [
+            {key: value for key, value in options.items() if key not in FREE_TO_CHANGE}
+            for options in (before, now)
+        ]
+        lines = list(differences(*kept, left="this run has"))
+        if lines:
+            raise CacheMismatch(
+                f"{self.path}: this folder holds another run. {'; '.join(lines)}. Choose another "
+                "--out, or ask for the same run to go on with it."
+            )
+
+    def result(self, max_steps: int) -> dict[str, Any] | None:
+        """The numbers of the run if it is finished, for at least that many steps."""
+        if not self.storage.exists("result.json"):
+            return None
+        result = json.loads(self.storage.read("result.json"))
+        return result if result["max_steps"] >= max_steps else None
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint; one cut short is passed over with a warning."""
+        found = [path for path in self.path.glob("checkpoint-*") if path.name[11:].isdigit()]
+        for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
+            if _complete(path):
+                return path
+            log.warning("%s: incomplete or damaged, going back to the one before", path)
+        return None
+
+    def trim_metrics(self, step: int) -> None:
+        """Drops lines of steps after `step`, which will be trained again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        self.storage.put(
+            "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in kept).encode()
+        )
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line cut short by a crash is left out."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return
+        for line in path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                log.warning("%s: a broken line is left out", path)
+
+    def seconds(self) -> float:
+        """Seconds of training that the log accounts for so far."""
+        return sum(line["seconds"] for line in self.metrics() if line["kind"] == "speed")
+
+    def save_result(self, numbers: Mapping[str, Any]) -> None:
+        self.storage.put("result.json", json.dumps(numbers, indent=1).encode())
+
+
+def _complete(checkpoint: Path) -> bool:
+    """trainer_state.json is written last; the weights must at least have a readable header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        for weights in checkpoint.glob("*.safetensors"):
+            with safe_open(weights, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError, CorruptCache):
+        return False
+    return True

@@ -1,0 +1,270 @@
+"""Stage two on one screen: `run`, and the few methods of `transformers.Trainer` that it overrides.
+
+    open_cache -> snapshot -> check_fit -> BatchStream -> attach -> DistillTrainer.train
+               -> evaluate -> save
+
+To the Trainer a run is one epoch of exactly `max_steps` steps. The order of the data is a function
+of (snapshot, seed, step), so `global_step` is the whole state of the data.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, Trainer
+from transformers.trainer_callback import PrinterCallback
+
+from shared.cache import Cache, open_cache
+from shared.errors import ConfigError, Stopped
+from shared.tokenizer import load_cached_tokenizer
+from student_train.arguments import micro_batch_tokens, refuse_what_breaks, training_arguments
+from student_train.callbacks import ProgressLine, StopOnSignal
+from student_train.config import TrainConfig
+from student_train.evaluate import evaluate
+from student_train.metrics_log import MetricsLog
+from student_train.objective import PROJECTIONS, Attachment, Objective, attach
+from student_train.order import Order, OrderSpec, accumulation_for
+from student_train.run_folder import RunFolder
+from student_train.stream import BatchStream, StreamSpec
+from student_train.student import add_adapters, build_student, check_cache, check_fit, load_config
+
+log = logging.getLogger(__name__)
+
+_EVAL_TOKENS = 8192
+
+
+class DistillTrainer(Trainer):
+    """A Trainer whose batches come from a `BatchStream` and whose model returns its own loss.
+
+    The loss of a micro-batch is already divided by the positions of the whole step over all
+    processes; DDP and FSDP average gradients, hence the multiplication by the number of processes.
+    """
+
+    loss_is_scaled_for_ga = True  # transformers >= 5.23; 5.17 looks at compute_loss_func instead
+
+    def __init__(
+        self,
+        *args: Any,
+        stream: BatchStream,
+        validation: Cache | None = None,
+        metrics: MetricsLog | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, compute_loss_func=_never_called, eval_dataset=[], **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.stream, self.validation, self.metrics = stream, validation, metrics
+
+    def get_train_dataloader(self) -> BatchStream:  # type: ignore[override]
+        """The stream itself: it shards, orders and resumes on its own."""
+        self.stream.start_step = lambda: self.state.global_step
+        return self.stream
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
+        return None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss that the model's hooks return."""
+        output = model(**inputs)
+        if self.metrics is not None:
+            self.metrics.add(self.state.global_step + 1, output, inputs)
+        loss = output["loss"] * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The student's numbers on the held-out cache, with the prefix the callbacks expect."""
+        assert self.validation is not None  # eval_strategy is "no" without one
+        numbers = evaluate(self.model, self.validation, batch_tokens=_EVAL_TOKENS)
+        logged = {f"eval_{k}": float(v) for k, v in numbers.items() if not isinstance(v, str)}
+        self.log(dict(logged))
+        if self.metrics is not None:
+            self.metrics.write("eval", self.state.global_step, numbers)
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, logged)
+        return logged
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer, after the terms of the loss apart have joined the log."""
+        if self.metrics is not None and "loss" in logs:
+            self.metrics.flush(self.stream.seconds_waited)
+            logs |= self.metrics.take_means()
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Weights and config only: no pickled arguments, which nothing here would ever load."""
+        if self.args.should_save:
+            target = output_dir or self.args.output_dir
+            self.model.save_pretrained(target, state_dict=state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer, after the steps up to here are in metrics.jsonl."""
+        if self.metrics is not None:
+            self.metrics.flush(self.stream.seconds_waited)
+        super()._save_checkpoint(model, trial)
+
+
+def _never_called(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("DistillTrainer.compute_loss uses no loss function")
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Trains one student from a cache; run again to resume. Returns the result it also saves."""
+    refuse_what_breaks(config)
+    folder = RunFolder(config.out)
+    model_config = load_config(config.student)
+    validation = None if config.validation_cache is None else open_cache(config.validation_cache)
+    cache = folder.claim(config)
+    for each in (cache, validation):
+        if each is not None:
+            check_fit(config.student, model_config, each)
+    check_cache(config, cache)
+
+    spec = OrderSpec(batch_tokens=config.batch_tokens, seed=config.seed)
+    order = Order(cache.block_rows, cache.row_tokens, spec)
+    max_steps = config.max_steps or order.steps_for_epochs(config.epochs)
+    finished = folder.result(max_steps)
+    if finished is not None:
+        log.info("%s: this run is finished", config.out)
+        return finished
+
+    student, attachment = _student(config, cache)
+    stop = StopOnSignal()
+    trainer = _trainer(config, folder, student, cache, order, max_steps, validation, stop)
+    checkpoint = folder.last_checkpoint()
+    if checkpoint is not None:
+        log.info("%s: going on from %s", config.out, checkpoint.name)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    step = trainer.state.global_step
+    if stop.requested and step < max_steps:
+        raise Stopped(
+            f"{config.out}: stopped by a signal after step {step} of {max_steps}, state saved. Run "
+            "the same command again to go on."
+        )
+    attachment.detach()
+    return _finish(config, folder, trainer, cache, max_steps)
+
+
+def _student(config: TrainConfig, cache: Cache) -> tuple[nn.Module, Attachment]:
+    student: nn.Module = build_student(config.student, seed=config.seed)
+    torch.manual_seed(config.seed)  # adapters and projections
+    if config.lora_rank:
+        student = add_adapters(student, config.lora_rank)
+    attachment = attach(student, objective_for(config, cache))
+    if config.lora_rank and len(getattr(student, PROJECTIONS, [])):
+        raise ConfigError(
+            "--lora-rank with --hidden-weight: the layers differ in width, and a projection is not "
+            "saved with adapters. Map layers of equal width, or train all weights."
+        )
+    if config.compile:
+        student.get_submodule(student.base_model_prefix).compile()
+    return student, attachment
+
+
+def objective_for(config: TrainConfig, cache: Cache) -> Objective:
+    """The loss a config asks for on this cache."""
+    return Objective(
+        spec=config.loss_spec,
+        num_classes=cache.manifest.targets.num_classes,
+        soft_weight=config.soft_weight,
+        hard_weight=config.hard_weight,
+        hidden_weight=config.hidden_weight,
+        hidden_loss=config.hidden_loss,
+        layer_pairs=config.layer_pairs,
+        deviations={layer: cache.channel_deviation(layer) for layer, _ in config.layer_pairs},
+    )
+
+
+def _trainer(
+    config: TrainConfig,
+    folder: RunFolder,
+    student: nn.Module,
+    cache: Cache,
+    order: Order,
+    max_steps: int,
+    validation: Cache | None,
+    stop: StopOnSignal,
+) -> DistillTrainer:
+    tokens = micro_batch_tokens(config)
+    arguments = training_arguments(config, max_steps=max_steps, accumulation=1)
+    accumulation = accumulation_for(config.batch_tokens, tokens, arguments.world_size)
+    arguments = training_arguments(config, max_steps=max_steps, accumulation=accumulation)
+    spec = StreamSpec(
+        accumulation=accumulation,
+        world_size=arguments.world_size,
+        rank=arguments.process_index,
+        threads=config.threads,
+        targets=config.soft_weight > 0,
+        temperature=config.temperature,
+        hidden_layers=tuple(sorted({layer for layer, _ in config.layer_pairs})),
+    )
+    checkpoint = folder.last_checkpoint()
+    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    if arguments.should_save:
+        folder.trim_metrics(step)
+    callbacks: list[Any] = [stop]
+    if arguments.should_save:
+        callbacks.append(ProgressLine(max_steps))
+    if config.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    return DistillTrainer(
+        model=student,
+        args=arguments,
+        stream=BatchStream(cache, order, spec, max_steps=max_steps),
+        validation=validation,
+        metrics=MetricsLog(
+            folder.path / "metrics.jsonl",
+            writes=arguments.should_save,
+            seconds_before=folder.seconds(),
+        ),
+        callbacks=callbacks,
+    )
+
+
+def _finish(
+    config: TrainConfig, folder: RunFolder, trainer: DistillTrainer, cache: Cache, max_steps: int
+) -> dict[str, Any]:
+    """Evaluates, saves the model with its tokenizer, and writes the result last."""
+    student = trainer.model
+    assert trainer.metrics is not None
+    numbers: dict[str, Any] = {
+        "student": config.student,
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "cache_id": cache.cache_id,
+        "max_steps": max_steps,
+        "steps": trainer.state.global_step,
+        "seconds": round(trainer.metrics.seconds, 2),
+        "weights": {
+            "soft": config.soft_weight,
+            "hard": config.hard_weight,
+            "hidden": config.hidden_weight,
+        },
+        "teacher_parameters": None
+        if cache.manifest.teacher is None
+        else cache.manifest.teacher.parameters,
+    }
+    if trainer.validation is not None:
+        numbers["validation_cache_id"] = trainer.validation.cache_id
+        numbers["validation"] = evaluate(student, trainer.validation, batch_tokens=_EVAL_TOKENS)
+    if trainer.args.should_save:
+        _save(folder.path, student, cache)
+        folder.save_result(numbers)
+    return numbers
+
+
+def _save(path: Path, student: nn.Module, cache: Cache) -> None:
+    """The model as plain `transformers` reads it; projections of hidden states beside it."""
+    if hasattr(student, PROJECTIONS):
+        projections = getattr(student, PROJECTIONS)
+        if len(projections):
+            save_file(projections.state_dict(), path / "projections.safetensors")
+        delattr(student, PROJECTIONS)
+    student.save_pretrained(path)
+    load_cached_tokenizer(cache.storage).save_pretrained(path)

@@ -1,0 +1,122 @@
+"""The teacher over a window of rows: every target on the host, in row order.
+
+Rows of similar length run together; the results are put back where their rows stand, so that the
+order on disk is the order of the corpus. N positions of the window, K entries, D channels.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.codec import Target
+from shared.manifest import Manifest
+from shared.shards import Block
+from teacher_cache.batches import ForwardBatch, forward_batches
+from teacher_cache.rows import Row
+from teacher_cache.targets import Selected, select
+from teacher_cache.teacher import Teacher
+
+
+class WindowTargets:
+    """Targets of a window of rows, filled batch by batch."""
+
+    def __init__(self, manifest: Manifest, window: Sequence[Row]) -> None:
+        spec, hidden = manifest.targets, manifest.hidden
+        self.starts = np.cumsum([0, *(row.num_positions for row in window)])
+        n, k = int(self.starts[-1]), spec.num_entries
+        self.ids = torch.empty(n, k, dtype=torch.int32)
+        self.logprobs = torch.empty(n, k)
+        self.log_tail, self.entropy, self.label_logprob = (torch.empty(n) for _ in range(3))
+        self.ratios = {temperature: torch.empty(n) for temperature in spec.temperatures}
+        self.bad = torch.zeros(n, dtype=torch.bool)
+        self.hidden = {
+            layer: torch.empty(n, width, dtype=torch.bfloat16)
+            for layer, width in zip(hidden.layers, hidden.widths, strict=True)
+        }
+
+    def store(
+        self,
+        batch: ForwardBatch,
+        chosen: Sequence[tuple[slice, Selected]],
+        hidden: dict[int, Tensor],
+    ) -> None:
+        """Copies one forward's results to the host."""
+        for part, selected in chosen:
+            at = batch.window_index[part]
+            self.ids[at] = selected.ids.to("cpu", torch.int32)
+            self.logprobs[at] = selected.logprobs.cpu()
+            self.log_tail[at] = selected.log_tail.cpu()
+            self.entropy[at] = selected.entropy.cpu()
+            self.bad[at] |= selected.bad_N.cpu()
+            if selected.label_logprob is not None:
+                self.label_logprob[at] = selected.label_logprob.cpu()
+            for temperature, ratio in selected.log_partition_ratio.items():
+                self.ratios[temperature][at] = ratio.cpu()
+        for layer, states in hidden.items():
+            self.hidden[layer][batch.window_index] = states.to("cpu", torch.bfloat16)
+            self.bad[batch.window_index] |= ~states.isfinite().all(dim=-1).cpu()
+
+    def bad_rows(self) -> dict[int, int]:
+        """Index of each row with a NaN or infinity -> its first such position."""
+        found: dict[int, int] = {}
+        for place in torch.nonzero(self.bad).flatten().tolist():
+            row = int(np.searchsorted(self.starts, place, "right")) - 1
+            found.setdefault(row, place - int(self.starts[row]))
+        return found
+
+    def sums(self, *, without: Collection[int]) -> dict[str, float]:
+        """Sums over positions, from which `inspect` shows means."""
+        good = torch.ones(len(self.bad), dtype=torch.bool)
+        for row in without:
+            good[self.starts[row] : self.starts[row + 1]] = False
+        sums = {
+            "sum_entropy": self.entropy[good],
+            "sum_label_logprob": self.label_logprob[good],
+            "sum_kept_mass": -torch.expm1(self.log_tail[good]),
+        }
+        for temperature, ratio in self.ratios.items():
+            kept = torch.exp(self.logprobs[good] / temperature - ratio[good, None]).sum(dim=1)
+            sums[f"sum_kept_mass.{temperature:g}"] = kept
+        return {name: float(values.double().sum()) for name, values in sums.items()}
+
+    def fill(self, block: Block, rows: Sequence[int]) -> None:
+        """Gives a block the targets of the rows it consists of."""
+        places = [np.arange(self.starts[row], self.starts[row + 1]) for row in rows]
+        at = torch.from_numpy(np.concatenate(places))
+        block.target = Target(
+            ids=self.ids[at].numpy(),
+            logprobs=self.logprobs[at].numpy(),
+            log_tail=self.log_tail[at].numpy(),
+        )
+        block.label_logprob = self.label_logprob[at].numpy()
+        block.entropy = self.entropy[at].numpy()
+        block.log_partition_ratio = {t: ratio[at].numpy() for t, ratio in self.ratios.items()}
+        block.hidden = {
+            layer: states[at].view(torch.uint16).numpy() for layer, states in self.hidden.items()
+        }
+
+
+def capture_window(
+    teacher: Teacher, manifest: Manifest, window: Sequence[Row], check_stop: Callable[[], None]
+) -> WindowTargets:
+    """Runs every batch of the window; the copy of one overlaps the forward of the next."""
+    targets = WindowTargets(manifest, window)
+    waiting: tuple[ForwardBatch, list[tuple[slice, Selected]], dict[int, Tensor]] | None = None
+    tokens, packed = manifest.plan.forward_tokens, manifest.preprocessing.pack
+    for batch in forward_batches(window, tokens, packed=packed):
+        check_stop()
+        output = teacher.forward(
+            batch.inputs, manifest.hidden.layers, chunk_positions=manifest.plan.chunk_positions
+        )
+        labels = batch.labels.to(teacher.device)
+        chosen = [
+            (part, select(logits, manifest.targets, labels[part])) for part, logits in output.chunks
+        ]
+        if waiting is not None:
+            targets.store(*waiting)
+        waiting = batch, chosen, output.hidden
+    if waiting is not None:
+        targets.store(*waiting)
+    return targets

@@ -1,0 +1,93 @@
+"""`cache-teacher`: the commands of stage one. Nothing heavy is imported before it is needed."""
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import typer
+
+from shared.options import command
+from shared.options import main as run_app
+from teacher_cache.config import (
+    CaptureConfig,
+    CleanConfig,
+    InspectConfig,
+    PlanConfig,
+    VerifyConfig,
+)
+
+app = typer.Typer(
+    name="cache-teacher",
+    help="Run a large teacher once and keep what matters of its outputs in a checked cache.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+@command(app, "plan", PlanConfig)
+def plan_command(config: PlanConfig) -> None:
+    """Counts a job before any GPU hour: documents, rows, tokens, shards, bytes over k."""
+    from teacher_cache.estimate import estimate
+    from teacher_cache.report import estimate_text
+
+    numbers = estimate(config)
+    _show(numbers, estimate_text(numbers), as_json=config.json)
+
+
+@command(app, "run", CaptureConfig)
+def run_command(config: CaptureConfig) -> None:
+    """Runs a teacher over a corpus once and writes a cache. Run again to resume."""
+    from teacher_cache.job import run
+
+    run(config)
+
+
+@command(app, "inspect", InspectConfig)
+def inspect_command(config: InspectConfig) -> None:
+    """Shows what a cache holds: provenance, completeness, sizes, kept mass, a few rows."""
+    from teacher_cache.inspection import inspect
+    from teacher_cache.report import inspect_text
+
+    numbers = inspect(config)
+    _show(numbers, inspect_text(numbers), as_json=config.json)
+
+
+@command(app, "verify", VerifyConfig)
+def verify_command(config: VerifyConfig) -> None:
+    """Reads every byte of a cache and checks every checksum and count."""
+    from teacher_cache.inspection import verify
+    from teacher_cache.report import verify_text
+
+    found = verify(config)
+    _show(asdict(found) | {"sound": found.sound}, verify_text(found), as_json=config.json)
+    if not found.sound:
+        raise typer.Exit(1)
+
+
+@command(app, "clean", CleanConfig)
+def clean_command(config: CleanConfig) -> None:
+    """Removes what no commit names, and temporary files without a writer."""
+    from teacher_cache.inspection import clean
+
+    removed = clean(config)
+    verb = "would be removed" if config.dry_run else "removed"
+    typer.echo("\n".join(removed) if removed else "nothing to remove")
+    typer.echo(f"{len(removed)} files {verb}", err=True)
+
+
+def _show(numbers: dict[str, Any], text: str, *, as_json: bool) -> None:
+    typer.echo(json.dumps(numbers, ensure_ascii=False) if as_json else text)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "datasets", "transformers", "huggingface_hub", "filelock", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    run_app(app)
+
+
+if __name__ == "__main__":
+    main()

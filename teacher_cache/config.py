@@ -1,0 +1,157 @@
+"""The options of every `cache-teacher` command, each declared once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from shared.errors import ConfigError
+from shared.options import Option, check_bounds
+from shared.tasks import TaskName
+
+Targets = Literal["auto", "topk", "none"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptureConfig:
+    """`cache-teacher run` and `plan`: which teacher, which corpus, what to keep."""
+
+    out: Annotated[Path, Option(help="Folder of the cache.")]
+    corpus: Annotated[
+        str,
+        Option(help="A .txt, .jsonl, .parquet or .arrow file, a folder, a glob, or a Hub name."),
+    ]
+    teacher: Annotated[
+        str | None, Option(help="Hub id or folder of the teacher; none with --targets none.")
+    ] = None
+    tokenizer: Annotated[str | None, Option(help="Tokenizer, where it is not the teacher's.")] = (
+        None
+    )
+    task: Annotated[TaskName, Option(help="What is distilled.")] = "causal-lm"
+    split: Annotated[str, Option(help="Which documents: train, train[:98%], train[100:200].")] = (
+        "train"
+    )
+    columns: Annotated[
+        tuple[str, ...], Option(help="Column of the corpus for a role: text=body. Repeatable.")
+    ] = ()
+    sample_by: Annotated[
+        Literal["line", "paragraph", "document"],
+        Option(help="What a document is in a .txt file: a line, a paragraph, or the whole file."),
+    ] = "line"
+    encoding_errors: Annotated[
+        Literal["strict", "replace", "ignore"], Option(help="What to do with bytes not UTF-8.")
+    ] = "strict"
+    limit_documents: Annotated[int, Option(help="At most this many documents; 0: all.", min=0)] = 0
+    max_length: Annotated[int, Option(help="Tokens of a row; longer ones are cut.", min=2)] = 1024
+    pack: Annotated[bool, Option(help="Put several short documents into one row.")] = False
+    targets: Annotated[
+        Targets, Option(help="What to keep of each distribution; none: hard labels only.")
+    ] = "auto"
+    top_k: Annotated[int, Option(help="Entries kept at each position.", min=1, max=255)] = 32
+    value_bits: Annotated[
+        Literal[7, 8, 16], Option(help="Bits of a log-probability; 16 is fp16.")
+    ] = 7
+    temperature: Annotated[
+        tuple[float, ...],
+        Option(
+            help="Also make this temperature exact at training time. Repeatable.", min=0.05, max=20
+        ),
+    ] = ()
+    hidden_layers: Annotated[
+        tuple[int, ...],
+        Option(
+            help="Also keep this layer's states: -1 final, n the output of block n. Repeatable."
+        ),
+    ] = ()
+    hidden_codec: Annotated[Literal["bf16"], Option(help="How hidden states are stored.")] = "bf16"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option(help="Number type of the teacher."),
+    ] = "auto"
+    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    revision: Annotated[str, Option(help="Revision of the teacher on the Hub.")] = "main"
+    attn_implementation: Annotated[
+        Literal["auto", "sdpa", "eager", "flash_attention_2"], Option(help="Attention kernel.")
+    ] = "auto"
+    trust_remote_code: Annotated[
+        bool, Option(help="Run model code that comes with the teacher.")
+    ] = False
+    forward_tokens: Annotated[
+        int | Literal["auto"], Option(help="Tokens of one forward, padding included.", min=1)
+    ] = "auto"
+    shard_tokens: Annotated[int, Option(help="Aim for the tokens of a shard.", min=1)] = 2_000_000
+    nonfinite: Annotated[
+        Literal["stop", "drop"], Option(help="On NaN or infinity from the teacher.")
+    ] = "stop"
+    seed: Annotated[int, Option(help="Seed of everything random.", min=0)] = 0
+    processes: Annotated[
+        int | Literal["auto"],
+        Option(help="Local processes; auto: one for each visible GPU.", min=1, max=64),
+    ] = "auto"
+    worker: Annotated[
+        str, Option(help="This process's share, i/n; auto: from torchrun or SLURM variables.")
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.targets == "none":
+            self._check_label_only()
+        elif self.teacher is None:
+            raise ConfigError(
+                "--teacher is missing: name a Hub id or a folder, or ask for hard labels only "
+                "with --targets none --tokenizer DIR"
+            )
+        for pair in self.columns:
+            if "=" not in pair:
+                raise ConfigError(f"--columns {pair}: expected ROLE=COLUMN, such as text=body")
+
+    def _check_label_only(self) -> None:
+        if self.teacher is None and self.tokenizer is None:
+            raise ConfigError("--targets none needs --tokenizer (or --teacher, for its tokenizer)")
+        if self.temperature or self.hidden_layers:
+            raise ConfigError(
+                "--temperature and --hidden-layers need a teacher: not with --targets none"
+            )
+
+    @property
+    def column_of(self) -> dict[str, str]:
+        """Column of the corpus by role."""
+        pairs = (pair.partition("=") for pair in self.columns)
+        return {role: column for role, _, column in pairs}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanConfig(CaptureConfig):
+    """`cache-teacher plan`: a `run` that is only counted."""
+
+    calibrate: Annotated[
+        bool, Option(help="Also run the teacher on a sample: kept mass, hours, disk speed.")
+    ] = False
+    json: Annotated[bool, Option(help="Print one JSON object.")] = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig:
+    """`cache-teacher inspect`."""
+
+    cache: Annotated[Path, Option(help="Folder of the cache.", argument=True)]
+    rows: Annotated[int, Option(help="Decoded rows to show.", min=0, max=100)] = 3
+    json: Annotated[bool, Option(help="Print one JSON object.")] = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyConfig:
+    """`cache-teacher verify`."""
+
+    cache: Annotated[Path, Option(help="Folder of the cache.", argument=True)]
+    drop_bad: Annotated[
+        bool, Option(help="Remove the commits of bad shards, so that run redoes just those.")
+    ] = False
+    json: Annotated[bool, Option(help="Print one JSON object.")] = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CleanConfig:
+    """`cache-teacher clean`."""
+
+    cache: Annotated[Path, Option(help="Folder of the cache.", argument=True)]
+    dry_run: Annotated[bool, Option(help="Only list what would be removed.")] = False

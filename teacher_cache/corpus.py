@@ -1,0 +1,271 @@
+"""Where documents come from: local files and Hub data sets, read by index through `datasets`.
+
+A corpus is opened once, memory-mapped, and then any process can ask for document i. Its fingerprint
+says what it was: names, sizes and hashes of local files, or repository and commit on the Hub.
+"""
+
+import codecs
+import glob
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import xxhash
+
+from shared.errors import CorpusError
+from shared.manifest import CorpusInfo
+from shared.shards import file_hash
+from teacher_cache.config import CaptureConfig
+
+log = logging.getLogger(__name__)
+
+_LOADERS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_TEXT_NAMES = ("text", "content", "body", "document", "article")
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Documents by index; `texts` of a range is one memory-mapped read."""
+
+    info: CorpusInfo
+    documents: datasets.Dataset
+    text_column: str
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def texts(self, indices: Sequence[int]) -> list[str]:
+        """The text of each document; a null is an empty document."""
+        values = self.documents[list(indices)][self.text_column] if indices else []
+        for index, value in zip(indices, values, strict=True):
+            if value is not None and not isinstance(value, str):
+                raise CorpusError(
+                    f"{self.info.source}: document {index} has a {type(value).__name__} in column "
+                    f"{self.text_column!r} where a text is expected. Name another one with "
+                    "--columns."
+                )
+        return [value or "" for value in values]
+
+
+def open_corpus(config: CaptureConfig) -> Corpus:
+    """Opens the corpus a config asks for, and picks its text column."""
+    datasets.disable_progress_bars()
+    files = _local_files(config.corpus)
+    if files:
+        documents, fingerprint = _open_local(config, _of_split(files, config.split))
+    else:
+        documents, fingerprint = _open_hub(config)
+    if config.limit_documents:
+        documents = documents.select(range(min(config.limit_documents, len(documents))))
+    if len(documents) == 0:
+        raise CorpusError(
+            f"{config.corpus}: no document in {config.split}. Check --split and the file."
+        )
+    info = CorpusInfo(
+        source=_shown(config.corpus, local=bool(files)),
+        fingerprint=fingerprint,
+        num_documents=len(documents),
+    )
+    return Corpus(info, documents, _text_column(documents, config))
+
+
+def _shown(source: str, *, local: bool) -> str:
+    """No absolute path in a manifest: the same corpus elsewhere is the same corpus."""
+    return Path(source).name if local else source
+
+
+def _local_files(source: str) -> list[Path]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        if _kind(path) is None:
+            raise CorpusError(f"{path}: {path.suffix or 'no suffix'} is not one of {_KINDS}")
+        return [path]
+    if glob.has_magic(source):
+        found = sorted(Path(name) for name in glob.glob(source, recursive=True))
+        found = [path for path in found if path.is_file()]
+        if not found:
+            raise CorpusError(f"{source}: no file matches this pattern")
+        return _one_kind(found, source)
+    if path.suffix in _LOADERS or path.is_absolute() or source.startswith((".", "~")):
+        raise CorpusError(f"{source}: no such file or folder")
+    return []
+
+
+_KINDS = ", ".join(_LOADERS)
+
+
+def _kind(path: Path) -> str | None:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst", ".xz", ".bz2")]
+    return _LOADERS.get(suffixes[-1]) if suffixes else None
+
+
+def _folder(folder: Path) -> list[Path]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _kind(path)]
+    if not files:
+        raise CorpusError(f"{folder}: no {_KINDS} file in this folder")
+    lines = [path for path in files if path.suffix != ".json"]
+    return _one_kind(lines or files, f"{folder}/")  # a labels.json beside the rows is no corpus
+
+
+def _one_kind(files: list[Path], source: str) -> list[Path]:
+    kinds: dict[str, int] = {}
+    for path in files:
+        if _kind(path) is None:
+            raise CorpusError(f"{path}: {path.suffix or 'no suffix'} is not one of {_KINDS}")
+        kinds[path.suffix] = kinds.get(path.suffix, 0) + 1
+    if len({_kind(path) for path in files}) > 1:
+        listed = ", ".join(f"{count} {suffix}" for suffix, count in sorted(kinds.items()))
+        example = max(kinds, key=lambda suffix: kinds[suffix])
+        raise CorpusError(
+            f"{source}: holds files of several kinds ({listed}). Name one kind with a pattern, "
+            f"such as '{source.rstrip('*')}*{example}'."
+        )
+    return files
+
+
+def _of_split(files: list[Path], split: str) -> list[Path]:
+    """Where files are named after splits (train.jsonl, validation-00000.parquet), those."""
+    name = re.split(r"[\[+]", split)[0]
+    named = {path: re.split(r"[-_.]", path.name)[0] for path in files}
+    known = {"train", "validation", "valid", "dev", "test"}
+    if len(files) == 1:
+        return files
+    if known & set(named.values()):
+        chosen = [path for path in files if named[path] == name]
+        if not chosen:
+            there = ", ".join(sorted(known & set(named.values())))
+            raise CorpusError(f"{files[0].parent}: no file of split {name!r}; there are {there}")
+        return chosen
+    return files
+
+
+def _open_local(config: CaptureConfig, files: list[Path]) -> tuple[datasets.Dataset, str]:
+    loader = _kind(files[0])
+    assert loader is not None  # _local_files keeps only known kinds
+    options: dict[str, Any] = {}
+    if loader == "text":
+        options = {"sample_by": config.sample_by, "encoding_errors": config.encoding_errors}
+    elif loader == "json":
+        options = {"encoding_errors": config.encoding_errors}
+    match = re.fullmatch(r"[\w.-]+((\[[^\]]*\])?)", config.split)
+    if match is None:
+        raise CorpusError(f"--split {config.split}: expected train, train[:98%] or train[100:200]")
+    for path in files:
+        if path.stat().st_size == 0:
+            raise CorpusError(f"{path}: this file is empty")
+    try:
+        documents = datasets.load_dataset(
+            loader,
+            data_files={"train": [str(path.resolve()) for path in files]},
+            split=f"train{match.group(1)}",
+            **options,
+        )
+    except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError) as error:
+        raise CorpusError(_first_fault(files, loader, error)) from error
+    except ValueError as error:
+        raise CorpusError(f"{config.corpus}: --split {config.split}: {error}") from error
+    root = files[0].parent if len(files) == 1 else Path(*_common_parts(files))
+    listed = [
+        [
+            path.resolve().relative_to(root.resolve()).as_posix(),
+            path.stat().st_size,
+            file_hash(path),
+        ]
+        for path in files
+    ]
+    return documents, xxhash.xxh3_128_hexdigest(json.dumps([loader, sorted(listed)]).encode())
+
+
+def _common_parts(files: list[Path]) -> tuple[str, ...]:
+    parts = [path.parent.parts for path in files]
+    common: list[str] = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return tuple(common) or (".",)
+
+
+def _open_hub(config: CaptureConfig) -> tuple[datasets.Dataset, str]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    name, _, configuration = config.corpus.partition(":")
+    try:
+        commit = HfApi().dataset_info(name).sha
+        documents = datasets.load_dataset(
+            name, configuration or None, split=config.split, revision=commit
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CorpusError(
+            f"{config.corpus}: no such file or folder, and as a Hub data set it cannot be loaded: "
+            f"{reason}"
+        ) from error
+    parts = [name, commit, configuration]
+    return documents, xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+
+
+def _text_column(documents: datasets.Dataset, config: CaptureConfig) -> str:
+    names = list(documents.column_names)
+    asked = config.column_of
+    unknown = sorted(set(asked) - {"text"})
+    if unknown:
+        raise CorpusError(
+            f"--columns {unknown[0]}=...: --task {config.task} reads the role text only"
+        )
+    if "text" in asked:
+        if asked["text"] not in names:
+            raise CorpusError(
+                f"{config.corpus}: no column {asked['text']!r}; there are {', '.join(names)}"
+            )
+        return asked["text"]
+    for name in _TEXT_NAMES:
+        if name in names:
+            return name
+    raise CorpusError(
+        f"{config.corpus}: no text column among {', '.join(names)}. "
+        f"Say which one it is: --columns text={names[0] if names else 'NAME'}"
+    )
+
+
+def _first_fault(files: list[Path], loader: str, error: BaseException) -> str:
+    """Names file and line of the first byte or line that cannot be read."""
+    for path in files:
+        if path.suffix not in (".txt", ".jsonl", ".json"):
+            continue
+        for number, line in _lines(path):
+            try:
+                text = codecs.decode(line, "utf-8-sig")
+            except UnicodeDecodeError as fault:
+                return (
+                    f"{path}, line {number}: not UTF-8 ({fault.reason} at byte {fault.start}). "
+                    "Convert the file, or use --encoding-errors replace"
+                )
+            if loader == "json" and path.suffix == ".jsonl" and text.strip():
+                try:
+                    json.loads(text)
+                except ValueError as fault:
+                    return (
+                        f"{path}, line {number}: not valid JSON ({fault}). Mend or remove the line."
+                    )
+    cause = error.__cause__ or error
+    return f"{files[0]}: cannot be read: {str(cause).splitlines()[0]}"
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with open(path, "rb") as file:
+        yield from enumerate(file, start=1)

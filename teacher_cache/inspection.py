@@ -1,0 +1,248 @@
+"""What a finished or unfinished cache is: inspect, verify, clean. Never loads a teacher."""
+
+import logging
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared import manifest as manifests
+from shared.cache import (
+    Cache,
+    class_ranks,
+    committed_shards,
+    open_cache,
+    read_commit,
+)
+from shared.errors import CorruptCache, TeacherCacheError
+from shared.manifest import Manifest
+from shared.progress import Progress
+from shared.schema import layout
+from shared.shards import Commit, ShardReader, commit_name, file_hash
+from shared.storage import Storage, temporary_files, temporary_writer
+from shared.tokenizer import load_cached_tokenizer
+from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
+
+log = logging.getLogger(__name__)
+
+_STALE_AFTER_S = 24 * 3600.0  # a temporary file of another host this old has no writer any more
+
+
+def inspect(config: InspectConfig) -> dict[str, Any]:
+    """Provenance, completeness, sizes, kept mass, entropy and a few decoded rows."""
+    cache = open_cache(config.cache, allow_partial=True)
+    return {
+        **summary(cache),
+        "rows_shown": [_decoded(cache, index) for index in _spread(cache, config.rows)],
+    }
+
+
+def summary(cache: Cache) -> dict[str, Any]:
+    """The numbers of a cache from its manifest and commits alone; no shard is opened."""
+    manifest, commits = cache.manifest, cache.commits
+    positions = sum(commit.positions for commit in commits)
+    columns: Counter[str] = Counter()
+    statistics: Counter[str] = Counter()
+    for commit in commits:
+        columns.update(commit.column_bytes)
+        statistics.update(commit.statistics)  # type: ignore[arg-type]
+    target_bytes = sum(size for name, size in columns.items() if name.startswith("target_"))
+    per_position = 1 / max(1, positions)
+    return {
+        "cache_id": cache.cache_id,
+        "format_version": manifest.format_version,
+        "complete": not cache.missing_shards,
+        "shards": len(commits),
+        "num_shards": manifest.plan.num_shards,
+        "rows": cache.num_rows,
+        "tokens": sum(commit.tokens for commit in commits),
+        "positions": positions,
+        "bytes": sum(commit.bytes for commit in commits),
+        "bytes_per_position": sum(commit.bytes for commit in commits) * per_position,
+        "target_bytes_per_position": target_bytes * per_position,
+        "column_bytes_per_position": {n: s * per_position for n, s in sorted(columns.items())},
+        "kept_mass": _kept_mass(statistics, per_position),
+        "entropy": statistics["sum_entropy"] * per_position,
+        "teacher_loss": -statistics["sum_label_logprob"] * per_position,
+        "counters": {
+            name: int(value) for name, value in statistics.items() if not name.startswith("sum_")
+        },
+        **_provenance(manifest),
+    }
+
+
+def _kept_mass(statistics: Counter[str], per_position: float) -> dict[str, float]:
+    """Mean mass of the entries at each stored temperature."""
+    masses = {}
+    for name, value in sorted(statistics.items()):
+        stem, _, temperature = name.partition(".")
+        if stem == "sum_kept_mass":
+            masses[temperature or "1"] = value * per_position
+    return masses
+
+
+def _provenance(manifest: Manifest) -> dict[str, Any]:
+    fields = asdict(manifest)
+    names = ("task", "teacher", "tokenizer", "corpus", "preprocessing", "targets", "hidden", "plan")
+    return {name: fields[name] for name in names}
+
+
+def _spread(cache: Cache, count: int) -> list[int]:
+    return sorted({int(i) for i in np.linspace(0, cache.num_rows - 1, count)}) if count else []
+
+
+def _decoded(cache: Cache, index: int) -> dict[str, Any]:
+    """One row as text, with the teacher's best classes at its first positions."""
+    tokenizer = load_cached_tokenizer(cache.storage)
+    row = cache[index]
+    shown: dict[str, Any] = {
+        "row_id": row.row_id,
+        "document": row.row_id >> 24,
+        "tokens": len(row.input_ids),
+        "text": tokenizer.decode(row.input_ids[:64]),
+    }
+    if row.targets is None:
+        return shown
+    shown["positions"] = []
+    for place in range(min(4, len(row.positions))):
+        best = row.targets.logprobs[place].argsort(descending=True)[:4]
+        shown["positions"].append(
+            {
+                "after": tokenizer.decode(row.input_ids[: int(row.positions[place]) + 1][-8:]),
+                "hard_label": tokenizer.decode([int(row.labels[place])]),
+                "teacher": {
+                    tokenizer.decode([int(row.targets.ids[place, slot])]): round(
+                        float(row.targets.logprobs[place, slot].exp()), 4
+                    )
+                    for slot in best.tolist()
+                },
+                "tail_mass": round(float(row.targets.tail_mass[place]), 4),
+            }
+        )
+    return shown
+
+
+@dataclass(slots=True)
+class Verification:
+    """What `verify` found; `bad` maps a shard to the first thing wrong with it."""
+
+    shards: int = 0
+    num_shards: int = 0
+    bytes: int = 0
+    bad: dict[int, str] = field(default_factory=dict)
+    dropped: list[int] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        return not self.bad
+
+
+def verify(config: VerifyConfig) -> Verification:
+    """Reads every byte of every committed shard; --drop-bad removes the commits of bad ones."""
+    storage = Storage(config.cache)
+    manifest, cache_id = manifests.read(storage)
+    for name, digest in manifest.side_files.items():
+        path = storage.path(name)
+        if not path.is_file() or file_hash(path) != digest:
+            raise CorruptCache(
+                f"{path}: missing, or not the file that the manifest names. Restore it from a "
+                "copy: without it no shard can be read."
+            )
+    found = Verification(num_shards=manifest.plan.num_shards)
+    numbers = committed_shards(storage)
+    with Progress("verify", total=len(numbers), unit="shards") as progress:
+        for shard in numbers:
+            try:
+                found.bytes += _verify_shard(storage, manifest, cache_id, shard).bytes
+            except TeacherCacheError as error:
+                found.bad[shard] = str(error)
+            found.shards += 1
+            progress.advance(1, bad=len(found.bad))
+    if config.drop_bad:
+        for shard in found.bad:
+            storage.delete(commit_name(shard))
+            found.dropped.append(shard)
+    return found
+
+
+def _verify_shard(storage: Storage, manifest: Manifest, cache_id: str, shard: int) -> Commit:
+    """Every checksum and count of one shard: file hash, frames, lengths, decoded values."""
+    commit = read_commit(storage, manifest, cache_id, shard)
+    path = storage.path(commit.file)
+    reader = ShardReader(path, manifest, commit)
+    ranks, planes = class_ranks(storage, manifest), layout(manifest)
+    tokens, positions = commit.lengths(str(path))
+    start = 0
+    for number, rows in enumerate(commit.block_rows):
+        values = reader.read_planes(number, planes)
+        for name, expected in (("num_tokens", tokens), ("num_positions", positions)):
+            stored = values[f"{name}.0"].view(np.uint32)
+            if not np.array_equal(stored, expected[start : start + rows]):
+                raise CorruptCache(f"{path}: block {number}, column {name}: not as in the commit")
+        reader.read_block(number, ranks, hidden_layers=manifest.hidden.layers, targets=True)
+        start += rows
+    digest = file_hash(path)
+    if digest != commit.xxh3_128:
+        raise CorruptCache(
+            f"{path}: its xxh3_128 is {digest}, but its commit says {commit.xxh3_128}. The bytes "
+            "between the frames were changed."
+        )
+    return commit
+
+
+def clean(config: CleanConfig) -> list[str]:
+    """Removes shards that no commit names and temporary files that have no writer any more."""
+    storage = Storage(config.cache)
+    manifest, cache_id = manifests.read(storage)
+    removable = [*_unnamed_shards(storage, manifest, cache_id), *_stale(storage.root)]
+    if not config.dry_run:
+        for path in removable:
+            path.unlink(missing_ok=True)
+    return [path.relative_to(storage.root).as_posix() for path in removable]
+
+
+def _unnamed_shards(storage: Storage, manifest: Manifest, cache_id: str) -> Iterator[Path]:
+    """Shard files without a commit; young ones are left, their commit may be a moment away."""
+    named = set()
+    for shard in committed_shards(storage):
+        try:
+            named.add(read_commit(storage, manifest, cache_id, shard).file)
+        except CorruptCache as error:
+            raise CorruptCache(f"{error} Nothing was removed.") from None
+    for name in storage.list("shards"):
+        path = storage.path(name)
+        shard = int(name.rpartition("/")[2].partition("-")[0])
+        superseded = storage.exists(commit_name(shard))
+        if name not in named and (superseded or _age_s(path) > _STALE_AFTER_S):
+            yield path
+
+
+def _stale(root: Path) -> Iterator[Path]:
+    for path in temporary_files(root):
+        host, process = temporary_writer(path)
+        dead = host == socket.gethostname() and not _alive(process)
+        if dead or _age_s(path) > _STALE_AFTER_S:
+            yield path
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

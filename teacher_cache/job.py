@@ -1,0 +1,271 @@
+"""Stage one on one screen: a shard as a function of (manifest, i), and the run around it.
+
+documents -> rows.build -> capture_window (Teacher.forward -> select) -> encode_block
+          -> ShardWriter.write -> commit
+"""
+
+import logging
+import os
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shared.cache import class_ranks, committed_shards
+from shared.codec import ClassRanks
+from shared.errors import NonFiniteTargets, Stopped, TeacherCacheError
+from shared.manifest import Manifest
+from shared.options import write_resolved
+from shared.progress import Progress, WaitClock
+from shared.schema import MIN_BLOCK_POSITIONS, ROW_CHUNK_BITS
+from shared.shards import Block, EncodedBlock, ShardWriter, commit_name, encode_block
+from shared.storage import Storage
+from teacher_cache import rows
+from teacher_cache.capture import WindowTargets, capture_window
+from teacher_cache.config import CaptureConfig
+from teacher_cache.plan import Draft, publish_or_adopt, resolve
+from teacher_cache.rows import Row
+from teacher_cache.teacher import Teacher
+from teacher_cache.workers import (
+    Share,
+    StopRequest,
+    my_shards,
+    run_local_processes,
+    share_of,
+    stop_on_signals,
+)
+
+log = logging.getLogger(__name__)
+
+_WINDOW_FORWARDS = (
+    16  # forwards whose rows are sorted by length together; more saves little padding
+)
+_ENCODE_AHEAD = 8  # blocks in the encoder's queue before the teacher waits
+
+
+@dataclass(slots=True)
+class Job:
+    """A published job: everything that a shard is a function of, and who is looking."""
+
+    draft: Draft
+    storage: Storage
+    manifest: Manifest
+    cache_id: str
+    ranks: ClassRanks
+    stop: StopRequest
+    progress: Progress
+    waits: WaitClock
+    pool: ThreadPoolExecutor
+    bytes_written: int = 0
+    tokens_written: int = 0
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return self.draft.teacher
+
+    def check_stop(self) -> None:
+        """Called between two forwards: a signal drops the shard in work and ends the run."""
+        if self.stop.requested:
+            raise Stopped(
+                f"{self.storage.root}: stopped by a signal. Finished shards are kept; run the same "
+                "command again to go on."
+            )
+
+
+def run(config: CaptureConfig) -> None:
+    """Captures this process's share of the cache, then whatever is still missing."""
+    share = share_of(config.worker, os.environ)
+    count = _local_processes(config, share)
+    if count > 1:
+        _run_many(config, count)
+        return
+    storage = Storage(config.out)
+    with stop_on_signals() as stop:
+        draft = resolve(config)
+        manifest, cache_id = publish_or_adopt(draft, storage)
+        torch.set_num_threads(manifest.plan.cpu_threads)  # on a CPU it decides the last bits
+        _record(config, storage, share)
+        shards = manifest.plan.num_shards
+        with (
+            Progress("cache-teacher", total=_tokens_left(storage, manifest, share)) as progress,
+            ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode") as pool,
+        ):
+            ranks = class_ranks(storage, manifest)
+            job = Job(draft, storage, manifest, cache_id, ranks, stop, progress, WaitClock(), pool)
+            for shard in my_shards(shards, share, lambda i: storage.exists(commit_name(i))):
+                capture_shard(job, shard)
+        log.info("%s: %d of %d shards done", storage.root, len(committed_shards(storage)), shards)
+
+
+def capture_shard(job: Job, shard: int) -> None:
+    """Runs the teacher over the documents of one shard and commits it; all or nothing."""
+    counters: Counter[str] = Counter()
+    statistics: Counter[str] = Counter()
+    per_shard = job.manifest.plan.documents_per_shard
+    documents = range(shard * per_shard, min((shard + 1) * per_shard, len(job.draft.corpus)))
+    with ShardWriter(job.storage, job.manifest, job.cache_id, shard) as writer:
+        for encoded in _encoded(job, _blocks(job, documents, counters, statistics)):
+            with job.waits("disk"):
+                job.bytes_written += writer.write(encoded)
+            tokens = int(encoded.row_tokens.sum())
+            job.tokens_written += tokens
+            job.progress.advance(
+                tokens,
+                bytes_per_token=round(job.bytes_written / job.tokens_written, 1),
+                waiting=job.waits.text(),
+            )
+        writer.statistics = {**counters, **statistics}
+    log.debug("shard %d: %s", shard, "committed" if writer.won else "another process was first")
+
+
+def _blocks(
+    job: Job, documents: range, counters: Counter[str], statistics: Counter[str]
+) -> Iterator[Block]:
+    """Blocks of a shard in order; the teacher runs over a window of them at a time."""
+    texts = _texts(job, documents)
+    built = rows.build(texts, job.draft.tokenizer, job.draft.preprocessing, counters)
+    window: list[list[Row]] = []
+    tokens = 0
+    for block in _cut_blocks(built):
+        window.append(block)
+        tokens += sum(len(row.input_ids) for row in block)
+        if tokens >= _WINDOW_FORWARDS * job.manifest.plan.forward_tokens:
+            yield from _captured(job, window, counters, statistics)
+            window, tokens = [], 0
+    if window:
+        yield from _captured(job, window, counters, statistics)
+
+
+def _texts(job: Job, documents: range) -> Iterator[tuple[int, str]]:
+    for start in range(documents.start, documents.stop, 256):
+        part = range(start, min(start + 256, documents.stop))
+        yield from zip(part, job.draft.corpus.texts(part), strict=True)
+
+
+def _cut_blocks(built: Iterator[Row]) -> Iterator[list[Row]]:
+    """Consecutive rows, together at least 1,024 positions; a shard's last may be less."""
+    block: list[Row] = []
+    positions = 0
+    for row in built:
+        block.append(row)
+        positions += row.num_positions
+        if positions >= MIN_BLOCK_POSITIONS:
+            yield block
+            block, positions = [], 0
+    if block:
+        yield block
+
+
+def _captured(
+    job: Job, window: list[list[Row]], counters: Counter[str], statistics: Counter[str]
+) -> Iterator[Block]:
+    """The blocks of a window with the teacher's targets; rows with NaN or infinity left out."""
+    flat = [row for block in window for row in block]
+    targets: WindowTargets | None = None
+    bad: dict[int, int] = {}
+    if job.teacher is not None:
+        with job.waits("teacher"):
+            targets = capture_window(job.teacher, job.manifest, flat, job.check_stop)
+        bad = targets.bad_rows()
+        for index, position in bad.items():
+            _report_nonfinite(job, flat[index], position)
+        counters["nonfinite_rows"] += len(bad)
+        statistics.update(targets.sums(without=bad))
+    start = 0
+    for block in window:
+        kept = [index for index in range(start, start + len(block)) if index not in bad]
+        if kept:
+            yield _assemble(flat, kept, targets, packed=job.manifest.preprocessing.pack)
+        start += len(block)
+
+
+def _report_nonfinite(job: Job, row: Row, position: int) -> None:
+    document, chunk = row.row_id >> ROW_CHUNK_BITS, row.row_id & ((1 << ROW_CHUNK_BITS) - 1)
+    message = (
+        f"the teacher gave NaN or infinity in document {document} of {job.draft.config.corpus}, "
+        f"chunk {chunk}, position {position}"
+    )
+    if job.manifest.nonfinite == "stop":
+        raise NonFiniteTargets(
+            f"{message}. Nothing of this shard was kept. Try --dtype float32 or bfloat16, or skip "
+            "and count such rows with --nonfinite drop."
+        )
+    log.warning("%s: row dropped", message)
+
+
+def _assemble(
+    window: Sequence[Row], kept: Sequence[int], targets: WindowTargets | None, *, packed: bool
+) -> Block:
+    """The rows `kept` of a window as a block, with their targets."""
+    chosen = [window[index] for index in kept]
+    block = Block(
+        row_ids=np.array([row.row_id for row in chosen], np.uint64),
+        num_tokens=np.array([len(row.input_ids) for row in chosen], np.int32),
+        num_positions=np.array([row.num_positions for row in chosen], np.int32),
+        input_ids=np.concatenate([row.input_ids for row in chosen]),
+        positions=np.zeros(0, np.int32),  # the task's default, not stored
+    )
+    if packed:
+        block.segments = np.array([size for row in chosen for size in row.segments], np.int32)
+        block.num_segments = np.array([len(row.segments) for row in chosen], np.int32)
+    if targets is not None:
+        targets.fill(block, kept)
+    return block
+
+
+def _encoded(job: Job, blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
+    """Blocks encoded in threads, in order, at most a few ahead of the writer."""
+    waiting: deque[Future[EncodedBlock]] = deque()
+    try:
+        for number, block in enumerate(blocks):
+            waiting.append(job.pool.submit(encode_block, block, number, job.manifest, job.ranks))
+            if len(waiting) >= _ENCODE_AHEAD:
+                with job.waits("encode"):
+                    encoded = waiting.popleft().result()
+                yield encoded
+        while waiting:
+            with job.waits("encode"):
+                encoded = waiting.popleft().result()
+            yield encoded
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _tokens_left(storage: Storage, manifest: Manifest, share: Share) -> int:
+    """Of this process's share of the shards, as calibration estimated them."""
+    plan = manifest.plan
+    left = plan.num_shards - len(committed_shards(storage))
+    return round(plan.estimated_tokens * left / plan.num_shards / share.world)
+
+
+def _local_processes(config: CaptureConfig, share: Share) -> int:
+    if config.processes != "auto":
+        return config.processes
+    return torch.cuda.device_count() if share.world == 1 and config.device == "auto" else 1
+
+
+def _run_many(config: CaptureConfig, count: int) -> None:
+    folder = Path(config.out) / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"processes-{os.getpid()}.yaml"
+    write_resolved(config, file)
+    code = run_local_processes(file, count, one_gpu_each=torch.cuda.device_count() >= count)
+    if code == 75:
+        raise Stopped(f"{config.out}: stopped by a signal. Run the same command again to go on.")
+    if code != 0:
+        raise TeacherCacheError(
+            f"{config.out}: one of {count} processes failed (see its message above). Finished "
+            "shards are kept; run the same command again to go on."
+        )
+
+
+def _record(config: CaptureConfig, storage: Storage, share: Share) -> None:
+    """The resolved config of this process, for the user; never read by stage two."""
+    folder = storage.root / "runs"
+    folder.mkdir(exist_ok=True)
+    write_resolved(config, folder / f"worker-{share.rank}-of-{share.world}.yaml")

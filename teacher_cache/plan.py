@@ -1,0 +1,402 @@
+"""Start-up of stage one: resolve, calibrate, publish; and what a job will cost before it starts.
+
+*Resolve* turns the options into a draft: what the teacher, the tokenizer and the corpus are.
+*Calibrate* fixes, on a sample of documents spread over the corpus, everything that is learnt: how
+many documents make a shard, how many tokens one forward takes, the order of the classes.
+*Publish* writes the manifest by exclusive create; whoever comes second adopts what the first one
+learnt, after checking that the same things were asked for. Nothing here depends on measured time,
+so two first starts of the same job publish the same bytes.
+"""
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import xxhash
+from safetensors.numpy import save as save_safetensors
+from shared.hidden import ChannelStatistics
+
+from shared import manifest as manifests
+from shared.codec import ClassRanks, TargetSpec
+from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
+from shared.manifest import (
+    BatchPlan,
+    HiddenSpec,
+    Manifest,
+    Preprocessing,
+    TeacherInfo,
+    TokenizerInfo,
+)
+from shared.schema import optional_columns
+from shared.storage import Storage
+from shared.tokenizer import describe
+from teacher_cache import rows
+from teacher_cache.batches import forward_batches
+from teacher_cache.config import CaptureConfig
+from teacher_cache.corpus import Corpus, open_corpus
+from teacher_cache.targets import select
+from teacher_cache.teacher import (
+    Teacher,
+    config_hash,
+    load_tokenizer,
+    logit_width_of,
+    weights_digest,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+_SAMPLE_DOCUMENTS = 512
+_SAMPLE_TOKENS = 1 << 20  # the sample stops here even if few documents were read
+_LEARN_TOKENS = 1 << 14  # tokens the teacher runs over to learn the order of the classes
+_MIN_SHARD_TOKENS = 1 << 15  # smaller shards are all overhead, however small the corpus
+_SHARDS_WANTED = 64  # so that a few workers can share even a small corpus
+_FORWARD_TOKENS = {"cpu": 4096, "cuda": 32768}  # tried first; halved until it fits the memory
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A job before calibration: what was asked for, and what it was asked of."""
+
+    config: CaptureConfig
+    corpus: Corpus
+    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer_info: TokenizerInfo
+    teacher: Teacher | None
+    teacher_info: TeacherInfo | None
+    preprocessing: Preprocessing
+    targets: TargetSpec
+    hidden: HiddenSpec
+
+    def asked(self) -> dict[str, Any]:
+        """Every field that a second run must ask for alike; compared before it may go on."""
+        return {
+            "task": self.config.task,
+            "teacher": None if self.teacher_info is None else asdict(self.teacher_info),
+            "tokenizer": asdict(self.tokenizer_info),
+            "corpus": asdict(self.corpus.info),
+            "preprocessing": asdict(self.preprocessing),
+            "targets": asdict(self.targets),
+            "hidden": asdict(self.hidden),
+            "seed": self.config.seed,
+            "nonfinite": self.config.nonfinite,
+            "shard_tokens": self.config.shard_tokens,
+            "forward_tokens": self.config.forward_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a spread-out sample of the corpus says about all of it."""
+
+    documents: int
+    tokens: int
+    positions: int
+    rows: tuple[rows.Row, ...]
+    counters: Counter[str]
+    token_counts: np.ndarray
+
+    @property
+    def tokens_per_document(self) -> float:
+        return self.tokens / max(1, self.documents)
+
+
+def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
+    """Opens corpus, tokenizer and teacher, and refuses what cannot work before any GPU hour.
+
+    Without `load_teacher` (for `plan`) only the teacher's config and tokenizer are read.
+    """
+    corpus = open_corpus(config)
+    teacher = _load_teacher(config) if load_teacher and config.targets != "none" else None
+    name = config.tokenizer or config.teacher
+    assert name is not None  # CaptureConfig refuses a job without either
+    tokenizer = load_tokenizer(name, revision=None if config.tokenizer else config.revision)
+    info = describe(tokenizer)
+    num_classes = _num_classes(config, teacher, info)
+    return Draft(
+        config=config,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        tokenizer_info=info,
+        teacher=teacher,
+        teacher_info=None if teacher is None else _teacher_info(config, teacher),
+        preprocessing=_preprocessing(config, corpus),
+        targets=_target_spec(config, num_classes),
+        hidden=_hidden_spec(config, teacher),
+    )
+
+
+def _load_teacher(config: CaptureConfig) -> Teacher:
+    assert config.teacher is not None  # CaptureConfig refuses targets without a teacher
+    attention = config.attn_implementation
+    teacher = Teacher.load(
+        config.teacher,
+        tokenizer=config.tokenizer,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        attn_implementation=None if attention == "auto" else attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if config.hidden_layers:
+        teacher.check_layers(config.hidden_layers)
+    if config.pack and not teacher.allows_packing():
+        raise Refused(
+            f"--pack: packed and alone, {config.teacher} gives different outputs (its documents "
+            "see "
+            "each other), so packing would be wrong. Use --no-pack: rows of similar length are "
+            "batched together anyway."
+        )
+    return teacher
+
+
+def _teacher_info(config: CaptureConfig, teacher: Teacher) -> TeacherInfo:
+    assert config.teacher is not None
+    folder = Path(config.teacher)
+    return TeacherInfo(
+        id=folder.resolve().name if folder.is_dir() else config.teacher,
+        revision=teacher.revision or "local",
+        config_hash=config_hash(teacher.model),
+        weights_digest=weights_digest(teacher.model),
+        dtype=str(teacher.dtype).removeprefix("torch."),
+        attn_implementation=teacher.attn_implementation or "unknown",
+        parameters=sum(parameter.numel() for parameter in teacher.model.parameters()),
+    )
+
+
+def _num_classes(config: CaptureConfig, teacher: Teacher | None, info: TokenizerInfo) -> int:
+    if teacher is not None:
+        return teacher.num_classes
+    if config.targets == "none" or config.teacher is None:
+        return info.num_ids
+    return min(info.num_ids, logit_width_of(config.teacher, config.revision))
+
+
+def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
+    return Preprocessing(
+        split=config.split,
+        columns=(f"text={corpus.text_column}",),
+        sample_by=config.sample_by,
+        encoding_errors=config.encoding_errors,
+        limit_documents=config.limit_documents,
+        max_length=config.max_length,
+        pack=config.pack,
+    )
+
+
+def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
+    kind = "topk" if config.targets == "auto" else config.targets
+    if kind != "none" and config.top_k > num_classes:
+        raise ConfigError(
+            f"--top-k {config.top_k} exceeds the teacher's {num_classes} classes; "
+            f"use --top-k {num_classes} to keep them all"
+        )
+    return TargetSpec(
+        kind=kind,
+        num_classes=num_classes,
+        top_k=1 if kind == "none" else config.top_k,
+        value_bits=config.value_bits,
+        temperatures=tuple(sorted({t for t in config.temperature if t != 1.0})),
+    )
+
+
+def _hidden_spec(config: CaptureConfig, teacher: Teacher | None) -> HiddenSpec:
+    layers = tuple(sorted(set(config.hidden_layers)))
+    widths = () if teacher is None else tuple(teacher.hidden_width for _ in layers)
+    return HiddenSpec(layers=layers, widths=widths, codec=config.hidden_codec)
+
+
+def sample_corpus(draft: Draft) -> Sample:
+    """Tokenizes documents spread over the corpus, always the same ones."""
+    total = len(draft.corpus)
+    picked = np.unique(np.linspace(0, total - 1, min(total, _SAMPLE_DOCUMENTS)).astype(np.int64))
+    spread = sorted(picked.tolist(), key=lambda index: (index * 2654435761) % (1 << 32))
+    counters: Counter[str] = Counter()
+    token_counts = np.zeros(draft.tokenizer_info.num_ids, np.int64)
+    built: list[rows.Row] = []
+    tokens = documents = 0
+    for index in spread:
+        text = draft.corpus.texts([index])
+        for row in rows.build([(index, text[0])], draft.tokenizer, draft.preprocessing, counters):
+            tokens += len(row.input_ids)
+            token_counts += np.bincount(row.input_ids, minlength=len(token_counts))
+            built.append(row)
+        documents += 1
+        if tokens >= _SAMPLE_TOKENS:
+            break
+    if not built:
+        raise CorpusError(
+            f"{draft.config.corpus}: no usable document among the {documents} looked at "
+            f"({_listed(counters)}). A document needs at least one token besides its end."
+        )
+    positions = sum(row.num_positions for row in built)
+    return Sample(documents, tokens, positions, tuple(built), counters, token_counts)
+
+
+def _listed(counters: Counter[str]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counters.items())
+
+
+def documents_per_shard(draft: Draft, sample: Sample) -> int:
+    """min(--shard-tokens, corpus / 64), but at least 32,768 tokens, in documents."""
+    corpus_tokens = sample.tokens_per_document * len(draft.corpus)
+    wanted = max(_MIN_SHARD_TOKENS, corpus_tokens / _SHARDS_WANTED)
+    tokens = min(draft.config.shard_tokens, wanted)
+    return max(1, round(tokens / max(1.0, sample.tokens_per_document)))
+
+
+def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
+    """Everything that is learnt, as a manifest and the side files it names."""
+    sample = sample_corpus(draft)
+    per_shard = documents_per_shard(draft, sample)
+    side_files = {f"tokenizer/{name}": data for name, data in _tokenizer_files(draft.tokenizer)}
+    forward_tokens = chunk_positions = 1
+    if draft.teacher is not None:
+        forward_tokens = _largest_forward(draft.teacher, draft, sample)
+        chunk_positions = draft.teacher.chunk_positions
+        learnt = _learn(draft, draft.teacher, sample, forward_tokens)
+        side_files[f"learnt-{xxhash.xxh3_128_hexdigest(learnt)[:16]}.safetensors"] = learnt
+    plan = BatchPlan(
+        documents_per_shard=per_shard,
+        num_shards=-(-len(draft.corpus) // per_shard),
+        estimated_tokens=round(sample.tokens_per_document * len(draft.corpus)),
+        forward_tokens=forward_tokens,
+        chunk_positions=chunk_positions,
+        cpu_threads=torch.get_num_threads(),
+        asked_shard_tokens=draft.config.shard_tokens,
+        asked_forward_tokens=draft.config.forward_tokens,
+    )
+    return _manifest(draft, plan, side_files), side_files
+
+
+def _manifest(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Manifest:
+    columns = optional_columns(
+        packed=draft.preprocessing.pack,
+        positions=False,
+        labels=False,
+        targets=draft.teacher is not None,
+    )
+    return Manifest(
+        format_version=manifests.FORMAT_VERSION,
+        task=draft.config.task,
+        teacher=None if draft.teacher is None else draft.teacher.info,
+        tokenizer=draft.tokenizer_info,
+        corpus=draft.corpus.info,
+        preprocessing=draft.preprocessing,
+        rows_id=manifests.rows_id(draft.corpus.info, draft.tokenizer_info, draft.preprocessing),
+        targets=draft.targets,
+        hidden=draft.hidden,
+        columns=tuple(columns),
+        plan=plan,
+        seed=draft.config.seed,
+        nonfinite=draft.config.nonfinite,
+        side_files={name: xxhash.xxh3_128_hexdigest(data) for name, data in side_files.items()},
+    )
+
+
+def _tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str, bytes]]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).rglob("*")):
+            if path.is_file():
+                yield path.relative_to(folder).as_posix(), path.read_bytes()
+
+
+def _largest_forward(teacher: Teacher, draft: Draft, sample: Sample) -> int:
+    """Tokens of one forward: as asked, else the most the device holds, tried on real rows."""
+    asked = draft.config.forward_tokens
+    tokens = default_forward_tokens(teacher) if asked == "auto" else asked
+    longest = max(sample.rows, key=lambda row: len(row.input_ids))
+    while True:
+        count = max(1, tokens // len(longest.input_ids))
+        try:
+            _run(draft, teacher, [longest] * count, tokens)
+        except torch.OutOfMemoryError:
+            if asked != "auto" or count == 1:
+                raise Refused(
+                    f"--forward-tokens {asked}: {count} rows of {len(longest.input_ids)} tokens do "
+                    "not fit into the device's memory. Use a smaller --max-length or --dtype."
+                ) from None
+            torch.cuda.empty_cache()
+            tokens //= 2
+        else:
+            return tokens
+
+
+def default_forward_tokens(teacher: Teacher) -> int:
+    """Tokens of one forward before calibration has tried it."""
+    return _FORWARD_TOKENS.get(teacher.device.type, _FORWARD_TOKENS["cpu"])
+
+
+def _run(
+    draft: Draft, teacher: Teacher, chosen: list[rows.Row], forward_tokens: int
+) -> tuple[np.ndarray, dict[int, ChannelStatistics]]:
+    """Counts of the kept classes [C], and statistics of the asked-for layers, over some rows."""
+    kept = torch.zeros(draft.targets.num_classes, dtype=torch.int64)
+    statistics = {
+        layer: ChannelStatistics.empty(width)
+        for layer, width in zip(draft.hidden.layers, draft.hidden.widths, strict=True)
+    }
+    for batch in forward_batches(chosen, forward_tokens, packed=draft.preprocessing.pack):
+        output = teacher.forward(batch.inputs, draft.hidden.layers)
+        for _, logits in output.chunks:
+            ids = select(logits, draft.targets).ids.cpu().reshape(-1)
+            kept += torch.bincount(ids, minlength=len(kept))
+        for layer, states in output.hidden.items():
+            statistics[layer].update(states.float().cpu().numpy())
+    return kept.numpy(), statistics
+
+
+def _learn(draft: Draft, teacher: Teacher, sample: Sample, forward_tokens: int) -> bytes:
+    """The learnt side file: classes in order of how often they are kept, channel statistics."""
+    chosen: list[rows.Row] = []
+    tokens = 0
+    for row in sample.rows:
+        chosen.append(row)
+        tokens += len(row.input_ids)
+        if tokens >= _LEARN_TOKENS:
+            break
+    kept, statistics = _run(draft, teacher, chosen, forward_tokens)
+    seen = sample.token_counts[: len(kept)]
+    kept[: len(seen)] += seen
+    arrays = {"class_by_rank": ClassRanks.from_counts(kept).classes}
+    for layer, channel in statistics.items():
+        arrays[f"hidden.{layer}.mean"] = channel.mean.astype(np.float32)
+        arrays[f"hidden.{layer}.std"] = channel.std.astype(np.float32)
+    return save_safetensors(arrays)
+
+
+def publish_or_adopt(draft: Draft, storage: Storage) -> tuple[Manifest, str]:
+    """The manifest all workers of this cache follow: the first one's. Returns it and its id."""
+    if not storage.exists(manifests.MANIFEST):
+        manifest, side_files = calibrate(draft)
+        for name, data in side_files.items():
+            storage.put_new(name, data)
+        manifests.publish(storage, manifest)
+    manifests.write_hash(storage)
+    manifest, cache_id = manifests.read(storage)
+    check_asked(draft, manifest, storage)
+    return manifest, cache_id
+
+
+def check_asked(draft: Draft, manifest: Manifest, storage: Storage) -> None:
+    """Refuses to go on with a cache that was started for something else, field by field."""
+    fields = asdict(manifest)
+    found = {key: fields.get(key) for key in draft.asked()}
+    found["shard_tokens"] = manifest.plan.asked_shard_tokens
+    found["forward_tokens"] = manifest.plan.asked_forward_tokens
+    lines = list(manifests.differences(found, draft.asked()))
+    if lines:
+        raise CacheMismatch(
+            f"{storage.root}: this folder holds another cache. "
+            + "; ".join(lines)
+            + ". Choose another --out, or ask for the same thing to go on with this one."
+        )

@@ -1,0 +1,202 @@
+"""Turns a teacher's logits into targets: the k largest classes and a few sums over all classes.
+
+Plain torch, any device, any float dtype in, every sum accumulated in float32; the caller's logits
+are never written to. On a CPU no bit depends on how the positions were cut into chunks.
+
+N positions, V logit width, C classes (the first C columns), K entries, G groups of 64 classes.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.codec import TargetSpec
+
+GROUP = 64  # classes per group of the two-stage top-k
+BLOCK_BYTES = 4 << 20  # of float32 logits in work at once on a CPU; 0.5 to 32 MiB tried
+SUM_PARTS = 8  # a sum over classes is cut in 8, so one row alone is added up like a row among many
+LOG2_E = float(torch.tensor(math.log2(math.e), dtype=torch.float32))  # exactly what kernels use
+NO_CLASS = torch.iinfo(torch.int64).min  # sorts below the key of every class
+
+
+@dataclass(slots=True)
+class Selected:
+    """Targets of N positions at T = 1; a row marked in `bad_N` has valid ids and no other number."""
+
+    ids: Tensor  # int64 [N, K], best first
+    logprobs: Tensor  # float32 [N, K], over all C classes
+    log_tail: Tensor  # float32 [N], ln of the mass of all other classes, -inf where it is 0
+    entropy: Tensor  # float32 [N], nats, over all C classes
+    log_partition: Tensor  # float32 [N], logsumexp of the logits
+    bad_N: Tensor  # bool [N]: NaN or +inf among the logits, or no finite class
+    label_logprob: Tensor | None  # float32 [N], NaN where the label is negative: no label
+    log_partition_ratio: dict[float, Tensor]  # T -> float32 [N], logsumexp(logprobs of all C / T)
+
+
+def select(logits_NV: Tensor, spec: TargetSpec, labels_N: Tensor | None = None) -> Selected:
+    """The exact `spec.top_k` best classes of each position: larger logit first, then smaller id.
+
+    Minus infinity is a legal logit (a masked class) and becomes an entry only where fewer than K
+    classes are finite. Columns at or beyond C do not exist for any result.
+    """
+    if logits_NV.shape[1] < spec.num_classes:
+        raise ValueError(
+            f"logits have {logits_NV.shape[1]} columns, the targets {spec.num_classes} classes"
+        )
+    logits_NC = logits_NV[:, : spec.num_classes]
+    areas = _WorkAreas.for_logits(logits_NC)
+    maxima_NG = _group_maxima(logits_NC, areas)
+    maximum_N = maxima_NG.amax(dim=1).float()
+    bad_N = ~maximum_N.isfinite()
+    shift_N = torch.where(bad_N, 0.0, maximum_N * LOG2_E)
+    ids_NK, values_NK = _top_k(logits_NC, maxima_NG, spec.num_entries)
+    sums = _sum_classes(logits_NC, shift_N, ids_NK, spec.temperatures, areas)
+
+    # float64 from here on: a few numbers per position, each rounded once when it is stored
+    kept_N = torch.exp2(values_NK * LOG2_E - shift_N[:, None]).sum(dim=1)
+    mass_N = kept_N + sums.tail_N
+    log_mass_N = mass_N.log()
+    log_partition_N = shift_N.double() / LOG2_E + log_mass_N
+    label_logprob = None
+    if labels_N is not None:
+        label_logprob = (_label_values(logits_NC, labels_N) - log_partition_N).float()
+    return Selected(
+        ids=ids_NK,
+        logprobs=(values_NK - log_partition_N[:, None]).float(),
+        log_tail=(sums.tail_N.log() - log_mass_N).float(),
+        entropy=(log_mass_N - sums.moment_N / LOG2_E / mass_N).clamp_(min=0.0).float(),
+        log_partition=log_partition_N.float(),
+        bad_N=bad_N,
+        label_logprob=label_logprob,
+        log_partition_ratio={
+            temperature: (sum_N.log() - log_mass_N / temperature).float()
+            for temperature, sum_N in sums.tempered_N.items()
+        },
+    )
+
+
+@dataclass(slots=True)
+class _WorkAreas:
+    """The blocks a CPU works in, and float32 areas of one block's size that every block reuses."""
+
+    blocks: list[slice]
+    scaled: Tensor  # [rows, width >= C]; columns beyond C stay 0
+    weights: Tensor  # the same
+
+    @classmethod
+    def for_logits(cls, logits_NC: Tensor) -> "_WorkAreas":
+        num_rows, num_classes = logits_NC.shape
+        width = math.ceil(num_classes / SUM_PARTS) * SUM_PARTS
+        rows = max(num_rows, 1)
+        if logits_NC.device.type == "cpu":
+            rows = min(rows, max(1, BLOCK_BYTES // (4 * width)))
+        blocks = [slice(i, min(i + rows, num_rows)) for i in range(0, num_rows, rows)]
+        area = logits_NC.new_zeros((2, rows, width), dtype=torch.float32)
+        return cls(blocks, area[0], area[1])
+
+
+@dataclass(slots=True)
+class _ClassSums:
+    """Float64 [N] sums over the classes, of w = 2^scaled and scaled = LOG2_E * logit - shift."""
+
+    tail_N: Tensor  # of w over the classes that are not entries
+    moment_N: Tensor  # of w * scaled
+    tempered_N: dict[float, Tensor]  # T -> of w^(1/T)
+
+
+def _sum_classes(
+    logits_NC: Tensor,
+    shift_N: Tensor,
+    ids_NK: Tensor,
+    temperatures: tuple[float, ...],
+    areas: _WorkAreas,
+) -> _ClassSums:
+    """Entries are zeroed before the tail is summed, so it is never a difference of near-equals.
+
+    Powers of 2 because exp2 takes a third of exp's time on a CPU.
+    """
+    num_rows, num_classes = logits_NC.shape
+    sums = logits_NC.new_empty((2 + len(temperatures), num_rows), dtype=torch.float64)
+    for block in areas.blocks:
+        block_NC = _float32_on_cpu(logits_NC[block], areas)
+        scaled, weights = areas.scaled[: len(block_NC)], areas.weights[: len(block_NC)]
+        scaled_NC, weights_NC = scaled[:, :num_classes], weights[:, :num_classes]
+        torch.add(-shift_N[block, None], block_NC, alpha=LOG2_E, out=scaled_NC)
+        for row, temperature in enumerate(temperatures, start=2):
+            torch.mul(scaled_NC, 1 / temperature, out=weights_NC).exp2_()
+            sums[row, block] = _row_sums(weights, torch.sum)
+        torch.exp2(scaled_NC, out=weights_NC)
+        torch.mul(scaled_NC, weights_NC, out=scaled_NC)
+        sums[1, block] = _row_sums(scaled, torch.nansum)  # NaN: a masked class, -inf * 0
+        weights_NC.scatter_(1, ids_NK[block], 0.0)
+        sums[0, block] = _row_sums(weights, torch.sum)
+    return _ClassSums(sums[0], sums[1], dict(zip(temperatures, sums[2:], strict=True)))
+
+
+def _row_sums(area_NC: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    """Sums over the classes in float32; in parts, so one row alone is added up as among many."""
+    return reduce(area_NC.unflatten(1, (SUM_PARTS, -1)), dim=2).sum(dim=1)
+
+
+def _float32_on_cpu(block_NC: Tensor, areas: _WorkAreas) -> Tensor:
+    """A CPU reduces half types 7x slower than it converts them."""
+    if block_NC.device.type != "cpu" or block_NC.dtype == torch.float32:
+        return block_NC
+    return areas.scaled[: len(block_NC), : block_NC.shape[1]].copy_(block_NC)
+
+
+def _group_maxima(logits_NC: Tensor, areas: _WorkAreas) -> Tensor:
+    """The largest logit of each 64 consecutive classes, the last group may be smaller: [N, G]."""
+    num_rows, num_classes = logits_NC.shape
+    whole = num_classes // GROUP
+    maxima_NG = logits_NC.new_empty(num_rows, math.ceil(num_classes / GROUP))
+    for block in areas.blocks:
+        block_NC = _float32_on_cpu(logits_NC[block], areas)
+        groups_NGM = block_NC[:, : whole * GROUP].unflatten(1, (whole, GROUP))
+        maxima_NG[block, :whole] = groups_NGM.amax(dim=2)
+        if num_classes % GROUP:
+            maxima_NG[block, whole] = block_NC[:, whole * GROUP :].amax(dim=1)
+    return maxima_NG
+
+
+def _top_k(logits_NC: Tensor, maxima_NG: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ids and float64 logits of the k best classes, best first.
+
+    Proof that two stages are exact: order classes by (larger logit, smaller id) and groups of
+    consecutive classes by their best class, which is (larger maximum, smaller group); were one of
+    the k best in a group outside the k best groups, each of those k groups would hold a better one.
+    """
+    num_classes = logits_NC.shape[1]
+    candidates_NM = torch.arange(num_classes, device=logits_NC.device).expand_as(logits_NC)
+    if 2 * k * GROUP < num_classes:
+        groups_NG = torch.arange(maxima_NG.shape[1], device=logits_NC.device)
+        best_NK = _keys(maxima_NG, groups_NG).topk(k, dim=1, sorted=False).indices
+        lanes = torch.arange(GROUP, device=logits_NC.device)
+        candidates_NM = (best_NK[:, :, None] * GROUP + lanes).flatten(1)
+    inside_NM = candidates_NM < num_classes
+    values_NM = logits_NC.gather(1, candidates_NM.clamp(max=num_classes - 1))
+    keys_NM = torch.where(inside_NM, _keys(values_NM, candidates_NM), NO_CLASS)
+    places_NK = keys_NM.topk(k, dim=1).indices
+    return candidates_NM.gather(1, places_NK), values_NM.gather(1, places_NK).double()
+
+
+def _keys(values: Tensor, ids: Tensor) -> Tensor:
+    """Unique int64 keys: the order of (larger value, smaller id); ids below 2^32.
+
+    The bits of a float32, as an integer, already ascend for positive numbers; flipping all but the
+    sign of negative ones makes them ascend too. Adding 0 turns -0 into +0, which it equals.
+    """
+    bits = (values.float() + 0.0).view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) - ids
+
+
+def _label_values(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
+    """Float64 logit of each label; NaN for a negative label, -inf for one that is no class."""
+    num_classes = logits_NC.shape[1]
+    values_N = logits_NC.gather(1, labels_N.clamp(0, num_classes - 1)[:, None])[:, 0].double()
+    values_N = values_N.masked_fill(labels_N >= num_classes, -math.inf)
+    return values_N.masked_fill(labels_N < 0, math.nan)

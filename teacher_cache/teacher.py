@@ -1,0 +1,384 @@
+"""The teacher: loaded once, then logits and hidden states for one batch after another.
+
+Hidden states are named by layer: n is what block n hands on (counted from 0), -1 the final state
+after the last norm, which is what the head reads. So the last block's own output, before the norm,
+is layer `num_layers - 1`, not -1.
+
+B rows, T tokens, N positions (flat in B * T), n positions of one chunk, V logit width, D hidden.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from shared.errors import ConfigError, Refused
+from teacher_cache import probes, streamed_head
+from teacher_cache.streamed_head import (
+    StreamedHead,
+    TeacherBatch,
+    last_state,
+    model_inputs,
+    same_values,
+)
+
+__all__ = [
+    "Teacher",
+    "TeacherBatch",
+    "TeacherOutput",
+    "config_hash",
+    "load_tokenizer",
+    "logit_width_of",
+    "weights_digest",
+]
+
+log = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+FINAL = -1  # the layer after the last norm
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of logits, counted as float32
+CHUNK_MULTIPLE = 16  # matrix products like whole tiles
+# What a config says of how it was loaded, not of the model.
+UNHASHED = {"transformers_version", "_name_or_path", "dtype", "use_cache", "return_dict"}
+
+
+LogitsOf = Callable[[Tensor], Tensor]  # flat positions [n] -> logits [n, V]
+
+
+@dataclass(slots=True)
+class TeacherOutput:
+    """Of one batch: all hidden states, and logits that are computed as the chunks are asked for."""
+
+    hidden: dict[int, Tensor]  # layer -> [N, D] in the teacher's dtype, on that layer's device
+    chunks: Iterator[tuple[slice, Tensor]]  # places in `position_index`, their logits [n, V]
+
+
+@dataclass(slots=True)
+class Teacher:
+    """A causal language model in evaluation mode, without a cache and without gradients."""
+
+    model: Any  # PreTrainedModel
+    tokenizer: Any  # PreTrainedTokenizerBase
+    num_classes: int  # C, the smaller of V and the highest token id + 1
+    logit_width: int  # V
+    trunk: nn.Module | None  # ends in the final hidden state; None: not found
+    blocks: nn.ModuleList
+    streamed: StreamedHead | None  # None: full logits, since streamed ones differed
+
+    @classmethod
+    def load(
+        cls,
+        teacher: str,
+        *,
+        tokenizer: str | None = None,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "Teacher":
+        """From a folder or a Hub id. `device` is auto, a torch device, or balanced: all GPUs.
+
+        `tokenizer` names another folder or id; None: the teacher's own, in the same revision.
+        """
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}.")
+        placement = _placement(device)
+        source = _model_source(teacher)
+        loaded_tokenizer = load_tokenizer(
+            tokenizer or teacher,
+            revision=None if tokenizer else revision,
+            trust_remote_code=trust_remote_code,
+        )
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                dtype=dtype,
+                device_map=placement,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise Refused(
+                f"{teacher}: cannot be loaded as a causal language model. {error}"
+            ) from error
+        missing = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
+        if missing:
+            raise Refused(
+                f"{teacher}: the checkpoint lacks {len(missing)} weights of {type(model).__name__} "
+                f"({', '.join(missing[:3])}), which would stay random. "
+                "Name a checkpoint that was saved with its language-model head."
+            )
+        return cls.wrap(model, loaded_tokenizer)
+
+    @classmethod
+    def wrap(cls, model: Any, tokenizer: Any) -> "Teacher":
+        """A model already in memory, which is put into evaluation mode and probed."""
+        model.eval().requires_grad_(False)
+        model.config.return_dict = True
+        num_ids = max(tokenizer.get_vocab().values()) + 1
+        embedded_ids = model.get_input_embeddings().weight.shape[0]
+        batch = probes.padded_batch(min(num_ids, embedded_ids)).to(model.device)
+        inputs = model_inputs(model, batch)
+        with torch.no_grad():
+            found = streamed_head.find(model, inputs)
+            streams = found is not None and streamed_head.agrees(
+                found, inputs, batch.position_index
+            )
+            logit_width = model(**inputs).logits.shape[-1]
+        if not streams:
+            log.warning(
+                "%s: logits of some positions alone differ from the model's own, so all logits of "
+                "a batch will be computed at once, which takes much more memory",
+                type(model).__name__,
+            )
+        trunk = None if found is None else found.trunk
+        teacher = cls(
+            model=model,
+            tokenizer=tokenizer,
+            num_classes=min(logit_width, num_ids),
+            logit_width=logit_width,
+            trunk=trunk,
+            blocks=_find_blocks(trunk or model),
+            streamed=found if streams else None,
+        )
+        if probes.sees_later_tokens(teacher.logits, teacher.num_classes):
+            raise Refused(
+                f"{type(model).__name__}: its prediction of a token depends on later tokens, so it "
+                "is no causal language model. Name a decoder (a BERT: saved with is_decoder)."
+            )
+        return teacher
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go; with several devices, that of the embedding."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def hidden_width(self) -> int:
+        """D of every layer that `check_layers` lets pass."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def attn_implementation(self) -> str | None:
+        return self.model.config._attn_implementation
+
+    @property
+    def revision(self) -> str | None:
+        """The commit a Hub id was resolved to; None for a folder."""
+        return getattr(self.model.config, "_commit_hash", None)
+
+    @property
+    def chunk_positions(self) -> int:
+        """Positions whose logits exist at once; part of the plan, for it changes the rounding."""
+        budget = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cpu"])
+        tiles = budget // (4 * self.logit_width * CHUNK_MULTIPLE)
+        return max(1, tiles) * CHUNK_MULTIPLE
+
+    def forward(
+        self,
+        batch: TeacherBatch,
+        layers: Sequence[int] = (),
+        *,
+        chunk_positions: int | None = None,
+    ) -> TeacherOutput:
+        """One forward of the trunk now; the head runs as the caller takes the chunks."""
+        batch = batch.to(self.device)
+        hidden: dict[int, Tensor] = {}
+        with torch.no_grad(), ExitStack() as hooks:
+            for layer in layers:
+                hooks.enter_context(self._keeping(layer, batch.position_index, hidden))
+            logits_of = self._run(model_inputs(self.model, batch))
+        chunk = chunk_positions or self.chunk_positions
+        return TeacherOutput(hidden, _chunks(logits_of, batch.position_index, chunk))
+
+    def logits(self, batch: TeacherBatch) -> Tensor:
+        """[N, V] at once, for probes and checks."""
+        return torch.cat([logits_nV for _, logits_nV in self.forward(batch).chunks])
+
+    def allows_packing(self) -> bool:
+        """Whether packed rows give what their documents give alone, found by trying it."""
+        return streamed_head.accepts(self.model, "position_ids") and probes.packed_equals_alone(
+            self.logits, self.num_classes
+        )
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Refuses a layer that does not exist, is of another width, or is reported otherwise."""
+        batch = probes.padded_batch(self.num_classes).to(self.device)
+        hidden = self.forward(batch, layers).hidden
+        with torch.no_grad():
+            inputs = model_inputs(self.model, batch)
+            reported = self.model(**inputs, output_hidden_states=True).hidden_states
+        for layer, states_ND in hidden.items():
+            if states_ND.shape[1] != self.hidden_width:
+                raise Refused(
+                    f"hidden_layers={layer}: {states_ND.shape[1]} channels, where "
+                    f"{type(self.model).__name__} has {self.hidden_width}. Leave this layer out."
+                )
+            if layer == self.num_layers - 1:
+                continue  # the model reports it after the norm only, which is layer -1
+            expected_BTD = reported[layer if layer == FINAL else layer + 1]
+            expected_ND = expected_BTD.flatten(0, 1)[batch.position_index.to(expected_BTD.device)]
+            same = same_values(states_ND, expected_ND, probes.SAME_SHAPE[self.dtype])
+            if not same or not states_ND.any():
+                raise Refused(
+                    f"hidden_layers={layer}: what {type(self.model).__name__} reports for this "
+                    "layer is not what its block hands on. Leave this layer out."
+                )
+
+    def _run(self, inputs: dict[str, Any]) -> LogitsOf:
+        """Runs the trunk, or all of the model, and returns how to get logits at flat positions."""
+        streamed = self.streamed
+        if streamed is None:
+            full_MV = self.model(**inputs).logits.flatten(0, 1)
+            return lambda index_n: full_MV[index_n]
+        outputs = streamed.run_trunk(inputs)
+        states_MD = last_state(outputs[-1]).flatten(0, 1)
+        return lambda index_n: streamed.logits(
+            inputs, outputs, states_MD[index_n.to(states_MD.device)]
+        )
+
+    @contextmanager
+    def _keeping(self, layer: int, index_N: Tensor, hidden: dict[int, Tensor]) -> Iterator[None]:
+        """Keeps a layer's states at the positions, and not the [B, T, D] they are cut from."""
+
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            state_BTD = last_state(output) if layer == FINAL else _block_state(output)
+            hidden[layer] = state_BTD.flatten(0, 1)[index_N.to(state_BTD.device)]
+
+        handle = self._module(layer).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _module(self, layer: int) -> nn.Module:
+        if layer == FINAL and self.trunk is not None:
+            return self.trunk
+        if not 0 <= layer < self.num_layers:
+            raise ConfigError(
+                f"hidden_layers={layer}: expected {FINAL} (after the last norm) or a block of "
+                f"{type(self.model).__name__}, 0 to {self.num_layers - 1}."
+            )
+        return self.blocks[layer]
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """From a folder or a Hub id; refuses what transformers makes up where the files are missing."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            _folder_or_id(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise Refused(
+            f"{name}: no tokenizer can be loaded; save one there with "
+            f"tokenizer.save_pretrained(folder), or name one with --tokenizer. {error}"
+        ) from error
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        raise Refused(
+            f"{name}: its tokenizer knows special tokens only, so its files are probably missing; "
+            "save them there with tokenizer.save_pretrained(folder), or name another --tokenizer."
+        )
+    return tokenizer
+
+
+def logit_width_of(teacher: str, revision: str | None = None) -> int:
+    """V by the teacher's config alone, before anything large is read."""
+    try:
+        config = AutoConfig.from_pretrained(_model_source(teacher), revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise Refused(f"{teacher}: its config cannot be read. {error}") from error
+    return int(config.get_text_config().vocab_size)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """xxh3_128 over name, dtype, shape and bytes of all weights as loaded, in order of name."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def config_hash(model: Any) -> str:
+    """xxh3_128 over those settings of the model's config that differ from its defaults."""
+    fields = {k: v for k, v in model.config.to_diff_dict().items() if k not in UNHASHED}
+    return xxhash.xxh3_128(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _chunks(logits_of: LogitsOf, index_N: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, len(index_N), chunk):
+        here = slice(start, min(start + chunk, len(index_N)))
+        with torch.no_grad():
+            logits_nV = logits_of(index_N[here])
+        yield here, logits_nV
+
+
+def _block_state(output: Any) -> Tensor:
+    """Blocks hand on their state alone or first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _find_blocks(trunk: nn.Module) -> nn.ModuleList:
+    """The outermost list of modules, and of several the longest (experts are deeper inside)."""
+    lists = [
+        (name.count("."), -len(module), module)
+        for name, module in trunk.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
+    return min(lists, key=lambda entry: entry[:2], default=(0, 0, nn.ModuleList()))[2]
+
+
+def _placement(device: str) -> str | dict[str, str]:
+    """The `device_map` of from_pretrained."""
+    if device == "balanced":
+        return device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device={device}: expected auto, balanced, cpu, or cuda with or without a number."
+        ) from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device}: torch {torch.__version__} sees no CUDA device.")
+    return {"": device}
+
+
+def _folder_or_id(name: str) -> str:
+    """A missing folder would be taken for a Hub id, and its error would speak of the network."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise Refused(f"{name}: no such folder. Name a folder with a saved model, or a Hub id.")
+    return name
+
+
+def _model_source(teacher: str) -> str:
+    source = _folder_or_id(teacher)
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise Refused(f"{teacher}: no config.json here. Name a folder saved by transformers.")
+    return source

@@ -1,0 +1,395 @@
+import subprocess
+import sys
+import threading
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shared.codec import Target
+from shared.shards import Block
+from student_train.order import Order, OrderSpec
+from student_train.stream import BatchStream, StreamSpec
+
+K, D, LAYER = 3, 4, -1
+JOIN_SECONDS = 20
+
+
+class FakeCache:
+    """What BatchStream uses of a cache. Every value says which row and which token it is from."""
+
+    def __init__(self, rows: int = 60, *, packed=False, labels=False, targets=True, seed=0):
+        generator = np.random.default_rng(seed)
+        cuts = np.flatnonzero(generator.random(rows - 1) < 0.4) + 1
+        self.block_rows = np.diff([0, *cuts.tolist(), rows])
+        self.block_starts = np.cumsum(self.block_rows) - self.block_rows
+        parts = generator.integers(1, 4, rows) if packed else np.ones(rows, int)
+        self.segments = [generator.integers(2, 12, count).astype(np.int32) for count in parts]
+        self.positions = [
+            np.concatenate([np.arange(n - 1) + s for s, n in zip(np.cumsum(x) - x, x, strict=True)])
+            for x in self.segments
+        ]
+        self.row_tokens = np.array([x.sum() for x in self.segments], np.int32)
+        self.row_positions = np.array([len(x) for x in self.positions], np.int32)
+        self.packed, self.labels, self.targets = packed, labels, targets
+        self.reads: list[int] = []
+
+    def read_block(self, block, *, hidden_layers=(), targets=True):
+        self.reads.append(block)
+        rows = range(self.block_starts[block], self.block_starts[block] + self.block_rows[block])
+        row = np.repeat(rows, self.row_positions[rows])
+        positions = np.concatenate([self.positions[r] for r in rows]).astype(np.int32)
+        decoded = Block(
+            row_ids=np.array([row_id(r) for r in rows], np.uint64),
+            num_tokens=self.row_tokens[rows],
+            num_positions=self.row_positions[rows],
+            input_ids=np.concatenate([token(r, np.arange(self.row_tokens[r])) for r in rows]),
+            positions=positions,
+            labels=7 * token(row, positions) if self.labels else None,
+        )
+        if self.packed:
+            decoded.segments = np.concatenate([self.segments[r] for r in rows])
+            decoded.num_segments = np.array([len(self.segments[r]) for r in rows], np.int32)
+        if self.targets and targets:
+            code = token(row, positions)
+            decoded.target = Target(
+                ids=code[:, None] * 10 + np.arange(K, dtype=np.int32),
+                logprobs=-(code[:, None] + np.arange(K)).astype(np.float32),
+                log_tail=-code.astype(np.float32),
+            )
+            decoded.entropy = 2 * code.astype(np.float32)
+            decoded.log_partition_ratio = {2.0: 3 * code.astype(np.float32)}
+        for layer in hidden_layers:
+            assert layer == LAYER
+            decoded.hidden[layer] = bfloat16_bits(token(row, positions))
+        return decoded
+
+
+def token(row, position):
+    return np.asarray(row * 64 + position + 1, np.int32)
+
+
+def row_id(row):
+    return row << 24 | 5
+
+
+def bfloat16_bits(code: np.ndarray) -> np.ndarray:
+    states = torch.from_numpy(code)[:, None].expand(-1, D) % 128 + torch.arange(D) * 128
+    return states.to(torch.bfloat16).view(torch.uint16).numpy()
+
+
+def stream_of(cache, *, batch_tokens=70, window_blocks=4, max_steps=25, start=0, seed=0, **spec):
+    order = Order(
+        cache.block_rows,
+        cache.row_tokens,
+        OrderSpec(batch_tokens=batch_tokens, window_blocks=window_blocks, seed=seed),
+    )
+    return BatchStream(
+        cache, order, StreamSpec(**spec), max_steps=max_steps, start_step=lambda: start
+    )
+
+
+def rows_of(batch) -> list[int]:
+    return [row >> 24 for row in batch["row_ids"].tolist() if row >= 0]
+
+
+def rows_per_step(cache, world_size: int, accumulation: int, **options) -> list[list[int]]:
+    """Rows of every step, sorted, joined over the ranks."""
+    steps: list[list[int]] = []
+    for rank in range(world_size):
+        stream = stream_of(
+            cache, world_size=world_size, rank=rank, accumulation=accumulation, **options
+        )
+        for index, batch in enumerate(stream):
+            if index // accumulation == len(steps):
+                steps.append([])
+            steps[index // accumulation] += rows_of(batch)
+    return [sorted(step) for step in steps]
+
+
+def assert_same(found: list, expected: list) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+
+
+def stream_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("batch-stream")]
+
+
+def test_an_epoch_is_every_row_once():
+    cache = FakeCache()
+    spec = OrderSpec(batch_tokens=70, window_blocks=4, epochs=2)
+    order = Order(cache.block_rows, cache.row_tokens, spec)
+    steps = order.steps_for_epochs(2)
+    stream = BatchStream(cache, order, StreamSpec(accumulation=2), max_steps=steps)
+    batches = list(stream)
+    assert len(batches) == len(stream) == 2 * steps
+    seen = Counter(row for batch in batches for row in rows_of(batch))
+    assert seen == dict.fromkeys(range(60), 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_step_is_the_same_rows_at_any_world_size(world_size, accumulation):
+    cache = FakeCache()
+    expected = [sorted(s.rows.tolist()) for s in islice(stream_of(cache).order.steps(), 25)]
+    assert rows_per_step(cache, world_size, accumulation) == expected
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_batches_do_not_depend_on_the_number_of_threads(threads):
+    alone = list(stream_of(FakeCache(), threads=1, hidden_layers=(LAYER,)))
+    assert_same(list(stream_of(FakeCache(), threads=threads, hidden_layers=(LAYER,))), alone)
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 19, 24, 25, 30])
+def test_starting_late_equals_the_rest_of_an_uninterrupted_stream(start):
+    whole = list(stream_of(FakeCache(), accumulation=2))
+    assert_same(list(stream_of(FakeCache(), accumulation=2, start=start)), whole[2 * start :])
+
+
+@pytest.mark.parametrize("start", [0, 6, 17])
+@pytest.mark.parametrize(("world_size", "rank"), [(1, 0), (4, 3)])
+def test_only_blocks_still_trained_on_are_read_and_each_once(start, world_size, rank):
+    cache = FakeCache(rows=200)
+    stream = stream_of(cache, start=start, world_size=world_size, rank=rank)
+    steps = list(islice(stream.order.steps(start), 25 - start))
+    window = {(s.number, row): w for s in steps for row, w in zip(s.rows, s.windows, strict=True)}
+    block_of_row = np.repeat(np.arange(len(cache.block_rows)), cache.block_rows)
+    needed = {
+        (window[start + index, row], block_of_row[row])
+        for index, batch in enumerate(stream)
+        for row in rows_of(batch)
+    }
+    assert sorted(cache.reads) == sorted(block for _, block in needed)
+
+
+def test_a_step_may_be_longer_than_many_windows():
+    options = {"batch_tokens": 1500, "window_blocks": 1, "max_steps": 3}
+    order = stream_of(FakeCache(), **options).order
+    expected = [sorted(step.rows.tolist()) for step in islice(order.steps(), 3)]
+    assert len(set(next(order.steps()).windows)) > 10
+    assert rows_per_step(FakeCache(), 3, 2, **options) == expected
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("packed_rows", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_value_lines_up_with_its_token(packed_rows, packed, labels):
+    cache = FakeCache(packed=packed_rows, labels=labels)
+    stream = stream_of(
+        cache, accumulation=2, packed=packed, temperature=2.0, hidden_layers=(LAYER,)
+    )
+    for batch in stream:
+        code = batch["input_ids"].reshape(-1)[batch["position_index"]]
+        assert torch.equal(batch["labels"], 7 * code if labels else code + 1)
+        assert torch.equal(batch["target_ids"], (code[:, None] * 10 + torch.arange(K)).int())
+        assert torch.equal(batch["target_logprobs"], -(code[:, None] + torch.arange(K)).float())
+        assert torch.equal(batch["target_log_tail"], -code.float())
+        assert torch.equal(batch["entropy"], 2 * code.float())
+        assert torch.equal(batch["log_partition_ratio"], 3 * code.float())
+        expected = torch.from_numpy(bfloat16_bits(code.numpy())).view(torch.bfloat16)
+        assert torch.equal(batch["hidden.-1"], expected)
+        rows = batch["row_ids"].repeat_interleave(batch["input_ids"].shape[1])
+        assert torch.equal(rows[batch["position_index"]] >> 24, (code - 1) // 64)
+
+
+def test_types_and_shapes_of_a_micro_batch():
+    batch = next(iter(stream_of(FakeCache(), temperature=2.0, hidden_layers=(LAYER,))))
+    rows, width = batch["input_ids"].shape
+    count = len(batch["position_index"])
+    expected = {
+        "input_ids": (torch.int64, (rows, width)),
+        "attention_mask": (torch.int64, (rows, width)),
+        "position_index": (torch.int64, (count,)),
+        "labels": (torch.int64, (count,)),
+        "row_ids": (torch.int64, (rows,)),
+        "num_positions": (torch.int64, ()),
+        "target_ids": (torch.int32, (count, K)),
+        "target_logprobs": (torch.float32, (count, K)),
+        "target_log_tail": (torch.float32, (count,)),
+        "log_partition_ratio": (torch.float32, (count,)),
+        "entropy": (torch.float32, (count,)),
+        "hidden.-1": (torch.bfloat16, (count, D)),
+    }
+    assert {name: (x.dtype, tuple(x.shape)) for name, x in batch.items()} == expected
+
+
+@pytest.mark.parametrize("packed_rows", [False, True])
+def test_segments_become_sequences_padded_on_the_right(packed_rows):
+    cache = FakeCache(packed=packed_rows)
+    for batch in stream_of(cache):
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        lengths = mask.sum(dim=1)
+        assert torch.equal(mask, (torch.arange(mask.shape[1]) < lengths[:, None]).long())
+        assert lengths.max() == mask.shape[1]
+        assert not ids[mask == 0].any()
+        found = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+        expected = []
+        for row in dict.fromkeys(rows_of(batch)):
+            tokens = token(row, np.arange(cache.row_tokens[row]))
+            segments = np.split(tokens, np.cumsum(cache.segments[row])[:-1])
+            expected += [segment.tolist() for segment in segments]
+        assert found == expected
+
+
+def test_packed_rows_stay_whole_and_position_ids_restart():
+    cache = FakeCache(packed=True)
+    for batch in stream_of(cache, packed=True):
+        assert "attention_mask" not in batch
+        for row, ids, at in zip(
+            rows_of(batch), batch["input_ids"], batch["position_ids"], strict=True
+        ):
+            length = int(cache.row_tokens[row])
+            assert ids[:length].tolist() == token(row, np.arange(length)).tolist()
+            assert not ids[length:].any()
+            padding = len(ids) - length
+            restarts = [*cache.segments[row].tolist(), padding]
+            assert at.tolist() == [i for count in restarts for i in range(count)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_rank_without_rows_gets_one_token_and_no_position(packed):
+    stream = stream_of(
+        FakeCache(),
+        batch_tokens=1,
+        world_size=2,
+        rank=1,
+        packed=packed,
+        hidden_layers=(LAYER,),
+        max_steps=2,
+    )
+    alone = next(iter(stream_of(FakeCache(), packed=packed, hidden_layers=(LAYER,))))
+    batches = list(stream)
+    assert len(batches) == 2
+    for batch in batches:
+        assert batch.keys() == alone.keys()
+        assert batch["input_ids"].tolist() == [[0]]
+        assert batch["position_ids" if packed else "attention_mask"].tolist() == [
+            [0 if packed else 1]
+        ]
+        assert batch["row_ids"].tolist() == [-1]
+        assert batch["num_positions"] > 0
+        for name in alone.keys() - {"input_ids", "attention_mask", "position_ids", "row_ids"}:
+            assert batch[name].dtype == alone[name].dtype
+            assert name == "num_positions" or batch[name].shape == (0, *alone[name].shape[1:])
+
+
+def test_num_positions_counts_the_whole_step():
+    cache = FakeCache()
+    for rank in range(2):
+        stream = stream_of(cache, world_size=2, rank=rank, accumulation=3)
+        steps = stream.order.steps()
+        for index, batch in enumerate(stream):
+            if index % 3 == 0:
+                expected = int(cache.row_positions[next(steps).rows].sum())
+            assert batch["num_positions"].item() == expected
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_a_stream_of_hard_labels_has_no_target(read):
+    cache = FakeCache(targets=not read)
+    batch = next(iter(stream_of(cache, targets=read)))
+    assert set(batch) == {
+        "input_ids",
+        "attention_mask",
+        "position_index",
+        "labels",
+        "row_ids",
+        "num_positions",
+    }
+
+
+def test_each_iteration_asks_where_to_start():
+    steps = iter([3, 5])
+    cache = FakeCache()
+    stream = stream_of(cache)
+    stream.start_step = lambda: next(steps)
+    whole = list(stream_of(cache))
+    assert_same(list(stream), whole[3:])
+    assert_same(list(stream), whole[5:])
+    assert len(stream) == 25
+
+
+class FailingCache(FakeCache):
+    """Its block 5 is broken; the message says so."""
+
+    def read_block(self, block, **options):
+        if block == 5:
+            raise OSError(f"block {block} is broken")
+        return super().read_block(block, **options)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_error_in_a_thread_reaches_the_consumer(threads):
+    cache = FailingCache()
+    caught: list[BaseException] = []
+    batches: list = []
+
+    def consume():
+        try:
+            batches.extend(stream_of(cache, threads=threads))
+        except OSError as error:
+            caught.append(error)
+
+    consumer = threading.Thread(target=consume, daemon=True)
+    consumer.start()
+    consumer.join(JOIN_SECONDS)
+    assert not consumer.is_alive()
+    assert [str(error) for error in caught] == ["block 5 is broken"]
+    assert not stream_threads()
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_batches_before_a_broken_block_are_the_same_at_any_number_of_threads(threads):
+    def until_broken(threads: int) -> list:
+        batches: list = []
+        with pytest.raises(OSError, match="block 5 is broken"):
+            batches.extend(stream_of(FailingCache(rows=200, seed=3), threads=threads))
+        assert batches  # extend keeps what came before the error
+        return batches
+
+    assert_same(until_broken(threads), until_broken(1))
+
+
+def test_an_abandoned_iterator_stops_its_threads():
+    batches = iter(stream_of(FakeCache(rows=300), max_steps=10_000, threads=3))
+    next(batches)
+    assert stream_threads()
+    del batches
+    assert not stream_threads()
+
+
+def test_an_iterator_that_nobody_closed_does_not_keep_the_process():
+    script = (
+        "from test_stream import FakeCache, stream_of\n"
+        "batches = iter(stream_of(FakeCache(), max_steps=10_000))\n"
+        "next(batches)\n"
+        "raise SystemExit(3)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent, timeout=60, check=False
+    )
+    assert done.returncode == 3
+
+
+def test_reading_runs_two_windows_and_a_short_queue_ahead():
+    cache = FakeCache(rows=600)
+    stream = stream_of(cache, max_steps=40)
+    steps = list(islice(stream.order.steps(), 40))
+    for index, _ in enumerate(stream):
+        # Two batches are in the queue and one is made; the window after theirs is being read.
+        furthest = int(steps[min(index + 3, 39)].windows[-1]) + 1
+        assert len(cache.reads) <= (furthest + 1) * 4
+
+
+def test_waiting_is_counted():
+    stream = stream_of(FakeCache())
+    list(stream)
+    assert stream.seconds_waited > 0
