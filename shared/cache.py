@@ -11,12 +11,12 @@ import torch
 from safetensors.numpy import load as load_safetensors
 
 from shared import manifest as manifests
+from shared.blocks import Block
 from shared.codec import ClassRanks
 from shared.errors import CorruptCache, IncompleteCache
 from shared.manifest import Manifest
 from shared.shards import (
     MAX_COMMIT_BYTES,
-    Block,
     Commit,
     ShardReader,
     commit_name,

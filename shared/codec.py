@@ -11,7 +11,7 @@ Tail   ln(tail / kept mass), 16 bits. The decoder scales the entries so that the
        to 1, which is why the height of the likeliest entry need not be kept.
 
 Every plane is position-major. Slot-major is 2 % smaller where no set of ids ever returns, but 10 %
-larger where some do, and half as fast to decode.
+larger where some do, and a third slower to decode.
 """
 
 import math
@@ -226,7 +226,7 @@ def _check(target: Target, spec: TargetSpec, hi_P: Floats) -> None:
             f"target: ids {target.ids.shape} and logprobs {target.logprobs.shape}, "
             f"expected [positions, {spec.num_entries}]"
         )
-    if target.ids.size and target.ids.view(np.uint32).max() >= spec.num_classes:
+    if target.ids.min(initial=0) < 0 or target.ids.max(initial=0) >= spec.num_classes:
         raise ValueError(f"target: ids beyond the {spec.num_classes} classes")
     bad_P = ~np.isfinite(hi_P) | np.isnan(target.log_tail)
     if bad_P.any():
@@ -245,7 +245,9 @@ def _sort_by_rank(
     code_bits = 8 * code_PK.itemsize
     rank_bits = (ranks.ranks.size - 1).bit_length()
     key_type = np.uint32 if rank_bits + code_bits <= 32 else np.uint64
-    key_PK: npt.NDArray[Any] = np.take(ranks.ranks, ids_PK, mode="clip").astype(key_type)
+    key_PK: npt.NDArray[Any] = np.take(ranks.ranks, ids_PK, mode="clip").astype(
+        key_type, copy=False
+    )
     key_PK <<= code_bits
     key_PK |= code_PK
     key_PK.sort(axis=1)
@@ -254,6 +256,8 @@ def _sort_by_rank(
     gap_PK = np.empty_like(key_PK)
     np.subtract(key_PK.reshape(-1)[1:], key_PK.reshape(-1)[:-1], out=gap_PK.reshape(-1)[1:])
     gap_PK[:, 0] = key_PK[:, 0]
+    if not gap_PK[:, 1:].all():
+        raise ValueError("target: a class appears twice in one position")
     return gap_PK, sorted_code_PK
 
 

@@ -202,7 +202,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         missing = [field.name for field in fields(kind) if field.name not in value]
         if missing:
             raise CorruptCache(f"{where}: the field {missing[0]!r} is missing")
-        return kind(
+        make: Any = kind
+        return make(
             **{
                 f.name: _build(hints[f.name], value[f.name], f"{where}: {f.name}")
                 for f in fields(kind)

@@ -9,8 +9,9 @@ import base64
 import json
 import mmap
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from shared import codec, frames
-from shared.codec import ClassRanks, Target
+from shared import frames
+from shared.blocks import Block, from_planes, to_planes
+from shared.codec import ClassRanks
 from shared.errors import CorruptCache
 from shared.manifest import FORMAT_VERSION, Manifest, build, parse_json
 from shared.schema import Plane, layout
@@ -28,29 +30,6 @@ from shared.storage import Storage, crash_point
 MAX_COMMIT_BYTES = 64 << 20
 _BATCH_BLOCKS = 64  # Arrow's own metadata costs 1.3 KB for each record batch, so blocks share one
 _BATCH_BYTES = 16 << 20
-
-
-@dataclass(slots=True)
-class Block:
-    """Decoded consecutive rows. R rows, T tokens, P positions, D channels; numpy throughout.
-
-    `positions` are token indices inside the row; `labels` is None where the hard label is the next
-    token; `hidden` holds bfloat16 bit patterns.
-    """
-
-    row_ids: np.ndarray  # u64 [R]
-    num_tokens: np.ndarray  # i32 [R]
-    num_positions: np.ndarray  # i32 [R]
-    input_ids: np.ndarray  # i32 [T]
-    positions: np.ndarray  # i32 [P]
-    segments: np.ndarray | None = None  # i32, lengths of the documents' parts
-    num_segments: np.ndarray | None = None  # i32 [R]
-    labels: np.ndarray | None = None  # i32 [P]
-    target: Target | None = None
-    label_logprob: np.ndarray | None = None  # f32 [P]
-    entropy: np.ndarray | None = None  # f32 [P]
-    log_partition_ratio: dict[float, np.ndarray] = field(default_factory=dict)  # f32 [P] each
-    hidden: dict[int, np.ndarray] = field(default_factory=dict)  # u16 [P, D] each
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +48,7 @@ class Commit:
     cache_id: str
     shard: int
     file: str
-    bytes: int
+    num_bytes: int
     xxh3_128: str
     rows: int
     tokens: int
@@ -112,48 +91,12 @@ def parse_commit(data: bytes, where: str) -> Commit:
 
 def encode_block(block: Block, number: int, manifest: Manifest, ranks: ClassRanks) -> EncodedBlock:
     """Turns a block into one frame per plane; a pure function, safe in any thread."""
-    planes = layout(manifest)
-    values = _plane_values(block, planes, manifest, ranks)
+    values = to_planes(block, manifest, ranks)
     encoded: dict[str, bytes] = {}
-    for plane in planes:
+    for plane in layout(manifest):
         code = frames.column_code(plane.number, plane.plane)
         encoded[plane.name] = frames.compress(values[plane.name], block=number, column=code)
     return EncodedBlock(encoded, block.num_tokens, block.num_positions)
-
-
-def _plane_values(
-    block: Block, planes: tuple[Plane, ...], manifest: Manifest, ranks: ClassRanks
-) -> dict[str, np.ndarray]:
-    values: dict[str, np.ndarray] = {}
-    if block.target is not None:
-        values.update(codec.encode(block.target, manifest.targets, ranks))
-    counts: dict[str, int] = {}
-    for plane in planes:
-        counts[plane.column] = max(counts.get(plane.column, 0), plane.plane + 1)
-    for column, count in counts.items():
-        if f"{column}.0" in values:
-            continue
-        stem, _, suffix = column.partition(".")
-        if stem in ("row_ids", "num_tokens", "num_positions", "num_segments"):
-            dtype = "<u8" if stem == "row_ids" else "<u4"
-            values[f"{column}.0"] = np.ascontiguousarray(getattr(block, stem), dtype).view(np.uint8)
-            continue
-        if stem == "label_logprob":
-            parts = codec.encode_label_logprob(block.label_logprob)
-        elif stem == "entropy":
-            parts = [codec.encode_entropy(block.entropy, manifest.targets.num_classes)]
-        elif stem == "log_partition_ratio":
-            temperature = float(suffix)
-            ratio = block.log_partition_ratio[temperature]
-            parts = codec.encode_log_partition_ratio(
-                ratio, temperature, manifest.targets.num_classes
-            )
-        elif stem == "hidden":
-            parts = frames.split_planes(block.hidden[int(suffix)].reshape(-1), 2)
-        else:
-            parts = frames.split_planes(getattr(block, stem).astype(np.uint32), count)
-        values.update({f"{column}.{index}": part for index, part in enumerate(parts)})
-    return values
 
 
 class ShardWriter:
@@ -218,7 +161,8 @@ class ShardWriter:
             "cache_id": self.cache_id,
             "shard": str(self.shard),
         }
-        return pa.schema([(plane.name, pa.large_binary()) for plane in self._planes], metadata)
+        fields = [(plane.name, pa.large_binary()) for plane in self._planes]
+        return pa.schema(fields, metadata)
 
     def _flush(self) -> None:
         if not self._waiting:
@@ -243,7 +187,7 @@ class ShardWriter:
             cache_id=self.cache_id,
             shard=self.shard,
             file=file,
-            bytes=self._temporary.stat().st_size,
+            num_bytes=self._temporary.stat().st_size,
             xxh3_128=digest,
             rows=len(tokens),
             tokens=int(tokens.sum()),
@@ -277,6 +221,14 @@ class ShardReader:
         self._planes = layout(manifest)
         self._tokens, self._positions = commit.lengths(f"commit of {path.name}")
         self._row_starts = np.concatenate([[0], np.cumsum(commit.block_rows, dtype=np.int64)])
+        self._sizes = [
+            {
+                "row": end - start,
+                "token": int(self._tokens[start:end].sum()),
+                "position": int(self._positions[start:end].sum()),
+            }
+            for start, end in pairwise(self._row_starts.tolist())
+        ]
         self._open()
 
     def _open(self) -> None:
@@ -284,9 +236,10 @@ class ShardReader:
             size = self.path.stat().st_size
         except FileNotFoundError:
             raise CorruptCache(f"{self.path}: {_MISSING}") from None
-        if size != self.commit.bytes:
+        if size != self.commit.num_bytes:
             raise CorruptCache(
-                f"{self.path}: {size:,} bytes, but its commit says {self.commit.bytes:,}. {_REPAIR}"
+                f"{self.path}: {size:,} bytes, but its commit says {self.commit.num_bytes:,}. "
+                f"{_REPAIR}"
             )
         try:
             with open(self.path, "rb") as file:
@@ -299,7 +252,8 @@ class ShardReader:
             ]
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptCache(f"{self.path}: not readable as Arrow: {error}. {_REPAIR}") from None
-        rows = [len(batch[0][0]) - 1 for batch in self._batches]
+        first = self._planes[0].name
+        rows = [len(batch[first][0]) - 1 for batch in self._batches]
         if sum(rows) != len(self.commit.block_rows):
             raise CorruptCache(
                 f"{self.path}: {sum(rows)} blocks, but its commit says "
@@ -324,9 +278,9 @@ class ShardReader:
             if index < 0 or schema.field(index).type != pa.large_binary():
                 raise CorruptCache(f"{self.path}: the column {plane.name} is missing. {_REPAIR}")
 
-    def _columns(self, batch: pa.RecordBatch) -> list[tuple[np.ndarray, memoryview]]:
+    def _columns(self, batch: pa.RecordBatch) -> dict[str, tuple[np.ndarray, memoryview]]:
         """Offsets i64 [blocks + 1] and bytes of each plane, after Arrow's own full validation."""
-        columns = []
+        columns = {}
         for plane in self._planes:
             array = batch.column(plane.name)
             array.validate(full=True)
@@ -335,7 +289,10 @@ class ShardReader:
             _, offsets, data = array.buffers()
             first, last = array.offset, array.offset + len(array) + 1
             values = np.frombuffer(offsets, np.int64)[first:last]
-            columns.append((values, memoryview(data) if data is not None else memoryview(b"")))
+            columns[plane.name] = (
+                values,
+                memoryview(data) if data is not None else memoryview(b""),
+            )
         return columns
 
     def check_structure(self) -> None:
@@ -343,45 +300,38 @@ class ShardReader:
         for block in range(len(self.commit.block_rows)):
             self.read_planes(block, self._planes)
 
-    def read_planes(self, block: int, planes: tuple[Plane, ...]) -> dict[str, np.ndarray]:
+    def read_planes(self, block: int, planes: Iterable[Plane]) -> dict[str, np.ndarray]:
         """Decompressed planes of one block, u8 each, by plane name."""
         batch = int(np.searchsorted(self._batch_starts, block, "right")) - 1
         row = block - int(self._batch_starts[batch])
         columns = self._batches[batch]
-        counts = self._counts(block)
+        sizes = self._sizes[block]
         where = str(self.path)
         values: dict[str, np.ndarray] = {}
-        for index, plane in enumerate(self._planes):
-            if plane not in planes:
-                continue
+        for plane in planes:
+            offsets, data = columns[plane.name]
+            per_item = plane.item_bytes
             if plane.per == "segment":
-                counts["segment"] = int(values["num_segments.0"].view(np.uint32).sum())
-            offsets, data = columns[index]
+                size = int(values["num_segments.0"].view(np.uint32).sum())
+            else:
+                size = sizes[plane.per]
             values[plane.name] = frames.decompress(
                 data[offsets[row] : offsets[row + 1]],
                 block=block,
                 column=frames.column_code(plane.number, plane.plane),
-                size=counts[plane.per] * plane.item_bytes,
+                size=size * per_item,
                 where=where,
             )
         return values
-
-    def _counts(self, block: int) -> dict[str, int]:
-        rows = slice(self._row_starts[block], self._row_starts[block + 1])
-        return {
-            "row": int(self.commit.block_rows[block]),
-            "token": int(self._tokens[rows].sum()),
-            "position": int(self._positions[rows].sum()),
-        }
 
     def read_block(
         self, block: int, ranks: ClassRanks, *, hidden_layers: tuple[int, ...], targets: bool
     ) -> Block:
         """One decoded block; hidden states and targets only when asked for."""
-        planes = tuple(p for p in self._planes if _wanted(p.column, hidden_layers, targets))
+        planes = (p for p in self._planes if _wanted(p.column, hidden_layers, targets))
         values = self.read_planes(block, planes)
         rows = slice(self._row_starts[block], self._row_starts[block + 1])
-        return _block_from(values, self._tokens[rows], self._positions[rows], self.manifest, ranks)
+        return from_planes(values, self._tokens[rows], self._positions[rows], self.manifest, ranks)
 
 
 def _wanted(column: str, hidden_layers: tuple[int, ...], targets: bool) -> bool:
@@ -393,74 +343,6 @@ def _wanted(column: str, hidden_layers: tuple[int, ...], targets: bool) -> bool:
     if stem.startswith("target_") or stem in ("label_logprob", "entropy", "log_partition_ratio"):
         return targets
     return True
-
-
-def _block_from(
-    values: Mapping[str, np.ndarray],
-    num_tokens: np.ndarray,
-    num_positions: np.ndarray,
-    manifest: Manifest,
-    ranks: ClassRanks,
-) -> Block:
-    def whole(name: str) -> np.ndarray:
-        return values[f"{name}.0"].view(np.uint32).astype(np.int32)
-
-    def joined(name: str) -> np.ndarray:
-        parts = [values[key] for key in values if key.rpartition(".")[0] == name]
-        return frames.join_planes(parts, np.uint32).astype(np.int32)
-
-    spec, count = manifest.targets, int(num_positions.sum())
-    packed = "segments.0" in values
-    num_segments = whole("num_segments") if packed else None
-    segments = joined("segments") if packed else None
-    block = Block(
-        row_ids=values["row_ids.0"].view(np.uint64),
-        num_tokens=num_tokens,
-        num_positions=num_positions,
-        input_ids=joined("input_ids"),
-        positions=joined("positions")
-        if "positions.0" in values
-        else _default_positions(num_tokens, num_positions, segments, num_segments),
-        segments=segments,
-        num_segments=num_segments,
-        labels=joined("labels") if "labels.0" in values else None,
-    )
-    if any(key.startswith("target_") for key in values):
-        block.target = codec.decode(values, count, spec, ranks)
-    if "label_logprob.0" in values:
-        parts = (values["label_logprob.0"], values["label_logprob.1"])
-        block.label_logprob = codec.decode_label_logprob(parts)
-    if "entropy.0" in values:
-        block.entropy = codec.decode_entropy(values["entropy.0"], spec.num_classes)
-    for temperature in spec.temperatures:
-        name = f"log_partition_ratio.{temperature:g}"
-        if f"{name}.0" in values:
-            block.log_partition_ratio[temperature] = codec.decode_log_partition_ratio(
-                (values[f"{name}.0"], values[f"{name}.1"]), temperature, spec.num_classes
-            )
-    for layer, width in zip(manifest.hidden.layers, manifest.hidden.widths, strict=True):
-        if f"hidden.{layer}.0" in values:
-            parts = (values[f"hidden.{layer}.0"], values[f"hidden.{layer}.1"])
-            block.hidden[layer] = frames.join_planes(parts, np.uint16).reshape(count, width)
-    return block
-
-
-def _default_positions(
-    num_tokens: np.ndarray,
-    num_positions: np.ndarray,
-    segments: np.ndarray | None,
-    num_segments: np.ndarray | None,
-) -> np.ndarray:
-    """Every token of each segment but its last, as an index inside the row; i32 [P]."""
-    lengths = num_tokens if segments is None else segments
-    predicted = lengths - 1
-    ends = np.cumsum(lengths)
-    row_starts = np.repeat(np.cumsum(num_tokens) - num_tokens, num_positions)
-    starts = np.repeat(ends - lengths, predicted)
-    within = np.arange(int(predicted.sum())) - np.repeat(
-        np.cumsum(predicted) - predicted, predicted
-    )
-    return (starts + within - row_starts).astype(np.int32)
 
 
 def file_hash(path: Path) -> str:

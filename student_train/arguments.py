@@ -86,7 +86,6 @@ def training_arguments(
         "load_best_model_at_end": stops_early,
         "metric_for_best_model": config.early_stopping_metric if stops_early else None,
         "greater_is_better": False if stops_early else None,
-        "gradient_checkpointing": config.gradient_checkpointing,
         "ignore_data_skip": True,
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 
 import typer
@@ -61,6 +62,7 @@ def _number(value: object) -> str:
 
 def main() -> None:
     """Entry point of the command."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "transformers", "accelerate", "huggingface_hub", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

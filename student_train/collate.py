@@ -14,7 +14,7 @@ import torch
 from student_train.order import ranges
 
 if TYPE_CHECKING:
-    from shared.shards import Block
+    from shared.blocks import Block
 
 Columns = dict[str, np.ndarray]
 MicroBatch = dict[str, torch.Tensor]

@@ -44,7 +44,7 @@ def evaluate(student: nn.Module, cache: Cache, *, batch_tokens: int) -> dict[str
     spec = StreamSpec(world_size=world, rank=rank, targets=has_targets)
     stream = BatchStream(cache, order, spec, max_steps=order.steps_for_epochs(1))
     device = next(student.parameters()).device
-    names = ("soft", "hard", "agreement", "student_entropy")
+    names = ["hard", "student_entropy", *(["soft", "agreement"] if has_targets else [])]
     sums = torch.zeros(len(names), dtype=torch.float64)
     training = student.training
     student.eval()
@@ -101,7 +101,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     check_fit(config.student, model_config, cache)
     student = build_student(config.student, seed=0)
     cuda = config.device == "auto" and torch.cuda.is_available()
-    student.to("cuda" if cuda else "cpu")  # type: ignore[arg-type]
+    student.to("cuda" if cuda else "cpu")
     return {
         "student": config.student,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),

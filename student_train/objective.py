@@ -63,9 +63,9 @@ class Head:
 class Attachment:
     """The hooks on one student; `detach` takes them off again."""
 
-    def __init__(self, student: nn.Module, objective: Objective) -> None:
+    def __init__(self, student: Any, objective: Objective) -> None:
         self.student, self.objective = student, objective
-        self.head_module: nn.Module = student.get_output_embeddings()
+        self.head_module: Any = student.get_output_embeddings()
         self.head = probe_head(student, self.head_module, objective.num_classes)
         self._targets: dict[str, Tensor] | None = None
         self._states: Tensor | None = None
@@ -131,12 +131,11 @@ class Attachment:
         states_ND = states.flatten(0, 1).index_select(0, at)
         result = self._token_loss(output, states_ND, at, targets)
         loss = result.loss
-        sums = {
-            "soft": result.soft_sum,
-            "hard": result.hard_sum,
-            "agreement": result.agreement,
-            "student_entropy": result.student_entropy_sum,
-        }
+        sums = {"hard": result.hard_sum}
+        if self.objective.with_entropy:
+            sums["student_entropy"] = result.student_entropy_sum
+        if "target_ids" in targets:
+            sums |= {"soft": result.soft_sum, "agreement": result.agreement}
         if self.objective.layer_pairs:
             layers[-1] = states
             hidden = self._hidden_sum(layers, at, targets)

@@ -20,7 +20,7 @@ class Line:
 
     name: str
     parameters: int | None
-    loss: float | None
+    loss: float
     kl: float | None
     agreement: float | None
     seconds: float | None
@@ -130,7 +130,7 @@ def cells(line: Line) -> tuple[str, ...]:
     return (
         line.name,
         "" if line.parameters is None else f"{line.parameters:,}",
-        "" if line.loss is None else f"{line.loss:.4f}",
+        f"{line.loss:.4f}",
         "" if line.kl is None else f"{line.kl:.4f}",
         "" if line.agreement is None else f"{line.agreement:.1%}",
         "" if line.seconds is None else f"{line.seconds:.1f}",
@@ -170,7 +170,7 @@ def _picture(comparison: Comparison) -> str:
         raise ConfigError("--html needs matplotlib: pip install 'teacher-cache[report]'") from None
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     bars, curves = figure.subplots(1, 2)
-    shown = [line for line in comparison.lines if line.loss is not None]
+    shown = comparison.lines
     names, losses = [line.name for line in shown], [line.loss for line in shown]
     colours = [f"C{index}" for index in range(len(shown))]
     drawn = bars.barh(names, losses, color=colours)

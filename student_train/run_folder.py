@@ -87,11 +87,11 @@ class RunFolder:
 
         before = yaml.safe_load(self.storage.read("run.yaml")) or {}
         now = resolved(config)
-        kept = [
+        found, asked = (
             {key: value for key, value in options.items() if key not in FREE_TO_CHANGE}
             for options in (before, now)
-        ]
-        lines = list(differences(*kept, left="this run has"))
+        )
+        lines = list(differences(found, asked, left="this run has"))
         if lines:
             raise CacheMismatch(
                 f"{self.path}: this folder holds another run. {'; '.join(lines)}. Choose another "

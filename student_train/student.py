@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,6 +32,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.mode
 
 def build_student(name: str, *, seed: int, from_scratch: bool | None = None) -> PreTrainedModel:
     """A pretrained student, or one with fresh weights where the folder holds only config.json."""
+    transformers.utils.logging.disable_progress_bar()
     config = load_config(name)
     folder = Path(name)
     scratch = folder.is_dir() and not _has_weights(folder) if from_scratch is None else from_scratch

@@ -57,7 +57,7 @@ class DistillTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.stream, self.validation, self.metrics = stream, validation, metrics
 
-    def get_train_dataloader(self) -> BatchStream:  # type: ignore[override]
+    def get_train_dataloader(self) -> BatchStream:
         """The stream itself: it shards, orders and resumes on its own."""
         self.stream.start_step = lambda: self.state.global_step
         return self.stream
@@ -87,8 +87,8 @@ class DistillTrainer(Trainer):
         self.log(dict(logged))
         if self.metrics is not None:
             self.metrics.write("eval", self.state.global_step, numbers)
-        handler = self.callback_handler
-        self.control = handler.on_evaluate(self.args, self.state, self.control, logged)
+        handler, control = self.callback_handler, self.control
+        self.control: Any = handler.on_evaluate(self.args, self.state, control, logged)
         return logged
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -152,8 +152,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return _finish(config, folder, trainer, cache, max_steps)
 
 
-def _student(config: TrainConfig, cache: Cache) -> tuple[nn.Module, Attachment]:
-    student: nn.Module = build_student(config.student, seed=config.seed)
+def _student(config: TrainConfig, cache: Cache) -> tuple[Any, Attachment]:
+    student: Any = build_student(config.student, seed=config.seed)
     torch.manual_seed(config.seed)  # adapters and projections
     if config.lora_rank:
         student = add_adapters(student, config.lora_rank)
@@ -163,6 +163,8 @@ def _student(config: TrainConfig, cache: Cache) -> tuple[nn.Module, Attachment]:
             "--lora-rank with --hidden-weight: the layers differ in width, and a projection is not "
             "saved with adapters. Map layers of equal width, or train all weights."
         )
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_enable()
     if config.compile:
         student.get_submodule(student.base_model_prefix).compile()
     return student, attachment
@@ -259,7 +261,7 @@ def _finish(
     return numbers
 
 
-def _save(path: Path, student: nn.Module, cache: Cache) -> None:
+def _save(path: Path, student: Any, cache: Cache) -> None:
     """The model as plain `transformers` reads it; projections of hidden states beside it."""
     if hasattr(student, PROJECTIONS):
         projections = getattr(student, PROJECTIONS)

@@ -51,7 +51,7 @@ def summary(cache: Cache) -> dict[str, Any]:
     statistics: Counter[str] = Counter()
     for commit in commits:
         columns.update(commit.column_bytes)
-        statistics.update(commit.statistics)  # type: ignore[arg-type]
+        statistics.update(commit.statistics)
     target_bytes = sum(size for name, size in columns.items() if name.startswith("target_"))
     per_position = 1 / max(1, positions)
     return {
@@ -63,8 +63,8 @@ def summary(cache: Cache) -> dict[str, Any]:
         "rows": cache.num_rows,
         "tokens": sum(commit.tokens for commit in commits),
         "positions": positions,
-        "bytes": sum(commit.bytes for commit in commits),
-        "bytes_per_position": sum(commit.bytes for commit in commits) * per_position,
+        "bytes": sum(commit.num_bytes for commit in commits),
+        "bytes_per_position": sum(commit.num_bytes for commit in commits) * per_position,
         "target_bytes_per_position": target_bytes * per_position,
         "column_bytes_per_position": {n: s * per_position for n, s in sorted(columns.items())},
         "kept_mass": _kept_mass(statistics, per_position),
@@ -159,7 +159,7 @@ def verify(config: VerifyConfig) -> Verification:
     with Progress("verify", total=len(numbers), unit="shards") as progress:
         for shard in numbers:
             try:
-                found.bytes += _verify_shard(storage, manifest, cache_id, shard).bytes
+                found.bytes += _verify_shard(storage, manifest, cache_id, shard).num_bytes
             except TeacherCacheError as error:
                 found.bad[shard] = str(error)
             found.shards += 1

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from shared.blocks import Block
 from shared.cache import class_ranks, committed_shards
 from shared.codec import ClassRanks
 from shared.errors import NonFiniteTargets, Stopped, TeacherCacheError
@@ -22,7 +23,7 @@ from shared.manifest import Manifest
 from shared.options import write_resolved
 from shared.progress import Progress, WaitClock
 from shared.schema import MIN_BLOCK_POSITIONS, ROW_CHUNK_BITS
-from shared.shards import Block, EncodedBlock, ShardWriter, commit_name, encode_block
+from shared.shards import EncodedBlock, ShardWriter, commit_name, encode_block
 from shared.storage import Storage
 from teacher_cache import rows
 from teacher_cache.capture import WindowTargets, capture_window

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 import xxhash
 from safetensors.numpy import save as save_safetensors
-from shared.hidden import ChannelStatistics
 
 from shared import manifest as manifests
 from shared.codec import ClassRanks, TargetSpec
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
+from shared.hidden import ChannelStatistics
 from shared.manifest import (
     BatchPlan,
     HiddenSpec,
@@ -287,7 +287,7 @@ def _manifest(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Ma
     return Manifest(
         format_version=manifests.FORMAT_VERSION,
         task=draft.config.task,
-        teacher=None if draft.teacher is None else draft.teacher.info,
+        teacher=draft.teacher_info,
         tokenizer=draft.tokenizer_info,
         corpus=draft.corpus.info,
         preprocessing=draft.preprocessing,
@@ -341,17 +341,19 @@ def _run(
 ) -> tuple[np.ndarray, dict[int, ChannelStatistics]]:
     """Counts of the kept classes [C], and statistics of the asked-for layers, over some rows."""
     kept = torch.zeros(draft.targets.num_classes, dtype=torch.int64)
-    statistics = {
-        layer: ChannelStatistics.empty(width)
-        for layer, width in zip(draft.hidden.layers, draft.hidden.widths, strict=True)
-    }
+    statistics: dict[int, ChannelStatistics] = {}
     for batch in forward_batches(chosen, forward_tokens, packed=draft.preprocessing.pack):
         output = teacher.forward(batch.inputs, draft.hidden.layers)
         for _, logits in output.chunks:
             ids = select(logits, draft.targets).ids.cpu().reshape(-1)
             kept += torch.bincount(ids, minlength=len(kept))
         for layer, states in output.hidden.items():
-            statistics[layer].update(states.float().cpu().numpy())
+            bits = states.to("cpu", torch.bfloat16).view(torch.uint16).numpy()
+            batch_statistics = ChannelStatistics.of(bits)
+            before = statistics.get(layer)
+            statistics[layer] = (
+                batch_statistics if before is None else before.merge(batch_statistics)
+            )
     return kept.numpy(), statistics
 
 

@@ -227,6 +227,10 @@ class Teacher:
         with torch.no_grad():
             inputs = model_inputs(self.model, batch)
             reported = self.model(**inputs, output_hidden_states=True).hidden_states
+
+        def at_positions(state_BTD: Tensor) -> Tensor:
+            return state_BTD.flatten(0, 1)[batch.position_index.to(state_BTD.device)]
+
         for layer, states_ND in hidden.items():
             if states_ND.shape[1] != self.hidden_width:
                 raise Refused(
@@ -235,13 +239,13 @@ class Teacher:
                 )
             if layer == self.num_layers - 1:
                 continue  # the model reports it after the norm only, which is layer -1
-            expected_BTD = reported[layer if layer == FINAL else layer + 1]
-            expected_ND = expected_BTD.flatten(0, 1)[batch.position_index.to(expected_BTD.device)]
-            same = same_values(states_ND, expected_ND, probes.SAME_SHAPE[self.dtype])
-            if not same or not states_ND.any():
+            if not states_ND.any() or not any(
+                same_values(states_ND, at_positions(state_BTD), probes.SAME_SHAPE[self.dtype])
+                for state_BTD in reported  # Mamba's list begins after block 0, others before it
+            ):
                 raise Refused(
-                    f"hidden_layers={layer}: what {type(self.model).__name__} reports for this "
-                    "layer is not what its block hands on. Leave this layer out."
+                    f"hidden_layers={layer}: what {type(self.model).__name__} hands on there is "
+                    "none of the hidden states it reports. Leave this layer out."
                 )
 
     def _run(self, inputs: dict[str, Any]) -> LogitsOf:

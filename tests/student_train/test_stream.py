@@ -11,8 +11,8 @@ import torch
 
 from shared.codec import Target
 from shared.shards import Block
-from student_train.order import Order, OrderSpec
-from student_train.stream import BatchStream, StreamSpec
+from student_train.order import Order, OrderSpec, split
+from student_train.stream import BatchStream, StreamSpec, _Background
 
 K, D, LAYER = 3, 4, -1
 JOIN_SECONDS = 20
@@ -142,6 +142,19 @@ def test_a_step_is_the_same_rows_at_any_world_size(world_size, accumulation):
     assert rows_per_step(cache, world_size, accumulation) == expected
 
 
+def test_neighbouring_groups_of_a_split_go_to_different_ranks():
+    """So that what the ranks compute at the same time is of about the same size."""
+    cache = FakeCache()
+    step = next(stream_of(cache).order.steps())
+    groups = [step.rows[part].tolist() for part in split(cache.row_tokens[step.rows], 6)]
+    for rank in range(3):
+        stream = stream_of(cache, world_size=3, rank=rank, accumulation=2)
+        assert [sorted(rows_of(batch)) for batch in islice(stream, 2)] == [
+            sorted(groups[rank]),
+            sorted(groups[rank + 3]),
+        ]
+
+
 @pytest.mark.parametrize("threads", [2, 3, 4])
 def test_batches_do_not_depend_on_the_number_of_threads(threads):
     alone = list(stream_of(FakeCache(), threads=1, hidden_layers=(LAYER,)))
@@ -168,6 +181,14 @@ def test_only_blocks_still_trained_on_are_read_and_each_once(start, world_size, 
         for row in rows_of(batch)
     }
     assert sorted(cache.reads) == sorted(block for _, block in needed)
+
+
+def test_blocks_are_read_in_the_order_they_are_needed():
+    cache = FakeCache(rows=200)
+    stream = stream_of(cache, batch_tokens=1, window_blocks=256, max_steps=150, threads=1)
+    block_of_row = np.repeat(np.arange(len(cache.block_rows)), cache.block_rows)
+    used = [block_of_row[row] for batch in stream for row in rows_of(batch)]
+    assert cache.reads == list(dict.fromkeys(used))
 
 
 def test_a_step_may_be_longer_than_many_windows():
@@ -367,16 +388,38 @@ def test_an_abandoned_iterator_stops_its_threads():
 
 
 def test_an_iterator_that_nobody_closed_does_not_keep_the_process():
+    # The second batch says that the next window is being read: the thread has only to wait now.
     script = (
         "from test_stream import FakeCache, stream_of\n"
-        "batches = iter(stream_of(FakeCache(), max_steps=10_000))\n"
-        "next(batches)\n"
+        "batches = iter(stream_of(FakeCache(), batch_tokens=1, window_blocks=99, max_steps=50))\n"
+        "next(batches), next(batches)\n"
         "raise SystemExit(3)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=Path(__file__).parent, timeout=60, check=False
     )
     assert done.returncode == 3
+
+
+def test_a_waiting_thread_is_at_most_its_depth_ahead_and_can_be_stopped():
+    made, four_made = [], threading.Event()
+
+    def numbers():
+        for number in range(1_000_000):
+            made.append(number)
+            if len(made) == 4:
+                four_made.set()
+            yield number
+
+    background = _Background(numbers(), depth=2)
+    assert background.get() == 0
+    assert four_made.wait(JOIN_SECONDS)  # one taken, two in the queue, one that must wait
+    assert len(made) == 4
+    closing = threading.Thread(target=background.close, daemon=True)
+    closing.start()
+    closing.join(JOIN_SECONDS)
+    assert not closing.is_alive()
+    assert len(made) == 4
 
 
 def test_reading_runs_two_windows_and_a_short_queue_ahead():

@@ -1,0 +1,147 @@
+"""A block: consecutive rows decoded as numpy arrays, and what it looks like as byte planes.
+
+R rows, T tokens, P positions, D channels. A pure mapping in both directions; which planes exist is
+`schema.layout`'s matter, and files are `shards`'.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shared import codec, frames, hidden
+from shared.codec import ClassRanks, Target
+from shared.manifest import Manifest
+from shared.schema import layout
+
+
+@dataclass(slots=True)
+class Block:
+    """Decoded consecutive rows.
+
+    `positions` are token indices inside the row; `labels` is None where the hard label is the next
+    token; `segments` are the lengths of the documents' parts of packed rows; `hidden` holds
+    bfloat16 bit patterns. Written blocks leave `positions` empty where they are the task's default.
+    """
+
+    row_ids: np.ndarray  # u64 [R]
+    num_tokens: np.ndarray  # i32 [R]
+    num_positions: np.ndarray  # i32 [R]
+    input_ids: np.ndarray  # i32 [T]
+    positions: np.ndarray  # i32 [P]
+    segments: np.ndarray | None = None  # i32, of all rows one after another
+    num_segments: np.ndarray | None = None  # i32 [R]
+    labels: np.ndarray | None = None  # i32 [P]
+    target: Target | None = None
+    label_logprob: np.ndarray | None = None  # f32 [P]
+    entropy: np.ndarray | None = None  # f32 [P]
+    log_partition_ratio: dict[float, np.ndarray] = field(default_factory=dict)  # f32 [P] each
+    hidden: dict[int, np.ndarray] = field(default_factory=dict)  # u16 [P, D] each
+
+
+def to_planes(block: Block, manifest: Manifest, ranks: ClassRanks) -> dict[str, np.ndarray]:
+    """Every plane of the cache's layout by name, u8 each."""
+    planes = layout(manifest)
+    columns: dict[str, Sequence[np.ndarray]] = {
+        "row_ids": [_whole(block.row_ids, "<u8")],
+        "num_tokens": [_whole(block.num_tokens, "<u4")],
+        "num_positions": [_whole(block.num_positions, "<u4")],
+    }
+    if block.num_segments is not None:
+        columns["num_segments"] = [_whole(block.num_segments, "<u4")]
+    for name in ("input_ids", "segments", "positions", "labels"):
+        count = sum(plane.column == name for plane in planes)
+        if count:
+            columns[name] = frames.split_planes(getattr(block, name).astype(np.uint32), count)
+    if block.label_logprob is not None:
+        columns["label_logprob"] = codec.encode_label_logprob(block.label_logprob)
+    if block.entropy is not None:
+        classes = manifest.targets.num_classes
+        columns["entropy"] = [codec.encode_entropy(block.entropy, classes)]
+        for t, ratio in block.log_partition_ratio.items():
+            encoded = codec.encode_log_partition_ratio(ratio, t, classes)
+            columns[f"log_partition_ratio.{t:g}"] = encoded
+    for layer, states in block.hidden.items():
+        columns[f"hidden.{layer}"] = hidden.encode_bf16(states)
+    named = {
+        f"{column}.{index}": plane
+        for column, parts in columns.items()
+        for index, plane in enumerate(parts)
+    }
+    if block.target is not None:
+        named |= codec.encode(block.target, manifest.targets, ranks)
+    return {plane.name: named[plane.name] for plane in planes}
+
+
+def from_planes(
+    values: Mapping[str, np.ndarray],
+    num_tokens: np.ndarray,
+    num_positions: np.ndarray,
+    manifest: Manifest,
+    ranks: ClassRanks,
+) -> Block:
+    """The block that these planes hold; columns that were not read stay None or absent."""
+    spec, count = manifest.targets, int(num_positions.sum())
+    segments = num_segments = None
+    if "segments.0" in values:
+        segments, num_segments = _joined(values, "segments"), _unsigned(values["num_segments.0"])
+    if "positions.0" in values:
+        positions = _joined(values, "positions")
+    else:
+        positions = _default_positions(num_tokens, num_positions, segments)
+    block = Block(
+        row_ids=values["row_ids.0"].view(np.uint64),
+        num_tokens=num_tokens,
+        num_positions=num_positions,
+        input_ids=_joined(values, "input_ids"),
+        positions=positions,
+        segments=segments,
+        num_segments=num_segments,
+        labels=_joined(values, "labels") if "labels.0" in values else None,
+    )
+    if "target_codes.0" in values:
+        block.target = codec.decode(values, count, spec, ranks)
+    if "label_logprob.0" in values:
+        block.label_logprob = codec.decode_label_logprob(_parts(values, "label_logprob"))
+    if "entropy.0" in values:
+        block.entropy = codec.decode_entropy(values["entropy.0"], spec.num_classes)
+    for t in spec.temperatures:
+        if parts := _parts(values, f"log_partition_ratio.{t:g}"):
+            ratio = codec.decode_log_partition_ratio(parts, t, spec.num_classes)
+            block.log_partition_ratio[t] = ratio
+    for layer, width in zip(manifest.hidden.layers, manifest.hidden.widths, strict=True):
+        if parts := _parts(values, f"hidden.{layer}"):
+            block.hidden[layer] = hidden.decode_bf16(parts, width)
+    return block
+
+
+def _whole(values: np.ndarray, dtype: str) -> np.ndarray:
+    return np.ascontiguousarray(values, dtype).view(np.uint8)
+
+
+def _unsigned(plane: np.ndarray) -> np.ndarray:
+    return plane.view(np.uint32).astype(np.int32)
+
+
+def _parts(values: Mapping[str, np.ndarray], column: str) -> list[np.ndarray]:
+    parts: list[np.ndarray] = []
+    while (name := f"{column}.{len(parts)}") in values:
+        parts.append(values[name])
+    return parts
+
+
+def _joined(values: Mapping[str, np.ndarray], column: str) -> np.ndarray:
+    return frames.join_planes(_parts(values, column), np.uint32).view(np.int32)
+
+
+def _default_positions(
+    num_tokens: np.ndarray, num_positions: np.ndarray, segments: np.ndarray | None
+) -> np.ndarray:
+    """Every token of each segment but its last, as an index inside the row; i32 [P]."""
+    lengths = num_tokens if segments is None else segments
+    predicted = lengths - 1
+    segment_starts = np.repeat(np.cumsum(lengths) - lengths, predicted)
+    row_starts = np.repeat(np.cumsum(num_tokens) - num_tokens, num_positions)
+    first = np.repeat(np.cumsum(predicted) - predicted, predicted)
+    within = np.arange(len(first)) - first
+    return (segment_starts + within - row_starts).astype(np.int32)
