@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from shared.errors import ConfigError
 from shared.options import Option, check_bounds
-from student_train.losses import HiddenLoss, LossSpec, SoftLoss, Tail
+from student_train.loss_spec import HiddenLoss, LossSpec, SoftLoss, Tail
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 EvalMetric = Literal["loss", "kl_bucketed"]

@@ -13,7 +13,7 @@ from torch import nn
 
 from shared.cache import Cache, open_cache
 from student_train.config import EvaluateConfig
-from student_train.losses import LossSpec
+from student_train.loss_spec import LossSpec
 from student_train.objective import Objective, attach
 from student_train.order import Order, OrderSpec
 from student_train.stream import BatchStream, StreamSpec

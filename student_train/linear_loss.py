@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from student_train.loss_spec import LossSpec
 from student_train.losses import (
     LOG_FLOOR,
     MASKED_LOGIT,
-    LossSpec,
     SoftTarget,
     log_cells,
     merge_repeats,

@@ -10,51 +10,19 @@ Shapes: N positions with a target, K entries, J = K + 1 cells (entries, then tai
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shared.errors import ConfigError
-
-SoftLoss = Literal["forward-kl", "reverse-kl", "jsd", "tvd", "mse"]
-Tail = Literal["bucket", "label", "none", "renormalise"]
-HiddenLoss = Literal["mse", "cosine"]
+from student_train.loss_spec import HiddenLoss, LossSpec, SoftLoss
 
 LOG_FLOOR = -1e4  # stands for log 0: exp gives exactly 0, and 0 * LOG_FLOOR is 0, not NaN
 MASKED_LOGIT = -1e30  # stands for a logit of -inf, and is below LOG_FLOOR after any normalisation
 MIN_TEMPERED_TAIL = 1e-6  # 1 - sum p of decoded 7-bit values is wrong by about that much
 MIN_REVERSE_LOG_TAIL = -14.0  # the smallest tail the codec stores short of exactly 0
 MIN_RELATIVE_DEVIATION = 1e-2  # a dead channel counts at most 1e4 times the typical one
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossSpec:
-    """Which soft loss, what becomes of the tail, and at which temperature."""
-
-    soft_loss: SoftLoss = "forward-kl"
-    tail: Tail = "bucket"
-    temperature: float = 1.0
-    jsd_beta: float = 0.5
-
-    def __post_init__(self) -> None:
-        _check_choice("soft-loss", self.soft_loss, get_args(SoftLoss))
-        _check_choice("tail", self.tail, get_args(Tail))
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ConfigError(f"--temperature {self.temperature}: expected a number above 0")
-        if not 0 < self.jsd_beta < 1:
-            raise ConfigError(f"--jsd-beta {self.jsd_beta}: expected a number between 0 and 1")
-        if self.tail != "bucket" and self.soft_loss != "forward-kl":
-            raise ConfigError(
-                f"--tail {self.tail} is only defined for --soft-loss forward-kl, not for "
-                f"{self.soft_loss}: use --tail bucket"
-            )
-        if self.soft_loss == "mse" and self.temperature != 1:
-            raise ConfigError(
-                f"--soft-loss mse compares log-probabilities at temperature 1, not "
-                f"{self.temperature}: leave --temperature out"
-            )
 
 
 @dataclass(slots=True)
@@ -230,8 +198,3 @@ def _no_tail(log_tail_N: Tensor) -> Tensor:
 def _wide(states: Tensor) -> Tensor:
     """bfloat16 and float16 are widened to float32; float32 and float64 stay."""
     return states if states.dtype == torch.float64 else states.float()
-
-
-def _check_choice(option: str, found: str, choices: tuple[str, ...]) -> None:
-    if found not in choices:
-        raise ConfigError(f"--{option} {found}: expected one of {', '.join(choices)}")

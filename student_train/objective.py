@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from student_train.linear_loss import LinearLossOutput, linear_loss, logits_loss
-from student_train.losses import HIDDEN_LOSSES, HiddenLoss, LossSpec, SoftTarget
+from student_train.loss_spec import HiddenLoss, LossSpec
+from student_train.losses import HIDDEN_LOSSES, SoftTarget
 
 log = logging.getLogger(__name__)
 

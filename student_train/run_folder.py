@@ -9,9 +9,12 @@ OUT/result.json     numbers of the finished run; beside it the model itself
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, CorruptCache
@@ -54,12 +57,14 @@ class RunFolder:
         self.path = path
         self.storage = Storage(path)
 
-    def claim(self, config: TrainConfig) -> Cache:
-        """Starts or resumes: the cache with exactly the shards this run was started on."""
+    def open_cache(self, config: TrainConfig) -> Cache:
+        """The cache of this run: as it is at the first start, later as it was then.
+
+        Writes nothing, so that a run which is refused leaves nothing behind.
+        """
         if not self.storage.exists("snapshot.json"):
-            cache = open_cache(config.cache, allow_partial=config.allow_partial)
-            self._start(config, cache)
-            return cache
+            self._check_free()
+            return open_cache(config.cache, allow_partial=config.allow_partial)
         self._check_same(config)
         snapshot = json.loads(self.storage.read("snapshot.json"))
         cache = open_cache(config.cache, allow_partial=True)
@@ -71,20 +76,23 @@ class RunFolder:
             )
         return cache.restrict(snapshot["shards"])
 
-    def _start(self, config: TrainConfig, cache: Cache) -> None:
-        if self.path.is_dir() and any(self.path.iterdir()):
+    def _check_free(self) -> None:
+        if is_main_process() and self.path.is_dir() and any(self.path.iterdir()):
             raise CacheMismatch(
                 f"{self.path}: this folder is not empty and holds no run. Nothing is overwritten: "
                 "choose another --out."
             )
+
+    def start(self, config: TrainConfig, cache: Cache) -> None:
+        """Writes config and snapshot at the first start; a later one changes nothing."""
+        if self.storage.exists("snapshot.json") or not is_main_process():
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         write_resolved(config, self.path / "run.yaml")
         snapshot = {"cache_id": cache.cache_id, "shards": cache.snapshot()}
         self.storage.put("snapshot.json", json.dumps(snapshot, indent=1).encode())
 
     def _check_same(self, config: TrainConfig) -> None:
-        import yaml
-
         before = yaml.safe_load(self.storage.read("run.yaml")) or {}
         now = resolved(config)
         found, asked = (
@@ -138,6 +146,11 @@ class RunFolder:
 
     def save_result(self, numbers: Mapping[str, Any]) -> None:
         self.storage.put("result.json", json.dumps(numbers, indent=1).encode())
+
+
+def is_main_process() -> bool:
+    """Rank 0 writes; before the process group exists the launcher's variable says who that is."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _complete(checkpoint: Path) -> bool:

@@ -5,6 +5,7 @@ with a row that this rank still trains on: nothing before the start step, nothin
 In memory are two windows and a bounded queue of micro-batches.
 """
 
+import atexit
 import queue
 import threading
 import time
@@ -79,8 +80,9 @@ class BatchStream:
 class _Background:
     """Runs a generator in a thread of its own, at most `depth` items ahead.
 
-    What the generator raises, `get` raises. The thread is a daemon, so that an iterator that nobody
-    closed does not keep the process alive.
+    What the generator raises, `get` raises. An iterator that nobody closed must not keep the
+    process alive, so the thread is a daemon; and a daemon that is killed inside torch aborts the
+    process, so it is stopped at exit.
     """
 
     def __init__(self, items: Generator[MicroBatch], depth: int) -> None:
@@ -90,6 +92,7 @@ class _Background:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="batch-stream", daemon=True)
         self._thread.start()
+        atexit.register(self.close)
 
     def get(self) -> MicroBatch | None:
         """The next item, None after the last."""
@@ -104,6 +107,7 @@ class _Background:
         self._stopped.set()
         self._free.release()
         self._thread.join()
+        atexit.unregister(self.close)
 
     def _work(self) -> None:
         try:

@@ -4,8 +4,9 @@ Weights come from safetensors only, and no code that comes with a model is ever 
 """
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import transformers
@@ -14,7 +15,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
 )
 
 from shared.cache import Cache
@@ -22,21 +22,19 @@ from shared.errors import CacheMismatch, ConfigError, Refused
 from shared.tokenizer import content_hash
 from student_train.config import TrainConfig
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
 log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
 
-def build_student(name: str, *, seed: int, from_scratch: bool | None = None) -> PreTrainedModel:
-    """A pretrained student, or one with fresh weights where the folder holds only config.json."""
+def build_student(name: str, *, seed: int) -> Any:
+    """A pretrained student, one with adapters, or fresh weights where there is only config.json."""
     transformers.utils.logging.disable_progress_bar()
     config = load_config(name)
     folder = Path(name)
-    scratch = folder.is_dir() and not _has_weights(folder) if from_scratch is None else from_scratch
-    if scratch:
+    if (folder / "adapter_config.json").is_file():
+        return _with_saved_adapters(folder, seed=seed)
+    if folder.is_dir() and not _has_weights(folder):
         torch.manual_seed(seed)
         log.info("%s: no weights there, training from scratch", name)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -50,6 +48,14 @@ def build_student(name: str, *, seed: int, from_scratch: bool | None = None) -> 
             "Convert the model with save_pretrained, or name a folder with only config.json to "
             "train from scratch."
         ) from error
+
+
+def _with_saved_adapters(folder: Path, *, seed: int) -> Any:
+    _require_peft()
+    from peft import PeftConfig, PeftModel
+
+    base = build_student(str(PeftConfig.from_pretrained(folder).base_model_name_or_path), seed=seed)
+    return PeftModel.from_pretrained(base, folder)
 
 
 def load_config(name: str) -> PretrainedConfig:
@@ -158,13 +164,17 @@ def check_cache(config: TrainConfig, cache: Cache) -> None:
         raise CacheMismatch(f"{cache.path}: its committed shards hold no row to train on")
 
 
-def add_adapters(student: PreTrainedModel, rank: int) -> "PeftModel":
+def add_adapters(student: Any, rank: int) -> Any:
     """LoRA adapters on every linear layer of the trunk; everything else is frozen."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ConfigError("--lora-rank needs peft: pip install 'teacher-cache[lora]'") from None
+    _require_peft()
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     return get_peft_model(student, config)
+
+
+def _require_peft() -> None:
+    if find_spec("peft") is None:
+        raise ConfigError("adapters need peft: pip install 'teacher-cache[lora]'")

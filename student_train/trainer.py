@@ -121,7 +121,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     folder = RunFolder(config.out)
     model_config = load_config(config.student)
     validation = None if config.validation_cache is None else open_cache(config.validation_cache)
-    cache = folder.claim(config)
+    cache = folder.open_cache(config)
     for each in (cache, validation):
         if each is not None:
             check_fit(config.student, model_config, each)
@@ -136,6 +136,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         return finished
 
     student, attachment = _student(config, cache)
+    folder.start(config, cache)
     stop = StopOnSignal()
     trainer = _trainer(config, folder, student, cache, order, max_steps, validation, stop)
     checkpoint = folder.last_checkpoint()
@@ -238,6 +239,7 @@ def _finish(
     assert trainer.metrics is not None
     numbers: dict[str, Any] = {
         "student": config.student,
+        "out": str(config.out),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "cache_id": cache.cache_id,
         "max_steps": max_steps,
@@ -269,4 +271,6 @@ def _save(path: Path, student: Any, cache: Cache) -> None:
             save_file(projections.state_dict(), path / "projections.safetensors")
         delattr(student, PROJECTIONS)
     student.save_pretrained(path)
+    if hasattr(student, "peft_config"):  # adapters: the base model's config makes the folder load
+        student.get_base_model().config.save_pretrained(path)
     load_cached_tokenizer(cache.storage).save_pretrained(path)
