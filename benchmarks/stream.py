@@ -1,6 +1,6 @@
 """How fast a cache is read: the codec alone, and whole micro-batches through BatchStream.
 
-    python benchmarks/stream.py --tokens 1048576 --top-k 32 --row-tokens 1024
+    python benchmarks/stream.py --tokens 4194304 --top-k 32 --row-tokens 1024
 
 Writes a cache of synthetic targets with the real writer into a temporary folder (151,936 classes,
 frequent ones more likely, a tail of about 5 %), opens it, and measures in one process
@@ -234,7 +234,7 @@ def environment() -> dict[str, str | int | None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of reading a cache; prints one JSON line.")
-    parser.add_argument("--tokens", type=int, default=1 << 20)
+    parser.add_argument("--tokens", type=int, default=1 << 22)
     parser.add_argument("--row-tokens", type=int, default=1024)
     parser.add_argument("--top-k", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=0, help="width of cached hidden states")

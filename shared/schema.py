@@ -45,7 +45,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("segments", 6, "uint32", "segment", "tokens", "length of each segment, in row order"),
     Column("positions", 7, "uint32", "position", "token index", "place of each target in its row"),
     Column("labels", 8, "uint32", "position", "class", "hard label of each position"),
-    Column("target_ids", 16, "uint32", "position", "rank gap", "entries, slot-major, by rank"),
+    Column("target_ids", 16, "uint32", "position", "rank gap", "entries, ascending by rank"),
     Column("target_codes", 17, "uint16", "position", "code", "log-probabilities of the entries"),
     Column("target_range", 18, "uint8", "position", "log step", "range of the log-probabilities"),
     Column("target_tail", 20, "uint16", "position", "31/65534 nats", "ln(tail mass / kept mass)"),

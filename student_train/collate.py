@@ -34,16 +34,20 @@ class Window:
     """The columns of all rows of some blocks; threads fill it block by block.
 
     `rows` are global row numbers and ascend; their lengths say where everything goes before
-    anything is read.
+    anything is read. `memory` is that of an earlier window, or empty: pages that are new to the
+    process cost as much time as what is copied into them.
     """
 
-    def __init__(self, rows: np.ndarray, row_tokens: np.ndarray, row_positions: np.ndarray) -> None:
+    def __init__(
+        self, rows: np.ndarray, row_tokens: np.ndarray, row_positions: np.ndarray, memory: Columns
+    ) -> None:
         self.rows = rows
         self.starts: dict[Per, np.ndarray] = {
             "row": np.arange(len(rows) + 1),
             "token": np.concatenate([[0], np.cumsum(row_tokens, dtype=np.int64)]),
             "position": np.concatenate([[0], np.cumsum(row_positions, dtype=np.int64)]),
         }
+        self.memory = memory
         self.columns: Columns = {}
         self._allocating = threading.Lock()
 
@@ -51,15 +55,18 @@ class Window:
         """Copies in the columns of the block whose first row is global row `first_row`."""
         with self._allocating:
             if not self.columns:
-                self.columns = {
-                    name: np.empty((self.starts[_per(name)][-1], *column.shape[1:]), column.dtype)
-                    for name, column in columns.items()
-                }
+                self.columns = {name: self._room(name, columns[name]) for name in columns}
         begin = int(np.searchsorted(self.rows, first_row))
         end = begin + len(columns["row_ids"])
         for name, column in columns.items():
             starts = self.starts[_per(name)]
             self.columns[name][starts[begin] : starts[end]] = column
+
+    def _room(self, name: str, like: np.ndarray) -> np.ndarray:
+        size = int(self.starts[_per(name)][-1])
+        if name not in self.memory or len(self.memory[name]) < size:
+            self.memory[name] = np.empty((size + size // 8, *like.shape[1:]), like.dtype)
+        return self.memory[name][:size]
 
     def take(self, rows: np.ndarray) -> Columns:
         """The columns of these global rows, in this order. Costs 0.01 to 0.05 us a position."""
@@ -77,19 +84,20 @@ class Window:
 def columns_of(block: "Block", temperature: float) -> Columns:
     """The columns of a block that micro-batches are made of; hidden states as bfloat16 bits.
 
-    `position_ids` restart with every segment. Where a cache has no hard labels of its own, the
-    label is the next token.
+    `position_ids`, which restart with every segment, only where rows are packed; `labels` only
+    where they are not the next tokens.
     """
-    lengths = block.num_tokens if block.segments is None else block.segments
     columns = {
-        "row_ids": block.row_ids.astype(np.int64),
+        "row_ids": block.row_ids.view(np.int64),
         "num_tokens": block.num_tokens,
         "num_positions": block.num_positions,
         "input_ids": block.input_ids,
-        "position_ids": ranges(np.zeros_like(lengths), lengths),
         "positions": block.positions,
-        "labels": block.labels if block.labels is not None else _next_tokens(block),
     }
+    if block.segments is not None:
+        columns["position_ids"] = ranges(np.zeros_like(block.segments), block.segments)
+    if block.labels is not None:
+        columns["labels"] = block.labels
     if block.target is not None:
         columns["target_ids"] = block.target.ids
         columns["target_logprobs"] = block.target.logprobs
@@ -127,31 +135,36 @@ def without_rows(no_rows: Columns, *, packed: bool, num_positions: int) -> Micro
         "num_tokens": np.array([1]),
         "num_positions": np.array([0]),
         "input_ids": np.array([0]),
-        "position_ids": np.array([0]),
     }
+    if "position_ids" in no_rows:
+        one_token["position_ids"] = np.array([0])
     return _assemble(no_rows | one_token, packed, num_positions)
 
 
 def _assemble(columns: Columns, packed: bool, num_positions: int) -> MicroBatch:
-    row_tokens, position_ids = columns.pop("num_tokens"), columns.pop("position_ids")
+    """Takes the columns that say where things are out of `columns`; the rest stays as it is."""
+    row_tokens, input_ids = columns.pop("num_tokens"), columns.pop("input_ids")
     row_starts = np.cumsum(row_tokens) - row_tokens
+    position_ids = columns.pop("position_ids", None)
+    if position_ids is None:
+        position_ids = ranges(np.zeros_like(row_tokens), row_tokens)
     starts = row_starts if packed else np.flatnonzero(position_ids == 0)
-    lengths = np.diff(starts, append=len(position_ids))
+    lengths = np.diff(starts, append=len(input_ids))
     width = int(lengths.max())
-    # Where each token goes in [B, T], flat.
-    places = ranges(np.arange(len(starts)) * width, lengths)
     shape = (len(starts), width)
+    places = ranges(np.arange(len(starts)) * width, lengths)  # of each token in [B, T], flat
     token_of_position = np.repeat(row_starts, columns.pop("num_positions"))
     token_of_position += columns.pop("positions")
 
-    arrays = {"input_ids": _scatter(columns.pop("input_ids"), places, np.zeros(shape, np.int64))}
+    arrays = {"input_ids": _scatter(input_ids, places, np.zeros(shape, np.int64))}
     if packed:
         padding = np.arange(width) - lengths[:, None]  # 0, 1, ... after the row: one more segment
         arrays["position_ids"] = _scatter(position_ids, places, padding)
     else:
         arrays["attention_mask"] = _scatter(1, places, np.zeros(shape, np.int64))
     arrays["position_index"] = places[token_of_position]
-    arrays["labels"] = columns.pop("labels").astype(np.int64)
+    labels = columns.pop("labels") if "labels" in columns else input_ids[token_of_position + 1]
+    arrays["labels"] = labels.astype(np.int64)
     row_of_sequence = np.searchsorted(row_starts, starts, side="right") - 1
     arrays["row_ids"] = columns.pop("row_ids")[row_of_sequence]
     arrays["num_positions"] = np.array(num_positions)
@@ -163,11 +176,6 @@ def _assemble(columns: Columns, packed: bool, num_positions: int) -> MicroBatch:
 def _scatter(values: np.ndarray | int, places: np.ndarray, into_BT: np.ndarray) -> np.ndarray:
     into_BT.reshape(-1)[places] = values
     return into_BT
-
-
-def _next_tokens(block: "Block") -> np.ndarray:
-    row_starts = np.cumsum(block.num_tokens) - block.num_tokens
-    return block.input_ids[np.repeat(row_starts, block.num_positions) + block.positions + 1]
 
 
 def _per(name: str) -> Per:

@@ -221,19 +221,13 @@ def probe_head(student: nn.Module, head: nn.Module | None, num_classes: int) -> 
     finally:
         handle.remove()
         student.train(training)
+    fitted = float((own * plain).sum() / plain.square().sum().clamp_min(1e-30))
     cap = getattr(_config(student).get_text_config(), "final_logit_softcapping", None)
-    for softcap in (None, cap):
-        uncapped = (
-            own
-            if softcap is None
-            else softcap * torch.atanh((own / softcap).clamp(-0.9999, 0.9999))
-        )
-        scale = float((uncapped * plain).sum() / plain.square().sum().clamp_min(1e-30))
-        again = plain * scale if softcap is None else softcap * torch.tanh(plain * scale / softcap)
-        tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
-        if torch.allclose(again, own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
-            exact = 1.0 if abs(scale - 1) < 1e-3 else scale
-            return Head(linear=True, scale=exact, softcap=softcap)
+    tolerance = (1e-4 if weight.dtype == torch.float32 else 2e-2) * float(own.abs().max())
+    for scale, softcap in ((1.0, None), (fitted, None), *([(1.0, cap)] if cap else [])):
+        logits = plain * scale if softcap is None else softcap * torch.tanh(plain / softcap)
+        if torch.allclose(logits, own, rtol=0, atol=tolerance):
+            return Head(linear=True, scale=scale, softcap=softcap)
     return _fall_back("its logits are no scaled linear function of the states in front of the head")
 
 

@@ -143,6 +143,7 @@ class _Reader:
         self.cache, self.order, self.spec = cache, order, spec
         self._pool = ThreadPoolExecutor(spec.threads, thread_name_prefix="batch-stream-decode")
         self._windows: dict[int, Window] = {}
+        self._unused_memory: list[Columns] = []
         self._jobs: dict[tuple[int, int], Future[None]] = {}  # by window and block
         self._no_rows: Columns = {}
 
@@ -174,10 +175,9 @@ class _Reader:
         blocks, first_use = np.unique(self._blocks_of(rows), return_index=True)
         starts = self.order.block_starts
         all_rows = ranges(starts[blocks], starts[blocks + 1] - starts[blocks])
-        window = Window(
-            all_rows, self.cache.row_tokens[all_rows], self.cache.row_positions[all_rows]
-        )
-        self._windows[number] = window
+        lengths = self.cache.row_tokens[all_rows], self.cache.row_positions[all_rows]
+        memory = self._unused_memory.pop() if self._unused_memory else {}
+        window = self._windows[number] = Window(all_rows, *lengths, memory)
         by_use = blocks[np.argsort(first_use)].tolist()
         for begin in range(0, len(by_use), _BLOCKS_PER_JOB):
             some = by_use[begin : begin + _BLOCKS_PER_JOB]
@@ -208,7 +208,7 @@ class _Reader:
                         self._no_rows, packed=packed, num_positions=plan.num_positions
                     )
             for number in [number for number in self._windows if number < plan.windows[-1]]:
-                del self._windows[number]
+                self._unused_memory.append(self._windows.pop(number).memory)
 
     def _empty_columns(self) -> Columns:
         """Names, types and widths are those of any block."""

@@ -1,0 +1,217 @@
+"""Row losses and hidden-state losses against their formulas written out in float64."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from shared.errors import ConfigError
+from student_train.loss_spec import LossSpec
+from student_train.losses import (
+    HIDDEN_LOSSES,
+    SoftTarget,
+    hidden_cosine,
+    hidden_mse,
+    log_cells,
+    merge_repeats,
+    prepare_target,
+    soft_rows,
+    teacher_cells,
+)
+
+P = [[0.5, 0.3, 0.15, 0.05], [0.9, 0.07, 0.02, 0.01]]  # the last cell is the tail
+Q = [[0.2, 0.4, 0.1, 0.3], [0.7, 0.1, 0.1, 0.1]]
+
+
+def kl(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def by_hand(name: str, p: list[float], q: list[float], beta: float) -> float:
+    mixed = [beta * a + (1 - beta) * b for a, b in zip(p, q, strict=True)]
+    return {
+        "forward-kl": kl(p, q),
+        "reverse-kl": kl(q, p),
+        "jsd": beta * kl(p, mixed) + (1 - beta) * kl(q, mixed),
+        "tvd": sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2,
+        "mse": sum((math.log(a) - math.log(b)) ** 2 for a, b in zip(p[:-1], q[:-1], strict=True))
+        / (len(p) - 1),
+    }[name]
+
+
+def rows(spec: LossSpec, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return soft_rows(student, teacher_cells(teacher[:, :-1], teacher[:, -1]), spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "factor"),
+    [
+        (LossSpec(soft_loss="forward-kl", temperature=1), 1),
+        (LossSpec(soft_loss="forward-kl", temperature=2), 4),
+        (LossSpec(soft_loss="reverse-kl", temperature=4), 16),
+        (LossSpec(soft_loss="jsd", temperature=2, jsd_beta=0.3), 4),
+        (LossSpec(soft_loss="jsd", jsd_beta=0.5), 1),
+        (LossSpec(soft_loss="tvd", temperature=4), 4),
+        (LossSpec(soft_loss="mse"), 1),
+    ],
+)
+def test_each_row_loss_equals_its_formula(spec, factor):
+    teacher, student = torch.tensor(P).double().log(), torch.tensor(Q).double().log()
+    expected = [factor * by_hand(spec.soft_loss, p, q, spec.jsd_beta) for p, q in zip(P, Q)]
+    actual = rows(spec, student, teacher)
+    # P and Q went through float32 once.
+    torch.testing.assert_close(actual, torch.tensor(expected).double(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["forward-kl", "reverse-kl", "jsd", "tvd", "mse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zero_probability_on_either_side_stays_finite(name, dtype):
+    infinite = -math.inf
+    cells = [[0.0, infinite, infinite, infinite], [math.log(0.5), math.log(0.5), infinite, infinite]]
+    cells += [[infinite, infinite, infinite, 0.0], [infinite] * 4]
+    for p, q in itertools.product(cells, cells[:3]):
+        logits = torch.tensor([q], dtype=dtype, requires_grad=True)
+        loss = rows(
+            LossSpec(soft_loss=name),
+            log_cells(logits[:, :-1], logits[:, -1]),
+            torch.tensor([p], dtype=dtype),
+        )
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        assert torch.isfinite(loss).all(), (p, q)
+        assert torch.isfinite(gradient).all(), (p, q)
+
+
+def test_reverse_kl_takes_the_teachers_tail_for_at_least_e_to_the_minus_14():
+    student = torch.tensor([[0.9, 0.1]]).double().log()
+    teacher = torch.tensor([[0.0, -math.inf]]).double()
+    expected = 0.9 * math.log(0.9) + 0.1 * (math.log(0.1) + 14)
+    actual = rows(LossSpec(soft_loss="reverse-kl"), student, teacher)
+    torch.testing.assert_close(actual, torch.tensor([expected]).double(), rtol=1e-6, atol=0)
+
+
+def target_of(p: list[float], tail: float, ratio: float | None = None) -> SoftTarget:
+    return SoftTarget(
+        torch.arange(len(p))[None],
+        torch.tensor([p]).double().log(),
+        torch.tensor([tail]).double().log(),
+        None if ratio is None else torch.tensor([ratio]).double(),
+    )
+
+
+def test_a_stored_temperature_goes_through_the_log_partition():
+    full = torch.tensor([0.6, 0.2, 0.1, 0.06, 0.04]).double()
+    for temperature in (2.0, 4.0):
+        tempered = full ** (1 / temperature)
+        ratio = math.log(tempered.sum())
+        tempered /= tempered.sum()
+        spec = LossSpec(temperature=temperature)
+        actual = prepare_target(target_of([0.6, 0.2], 0.2, ratio), None, spec)
+        torch.testing.assert_close(actual.logprobs.exp()[0], tempered[:2], rtol=1e-6, atol=0)
+        torch.testing.assert_close(actual.log_tail.exp()[0], tempered[2:].sum(), rtol=1e-6, atol=0)
+
+
+def test_a_tempered_tail_is_at_least_a_millionth_unless_it_is_exactly_zero():
+    spec = LossSpec(temperature=2)
+    ratio = math.log(math.sqrt(0.5) * 2)
+    kept_all = prepare_target(target_of([0.5, 0.5], 0.0, ratio), None, spec)
+    almost_all = prepare_target(target_of([0.5, 0.5], 1e-9, ratio), None, spec)
+    assert kept_all.log_tail.item() == -math.inf
+    assert almost_all.log_tail.exp().item() == pytest.approx(1e-6)
+
+
+def test_a_temperature_without_its_log_partition_is_refused():
+    with pytest.raises(ConfigError, match="temperature 2"):
+        prepare_target(target_of([0.5], 0.5), None, LossSpec(temperature=2))
+
+
+def test_tail_none_and_renormalise():
+    target = target_of([0.5, 0.25], 0.25)
+    dropped = prepare_target(target, None, LossSpec(tail="none"))
+    assert dropped.log_tail.item() == -math.inf
+    torch.testing.assert_close(dropped.logprobs, target.logprobs)
+    whole = prepare_target(target, None, LossSpec(tail="renormalise"))
+    assert whole.log_tail.item() == -math.inf
+    torch.testing.assert_close(whole.logprobs.exp(), torch.tensor([[2 / 3, 1 / 3]]).double())
+
+
+def test_tail_label_adds_the_tail_to_the_label_and_leaves_unlabelled_rows_alone():
+    two = SoftTarget(
+        torch.tensor([[4, 7], [4, 7]]),
+        torch.tensor([[0.5, 0.25], [0.5, 0.25]]).double().log(),
+        torch.tensor([0.25, 0.25]).double().log(),
+    )
+    actual = prepare_target(two, torch.tensor([9, -100]), LossSpec(tail="label"))
+    assert actual.ids[0].tolist() == [4, 7, 9]
+    assert actual.logprobs[0].exp().tolist() == pytest.approx([0.5, 0.25, 0.25])
+    assert actual.logprobs[1].exp().tolist() == pytest.approx([0.5, 0.25, 0.0])
+    assert actual.log_tail.exp().tolist() == pytest.approx([0.0, 0.25])
+    with pytest.raises(ConfigError, match="hard labels"):
+        prepare_target(two, None, LossSpec(tail="label"))
+
+
+def test_repeated_ids_are_added_up_and_unique_ones_keep_every_bit():
+    logprobs = torch.tensor([[0.5, 0.125, 0.3, 0.075]]).log()
+    owners = torch.tensor([[0, 3, 2, 3]])  # slots 1 and 3 hold the same id
+    merged = merge_repeats(logprobs, owners)
+    assert merged[0, [0, 2]].tolist() == logprobs[0, [0, 2]].tolist()
+    assert merged.exp()[0, [1, 3]].tolist() == pytest.approx([0.0, 0.2])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"soft_loss": "kl"},
+        {"tail": "drop"},
+        {"temperature": 0.0},
+        {"temperature": math.inf},
+        {"jsd_beta": 1.0},
+        {"soft_loss": "jsd", "tail": "label"},
+        {"soft_loss": "mse", "temperature": 2.0},
+    ],
+)
+def test_a_spec_that_makes_no_sense_cannot_be_built(wrong):
+    with pytest.raises(ConfigError):
+        LossSpec(**wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_hidden_mse_is_that_of_standardised_states(dtype):
+    generator = torch.Generator().manual_seed(3)
+    student = torch.randn(5, 4, generator=generator).to(dtype).requires_grad_()
+    teacher = torch.randn(5, 4, generator=generator).to(dtype)
+    mean = torch.tensor([0.3, -2.0, 7.0, 0.0]).double()
+    deviation = torch.tensor([0.5, 1.0, 4.0, 2.0])
+    wide = student.detach().double(), teacher.double()
+    standardised = [(states - mean) / deviation.double() for states in wide]
+    expected = (standardised[0] - standardised[1]).square().mean(dim=1).sum()
+    actual = hidden_mse(student, teacher, deviation)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(actual, student)
+    by_formula = 2 * (wide[0] - wide[1]) / deviation.double() ** 2 / 4
+    rtol = 2**-8 if dtype == torch.bfloat16 else 1e-6  # the gradient is rounded to its dtype
+    torch.testing.assert_close(gradient.double(), by_formula, rtol=rtol, atol=1e-6)
+
+
+def test_a_dead_channel_does_not_divide_by_zero():
+    student, teacher = torch.ones(2, 3, requires_grad=True), torch.zeros(2, 3)
+    assert torch.isfinite(hidden_mse(student, teacher, torch.tensor([0.0, 1.0, 1.0])))
+    assert torch.isfinite(hidden_mse(student, teacher, torch.zeros(3)) * 0)
+
+
+def test_hidden_cosine_is_summed_over_positions():
+    student = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[0.0, 2.0], [3.0, 3.0], [1.0, 0.0]])
+    loss = hidden_cosine(student, teacher, torch.ones(2))
+    assert loss.item() == pytest.approx(1 + 0 + 1, abs=1e-6)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", ["mse", "cosine"])
+def test_no_position_gives_zero(name):
+    student = torch.zeros(0, 3, requires_grad=True)
+    loss = HIDDEN_LOSSES[name](student, torch.zeros(0, 3), torch.ones(3))
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.item() == 0
+    assert gradient.shape == (0, 3)
