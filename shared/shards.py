@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -53,6 +54,7 @@ class Commit:
     rows: int
     tokens: int
     positions: int
+    batch_blocks: tuple[int, ...]
     block_rows: tuple[int, ...]
     row_tokens: str
     row_positions: str
@@ -64,7 +66,8 @@ class Commit:
         tokens = _unpack(self.row_tokens, self.rows, f"{where}: row_tokens")
         positions = _unpack(self.row_positions, self.rows, f"{where}: row_positions")
         sums = (int(tokens.sum(dtype=np.int64)), int(positions.sum(dtype=np.int64)))
-        if sums != (self.tokens, self.positions) or sum(self.block_rows) != self.rows:
+        counts = (sum(self.block_rows), sum(self.batch_blocks))
+        if sums != (self.tokens, self.positions) or counts != (self.rows, len(self.block_rows)):
             raise CorruptCache(f"{where}: the lengths of its rows do not add up to its totals")
         return tokens, positions
 
@@ -113,32 +116,25 @@ class ShardWriter:
         self._planes = layout(manifest)
         self._waiting: list[EncodedBlock] = []
         self._waiting_bytes = 0
-        self._blocks: list[int] = []
+        self._batches: list[int] = []  # blocks of each record batch
+        self._blocks: list[int] = []  # rows of each block
         self._tokens: list[np.ndarray] = []
         self._positions: list[np.ndarray] = []
         self._column_bytes: dict[str, int] = {}
 
     def __enter__(self) -> "ShardWriter":
-        self._context = self.storage.temporary(f"shards/{self.shard:05d}")
-        self._temporary = self._context.__enter__()
-        self._sink = pa.OSFile(str(self._temporary), "wb")
-        self._writer = pa.ipc.new_file(self._sink, self._schema())
+        self._stack = ExitStack()
+        temporary = self.storage.temporary(f"shards/{self.shard:05d}")
+        self._temporary = self._stack.enter_context(temporary)
+        with self.storage.errors_explained():
+            self._sink = self._stack.enter_context(pa.OSFile(str(self._temporary), "wb"))
+            self._writer = pa.ipc.new_file(self._sink, self._schema())
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        try:
-            if kind is None:
-                self._flush()
-                self._writer.close()
-                self._sink.close()
-                self._commit()
-            else:
-                self._sink.close()
-        except OSError as failure:
-            self._context.__exit__(type(failure), failure, failure.__traceback__)
-            raise
-        else:
-            self._context.__exit__(kind, error, trace)
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        with self._stack:  # removes the temporary file, whatever happens
+            if error is None:
+                self._finish()
 
     def write(self, block: EncodedBlock) -> int:
         """Adds the next block; returns its bytes in frames."""
@@ -172,37 +168,47 @@ class ShardWriter:
             for plane in self._planes
         ]
         crash_point("before-record-batch")
-        self._writer.write_batch(pa.record_batch(arrays, schema=self._schema()))
+        with self.storage.errors_explained():
+            self._writer.write_batch(pa.record_batch(arrays, schema=self._schema()))
+        self._batches.append(len(self._waiting))
         self._waiting, self._waiting_bytes = [], 0
 
-    def _commit(self) -> None:
-        crash_point("after-temporary-write")
-        _sync(self._temporary)
+    def _finish(self) -> None:
+        """The rest of the file, then its content name, then the commit."""
+        self._flush()
+        with self.storage.errors_explained():
+            self._writer.close()
+            self._sink.close()
+            crash_point("after-temporary-write")
+            _sync(self._temporary)
         crash_point("after-fsync")
+        commit = self._describe()
+        ShardReader(self._temporary, self.manifest, commit).check_structure()
+        self.storage.publish(self._temporary, commit.file)
+        self.won = self.storage.put_new(commit_name(self.shard), commit.to_json())
+        if not self.won:
+            self._yield_to_winner(commit.file)
+
+    def _describe(self) -> Commit:
         digest = file_hash(self._temporary)
-        file = f"shards/{self.shard:05d}-{digest[:16]}.arrow"
         tokens = np.concatenate([*self._tokens, np.zeros(0, np.int32)])
         positions = np.concatenate([*self._positions, np.zeros(0, np.int32)])
-        commit = Commit(
+        return Commit(
             cache_id=self.cache_id,
             shard=self.shard,
-            file=file,
+            file=f"shards/{self.shard:05d}-{digest[:16]}.arrow",
             num_bytes=self._temporary.stat().st_size,
             xxh3_128=digest,
             rows=len(tokens),
             tokens=int(tokens.sum()),
             positions=int(positions.sum()),
+            batch_blocks=tuple(self._batches),
             block_rows=tuple(self._blocks),
             row_tokens=_pack(tokens),
             row_positions=_pack(positions),
             column_bytes=dict(sorted(self._column_bytes.items())),
             statistics=dict(sorted(self.statistics.items())),
         )
-        ShardReader(self._temporary, self.manifest, commit).check_structure()
-        self.storage.publish(self._temporary, file)
-        self.won = self.storage.put_new(commit_name(self.shard), commit.to_json())
-        if not self.won:
-            self._yield_to_winner(file)
 
     def _yield_to_winner(self, file: str) -> None:
         """Another writer committed this shard first; ours goes unless the winner names it too."""
@@ -211,6 +217,9 @@ class ShardWriter:
         winner = parse_commit(data, str(self.storage.path(name)))
         if winner.file != file:
             self.storage.delete(file)
+
+
+_Columns = dict[str, tuple[np.ndarray, memoryview]]
 
 
 class ShardReader:
@@ -246,20 +255,16 @@ class ShardReader:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._reader = pa.ipc.open_file(pa.py_buffer(self._map))
             self._check_schema(self._reader.schema)
-            self._batches = [
-                self._columns(self._reader.get_batch(index))
-                for index in range(self._reader.num_record_batches)
-            ]
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptCache(f"{self.path}: not readable as Arrow: {error}. {_REPAIR}") from None
-        first = self._planes[0].name
-        rows = [len(batch[first][0]) - 1 for batch in self._batches]
-        if sum(rows) != len(self.commit.block_rows):
+        found, expected = self._reader.num_record_batches, len(self.commit.batch_blocks)
+        if found != expected:
             raise CorruptCache(
-                f"{self.path}: {sum(rows)} blocks, but its commit says "
-                f"{len(self.commit.block_rows)}. {_REPAIR}"
+                f"{self.path}: {found} record batches, but its commit says {expected}. {_REPAIR}"
             )
-        self._batch_starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+        self._batches: dict[int, _Columns] = {}
+        starts = np.cumsum(self.commit.batch_blocks, dtype=np.int64)
+        self._batch_starts = np.concatenate([[0], starts])
 
     def _check_schema(self, schema: pa.Schema) -> None:
         metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
@@ -278,21 +283,30 @@ class ShardReader:
             if index < 0 or schema.field(index).type != pa.large_binary():
                 raise CorruptCache(f"{self.path}: the column {plane.name} is missing. {_REPAIR}")
 
-    def _columns(self, batch: pa.RecordBatch) -> dict[str, tuple[np.ndarray, memoryview]]:
-        """Offsets i64 [blocks + 1] and bytes of each plane, after Arrow's own full validation."""
-        columns = {}
-        for plane in self._planes:
-            array = batch.column(plane.name)
-            array.validate(full=True)
-            if array.null_count:
-                raise CorruptCache(f"{self.path}: the column {plane.name} has nulls. {_REPAIR}")
+    def _columns(self, index: int) -> "_Columns":
+        """Offsets i64 [blocks + 1] and bytes of each plane of a batch, fully validated once."""
+        if index in self._batches:
+            return self._batches[index]
+        try:
+            batch = self._reader.get_batch(index)
+            arrays = {plane.name: batch.column(plane.name) for plane in self._planes}
+            for array in arrays.values():
+                array.validate(full=True)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise CorruptCache(f"{self.path}: not readable as Arrow: {error}. {_REPAIR}") from None
+        columns: _Columns = {}
+        for name, array in arrays.items():
+            if array.null_count or len(array) != self.commit.batch_blocks[index]:
+                raise CorruptCache(
+                    f"{self.path}: record batch {index}, column {name}: {len(array)} blocks, "
+                    f"{array.null_count} of them null; expected "
+                    f"{self.commit.batch_blocks[index]}. {_REPAIR}"
+                )
             _, offsets, data = array.buffers()
             first, last = array.offset, array.offset + len(array) + 1
             values = np.frombuffer(offsets, np.int64)[first:last]
-            columns[plane.name] = (
-                values,
-                memoryview(data) if data is not None else memoryview(b""),
-            )
+            columns[name] = values, memoryview(b"" if data is None else data)
+        self._batches[index] = columns
         return columns
 
     def check_structure(self) -> None:
@@ -304,7 +318,7 @@ class ShardReader:
         """Decompressed planes of one block, u8 each, by plane name."""
         batch = int(np.searchsorted(self._batch_starts, block, "right")) - 1
         row = block - int(self._batch_starts[batch])
-        columns = self._batches[batch]
+        columns = self._columns(batch)
         sizes = self._sizes[block]
         where = str(self.path)
         values: dict[str, np.ndarray] = {}

@@ -66,7 +66,7 @@ class Storage:
     def put_new(self, name: str, data: bytes) -> bool:
         """Writes a file if the name is free; false, and nothing changed, if it is taken."""
         path = self.path(name)
-        with self.temporary(name) as temporary:
+        with self.temporary(name) as temporary, self.errors_explained():
             self._write(temporary, data)
             crash_point("before-link")
             try:
@@ -79,7 +79,7 @@ class Storage:
                         f"{self.root}: this file system has no hard links, which make a commit "
                         "exclusive. Put the cache on a local or network disk that has them."
                     ) from error
-                raise _os_error(error, self.root) from error
+                raise
             crash_point("after-link")
             _sync_folder(path.parent)
         return True
@@ -104,25 +104,32 @@ class Storage:
         """A unique path beside `name`; whatever is left there at the end is removed."""
         folder = self.path(name).parent
         unique = f"{TEMPORARY_PREFIX}{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex}"
-        temporary = folder / unique
-        try:
+        with self.errors_explained():
             folder.mkdir(parents=True, exist_ok=True)
-            yield temporary
+        try:
+            yield folder / unique
+        finally:
+            (folder / unique).unlink(missing_ok=True)
+
+    @contextmanager
+    def errors_explained(self) -> Iterator[None]:
+        """Turns what the operating system says about writing here into our own errors."""
+        try:
+            yield
         except OSError as error:
             raise _os_error(error, self.root) from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def publish(self, temporary: Path, name: str) -> None:
         """Moves a finished temporary file to its name and makes that last through a power cut."""
         path = self.path(name)
-        crash_point("before-publish")
-        temporary.replace(path)
-        crash_point("after-publish")
-        _sync_folder(path.parent)
+        with self.errors_explained():
+            crash_point("before-publish")
+            temporary.replace(path)
+            crash_point("after-publish")
+            _sync_folder(path.parent)
 
     def _write(self, temporary: Path, data: bytes) -> None:
-        with open(temporary, "xb") as file:
+        with self.errors_explained(), open(temporary, "xb") as file:
             crash_point("in-the-middle-of-a-write")
             file.write(data)
             file.flush()

@@ -144,12 +144,13 @@ SOFT_LOSSES: dict[SoftLoss, RowLoss] = {
 def hidden_mse(student_ND: Tensor, teacher_ND: Tensor, deviation_D: Tensor) -> Tensor:
     """Mean over channels, sum over positions, of the squared error of standardised states.
 
-    deviation_D is the teacher's standard deviation per channel; its mean cancels out.
+    deviation_D is the teacher's standard deviation per channel; its mean cancels out. Where all
+    deviations are 0 (a cache of one position) the states are compared as they are.
     """
     student_ND, teacher_ND = _wide(student_ND), _wide(teacher_ND)
     deviation_D = deviation_D.to(student_ND.dtype)
     typical = deviation_D.square().mean().sqrt()
-    floor = (MIN_RELATIVE_DEVIATION * typical).clamp_min(torch.finfo(typical.dtype).tiny)
+    floor = torch.where(typical > 0, MIN_RELATIVE_DEVIATION * typical, 1.0)
     error_ND = (student_ND - teacher_ND) / torch.maximum(deviation_D, floor)
     return error_ND.square().mean(dim=-1).sum()
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from shared.blocks import Block
-from shared.cache import class_ranks, committed_shards
+from shared.cache import class_ranks, committed_shards, read_commits
 from shared.codec import ClassRanks
-from shared.errors import NonFiniteTargets, Stopped, TeacherCacheError
+from shared.errors import DiskFull, NonFiniteTargets, Stopped, TeacherCacheError
 from shared.manifest import Manifest
 from shared.options import write_resolved
 from shared.progress import Progress, WaitClock
@@ -98,7 +98,10 @@ def run(config: CaptureConfig) -> None:
             ranks = class_ranks(storage, manifest)
             job = Job(draft, storage, manifest, cache_id, ranks, stop, progress, WaitClock(), pool)
             for shard in my_shards(shards, share, lambda i: storage.exists(commit_name(i))):
-                capture_shard(job, shard)
+                try:
+                    capture_shard(job, shard)
+                except DiskFull as error:
+                    raise DiskFull(f"{error} {_still_needed(job)}") from error
         log.info("%s: %d of %d shards done", storage.root, len(committed_shards(storage)), shards)
 
 
@@ -235,6 +238,15 @@ def _encoded(job: Job, blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
     finally:
         for future in waiting:
             future.cancel()
+
+
+def _still_needed(job: Job) -> str:
+    """How much more disk the missing shards want, by the size of the finished ones."""
+    sizes = [commit.num_bytes for commit in read_commits(job.storage, job.manifest, job.cache_id)]
+    missing = job.manifest.plan.num_shards - len(sizes)
+    if not sizes:
+        return "cache-teacher plan says how much the whole cache needs."
+    return f"The {missing} missing shards need about {missing * max(sizes) / 2**30:.3f} GiB."
 
 
 def _tokens_left(storage: Storage, manifest: Manifest, share: Share) -> int:

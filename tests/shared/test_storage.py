@@ -1,0 +1,314 @@
+"""Storage: names stay inside the folder, files appear whole, the first writer wins."""
+
+import errno
+import os
+import resource
+import threading
+from contextlib import contextmanager
+
+import pytest
+
+from shared import storage as storages
+from shared.errors import CorruptCache, DiskFull, Refused, TeacherCacheError
+from shared.storage import Storage, temporary_files, temporary_writer
+
+FULL = r"no space left on the disk .*Nothing finished is lost.*run the same command again"
+
+
+def tree(root):
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def file_size_limit(num_bytes):
+    """The kernel refuses to let any file of this process grow further, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def failing(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("root", ["cache", "a folder with späces", "deep/er"])
+def test_the_verbs(tmp_path, root):
+    storage = Storage(tmp_path / root)
+    assert storage.list() == storage.list("a") == []
+    assert not storage.exists("a/x")
+    storage.put("a/x", b"1")
+    storage.put("a/x", b"22")
+    assert storage.read("a/x") == b"22"
+    assert storage.put_new("a/y", b"")
+    assert not storage.put_new("a/y", b"3")
+    assert storage.read("a/y") == b""
+    storage.put("z", b"z")
+    assert storage.exists("a/x")
+    assert not storage.exists("a")
+    assert storage.list("a") == ["a/x", "a/y"]
+    assert storage.list() == ["z"]
+    storage.delete("a/x")
+    storage.delete("a/x")
+    assert tree(storage.root) == {"a/y", "z"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "..",
+        "../x",
+        "a/../../x",
+        "a/..",
+        "/etc/passwd",
+        "a//x",
+        "a/",
+        "./x",
+        "a\0x",
+        "C:x",
+        "..\\x",
+    ],
+)
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
+    storage = Storage(tmp_path / "cache")
+    (tmp_path / "x").write_text("secret")
+    for verb in (
+        storage.exists,
+        storage.read,
+        storage.delete,
+        lambda name: storage.put(name, b""),
+        lambda name: storage.put_new(name, b""),
+    ):
+        with pytest.raises(CorruptCache, match="does not stay inside the folder"):
+            verb(name)
+    assert tree(tmp_path) == {"x"}
+
+
+def test_links_that_leave_the_folder_are_refused_and_those_inside_are_not(tmp_path):
+    storage = Storage(tmp_path / "cache")
+    storage.put("a/x", b"1")
+    (tmp_path / "secret").write_text("2")
+    (storage.root / "out").symlink_to(tmp_path / "secret")
+    (storage.root / "dangling").symlink_to(tmp_path / "nothing")
+    (storage.root / "inside").symlink_to("a/x")
+    assert storage.read("inside") == b"1"
+    for name in ("out", "dangling"):
+        with pytest.raises(CorruptCache, match=f"{name}: this link leaves the folder"):
+            storage.read(name)
+        with pytest.raises(CorruptCache, match=f"{name}: this link leaves the folder"):
+            storage.put(name, b"3")
+    assert (tmp_path / "secret").read_text() == "2"
+
+
+def test_a_linked_folder_that_leaves_the_cache_is_refused_as_well(tmp_path):
+    storage = Storage(tmp_path / "cache")
+    storage.put("x", b"1")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "secret").write_text("2")
+    (storage.root / "shards").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorruptCache, match="leaves the folder"):
+        storage.list("shards")
+    with pytest.raises(CorruptCache, match="leaves the folder"):
+        storage.read("shards/secret")
+
+
+def test_the_cache_folder_itself_may_be_a_link(tmp_path):
+    Storage(tmp_path / "real").put("a/x", b"1")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert Storage(tmp_path / "link").read("a/x") == b"1"
+
+
+def test_reading_names_what_is_wrong(tmp_path):
+    storage = Storage(tmp_path)
+    storage.put("x", b"123")
+    assert storage.read("x", max_bytes=3) == b"123"
+    with pytest.raises(CorruptCache, match="x: 3 bytes where at most 2 are expected"):
+        storage.read("x", max_bytes=2)
+    with pytest.raises(CorruptCache, match="y: this file is missing"):
+        storage.read("y")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(TeacherCacheError, match="folder: cannot be read: Is a directory"):
+        storage.read("folder")
+    with pytest.raises(TeacherCacheError, match="x/y: cannot be read: Not a directory"):
+        storage.read("x/y")
+
+
+def test_of_many_first_writers_exactly_one_wins(tmp_path):
+    storage = Storage(tmp_path)
+    for turn in range(20):
+        barrier, won = threading.Barrier(4), []
+
+        def write(number, barrier=barrier, won=won, name=f"a/{turn}"):
+            barrier.wait()
+            if storage.put_new(name, bytes([number]) * 1000):
+                won.append(number)
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        assert storage.read(f"a/{turn}") == bytes(won) * 1000
+    assert not list(temporary_files(tmp_path))
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    storage = Storage(tmp_path)
+    storage.put("x", b"0" * 100_000)
+    stop = threading.Event()
+
+    def rewrite():
+        number = 0
+        while not stop.is_set():
+            number = (number + 1) % 10
+            storage.put("x", str(number).encode() * 100_000)
+
+    thread = threading.Thread(target=rewrite)
+    thread.start()
+    try:
+        for _ in range(200):
+            data = storage.read("x")
+            assert len(data) == 100_000
+            assert len(set(data)) == 1
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("verb", ["put", "put_new"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+@pytest.mark.parametrize("call", ["fsync", "open"])
+def test_a_full_disk_says_so_and_leaves_nothing_half_written(
+    tmp_path, monkeypatch, verb, number, call
+):
+    storage = Storage(tmp_path)
+    storage.put("old", b"old")
+    fail = failing(OSError(number, os.strerror(number)))
+    if call == "fsync":
+        monkeypatch.setattr(os, "fsync", fail)
+    else:
+        monkeypatch.setattr(storages, "open", fail, raising=False)
+    with pytest.raises(DiskFull, match=f"{tmp_path}: {FULL}") as caught:
+        getattr(storage, verb)("new" if verb == "put_new" else "old", b"new")
+    assert caught.value.exit_code == 1
+    assert tree(tmp_path) == {"old"}
+    assert storage.read("old") == b"old"
+
+
+def test_a_file_that_really_cannot_grow_is_a_full_disk(tmp_path):
+    storage = Storage(tmp_path)
+    with file_size_limit(10_000):
+        with pytest.raises(DiskFull, match=FULL):
+            storage.put("x", b"1" * 20_000)
+        assert tree(tmp_path) == set()
+        storage.put("x", b"1" * 9_000)
+    assert tree(tmp_path) == {"x"}
+
+
+def test_a_full_disk_while_making_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "mkdir", failing(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(DiskFull, match=FULL):
+        Storage(tmp_path / "cache").put("x", b"1")
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        (errno.EACCES, Refused, "cannot be written .*Choose another --out"),
+        (errno.EROFS, Refused, "cannot be written .*Choose another --out"),
+        (errno.EIO, TeacherCacheError, "Input/output error"),
+    ],
+)
+def test_other_failures_to_write_are_our_errors_too(tmp_path, monkeypatch, number, kind, message):
+    storage = Storage(tmp_path)
+    monkeypatch.setattr(os, "fsync", failing(OSError(number, os.strerror(number))))
+    with pytest.raises(kind, match=message):
+        storage.put("x", b"1")
+    assert tree(tmp_path) == set()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_read_only_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(Refused, match="cannot be written .*Choose another --out"):
+            Storage(tmp_path).put("x", b"1")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(TeacherCacheError, match="cache: (File exists|Not a directory)"):
+        Storage(tmp_path / "cache").put("x", b"1")
+
+
+def test_a_disk_without_hard_links_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", failing(PermissionError(errno.EPERM, "not permitted")))
+    storage = Storage(tmp_path)
+    with pytest.raises(Refused, match="no hard links.*local or network disk that has them"):
+        storage.put_new("x", b"1")
+    assert tree(tmp_path) == set()
+
+
+def test_a_full_disk_at_the_link_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", failing(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(DiskFull, match=FULL):
+        Storage(tmp_path).put_new("x", b"1")
+    assert tree(tmp_path) == set()
+
+
+def test_temporary_files_are_unique_beside_their_name_and_gone_after_any_exception(tmp_path):
+    storage = Storage(tmp_path)
+    seen = set()
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), storage.temporary("a/x") as temporary:
+            temporary.write_bytes(b"half")
+            seen.add(temporary)
+            assert temporary.parent == tmp_path / "a"
+            assert list(temporary_files(tmp_path)) == [temporary]
+            assert storage.list("a") == []  # never listed
+            assert temporary_writer(temporary)[1] == os.getpid()
+            raise ZeroDivisionError
+    assert len(seen) == 2
+    assert tree(tmp_path) == set()
+
+
+def test_the_writer_of_a_temporary_file_is_known_whatever_its_host_is_called(tmp_path, monkeypatch):
+    monkeypatch.setattr(storages.socket, "gethostname", lambda: "node-7.rack.example")
+    with Storage(tmp_path).temporary("x") as temporary:
+        assert temporary_writer(temporary) == ("node-7.rack.example", os.getpid())
+
+
+def test_files_are_flushed_before_they_get_their_name_and_the_folder_after(tmp_path, monkeypatch):
+    """What makes "done" survive a power cut is the order of these calls."""
+    storage = Storage(tmp_path)
+    storage.put("first", b"")
+    calls = []
+
+    def spy(module, name):
+        original = getattr(module, name)
+
+        def call(*arguments, **options):
+            calls.append(name)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    spy(os, "fsync")
+    spy(os, "link")
+    storage.put_new("x", b"1")
+    assert calls == ["fsync", "link", "fsync"]
+    calls.clear()
+    monkeypatch.setattr(
+        storages, "crash_point", lambda name: calls.append(name) if "publish" in name else None
+    )
+    storage.put("x", b"2")
+    assert calls == ["fsync", "before-publish", "after-publish", "fsync"]

@@ -1,0 +1,418 @@
+"""What start-up learns and refuses, and what `plan` says against what a run then makes."""
+
+import json
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from shared import open_cache
+from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
+from shared.storage import Storage
+from teacher_cache import plan
+from teacher_cache.config import CaptureConfig, PlanConfig
+from teacher_cache.estimate import estimate
+from teacher_cache.job import run
+from teacher_cache.plan import Draft
+from teacher_cache.rows import build
+from teacher_cache.teacher import Teacher, TeacherBatch
+from tests.conftest import Capture, llama_config
+
+SMALL = {"limit_documents": 30, "shard_tokens": 600, "max_length": 64, "top_k": 8, "device": "cpu"}
+
+
+@pytest.fixture
+def options(teacher_dir: Path, corpus_file: Path, tmp_path: Path) -> dict[str, Any]:
+    """Options of a job of 30 documents."""
+    paths = {"teacher": str(teacher_dir), "corpus": str(corpus_file), "out": tmp_path / "cache"}
+    return SMALL | paths
+
+
+@pytest.fixture(scope="module")
+def small_dir(capture: Capture) -> Path:
+    return capture(**SMALL)
+
+
+@pytest.fixture
+def small_copy(small_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_dir, tmp_path / "cache"))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file but those of `runs/`, which are each process's own."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.parent.name != "runs"
+    }
+
+
+def refusal(options: dict[str, Any], kind: type[Refused] = Refused) -> str:
+    with pytest.raises(kind) as caught:
+        run(CaptureConfig(**options))
+    return str(caught.value)
+
+
+def of_words(lengths: list[int], path: Path) -> Path:
+    path.write_text("".join("the " * length + "\n" for length in lengths))
+    return path
+
+
+# Refused before any work
+
+
+def test_no_usable_document_says_what_was_looked_at(options, tmp_path):
+    (tmp_path / "c.txt").write_text("\n\n\n")
+    message = refusal(options | {"corpus": str(tmp_path / "c.txt")}, CorpusError)
+    assert message.startswith(f"{tmp_path / 'c.txt'}: no usable document among the 3 looked at")
+    assert "documents: 3, empty documents: 3" in message
+
+
+def test_more_entries_than_classes(options):
+    message = refusal(options | {"top_k": 255, "limit_documents": 1, "tokenizer": None})
+    assert message  # 300 classes hold 255 entries; the refusal below is the real one
+
+
+def test_top_k_above_the_classes_names_the_largest_that_works(options, tmp_path, tokenizer_dir):
+    torch.manual_seed(0)
+    LlamaForCausalLM(llama_config(vocab_size=50)).save_pretrained(tmp_path / "narrow")
+    narrow = {"teacher": str(tmp_path / "narrow"), "tokenizer": str(tokenizer_dir), "top_k": 51}
+    message = refusal(options | narrow, ConfigError)
+    assert message == "--top-k 51 exceeds the teacher's 50 classes; use --top-k 50 to keep them all"
+    assert not options["out"].exists()
+
+
+def test_a_missing_teacher_shows_both_ways(options):
+    with pytest.raises(ConfigError, match=r"--teacher is missing.*--targets none --tokenizer DIR"):
+        CaptureConfig(**options | {"teacher": None})
+
+
+def test_label_only_needs_a_tokenizer_and_nothing_of_a_teacher(options):
+    label_only = options | {"targets": "none", "teacher": None}
+    with pytest.raises(ConfigError, match="--targets none needs --tokenizer"):
+        CaptureConfig(**label_only)
+    for extra in ({"temperature": (2.0,)}, {"hidden_layers": (-1,)}):
+        with pytest.raises(ConfigError, match="need a teacher: not with --targets none"):
+            CaptureConfig(**label_only | extra | {"tokenizer": "x"})
+
+
+@pytest.mark.parametrize("teacher", ["none/of/this", "./none", "/none"])
+def test_a_teacher_folder_that_is_not_there(options, teacher):
+    assert refusal(options | {"teacher": teacher}).startswith(f"{teacher}: no such folder")
+    assert not options["out"].exists()
+
+
+def test_a_hidden_layer_that_does_not_exist(options):
+    assert "expected -1 (after the last norm) or a block" in refusal(
+        options | {"hidden_layers": (2,)}, ConfigError
+    )
+
+
+# A folder with another cache
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"top_k": 4}, "targets.top_k: the cache has 8, asked for 4"),
+        ({"value_bits": 8}, "targets.value_bits: the cache has 7, asked for 8"),
+        ({"temperature": (2.0,)}, "targets.temperatures: the cache has (), asked for (2.0,)"),
+        ({"hidden_layers": (-1,)}, "hidden.layers: the cache has (), asked for (-1,)"),
+        ({"dtype": "bfloat16"}, "teacher.dtype: the cache has 'float32', asked for 'bfloat16'"),
+        ({"max_length": 32}, "preprocessing.max_length: the cache has 64, asked for 32"),
+        ({"pack": True}, "preprocessing.pack: the cache has False, asked for True"),
+        ({"limit_documents": 29}, "preprocessing.limit_documents: the cache has 30, asked for 29"),
+        ({"split": "train[:90%]"}, "preprocessing.split: the cache has 'train', asked for"),
+        ({"seed": 1}, "seed: the cache has 0, asked for 1"),
+        ({"nonfinite": "drop"}, "nonfinite: the cache has 'stop', asked for 'drop'"),
+        ({"shard_tokens": 601}, "shard_tokens: the cache has 600, asked for 601"),
+        ({"forward_tokens": 128}, "forward_tokens: the cache has 'auto', asked for 128"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_option_is_refused_by_name(options, small_copy, change, line):
+    before = content(small_copy)
+    message = refusal(options | {"out": small_copy} | change, CacheMismatch)
+    assert message.startswith(f"{small_copy}: this folder holds another cache. ")
+    assert line in message
+    assert "Choose another --out" in message
+    assert content(small_copy) == before
+
+
+def test_several_differences_are_all_listed(options, small_copy):
+    message = refusal(options | {"out": small_copy, "top_k": 4, "seed": 3}, CacheMismatch)
+    assert "seed: the cache has 0, asked for 3" in message
+    assert "targets.top_k: the cache has 8, asked for 4" in message
+    assert "teacher." not in message
+
+
+def test_the_same_name_with_other_weights_is_refused(options, small_copy, tmp_path):
+    teacher = Path(shutil.copytree(options["teacher"], tmp_path / Path(options["teacher"]).name))
+    model = LlamaForCausalLM.from_pretrained(teacher)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    model.save_pretrained(teacher)
+    message = refusal(options | {"out": small_copy, "teacher": str(teacher)}, CacheMismatch)
+    assert "teacher.weights_digest: the cache has " in message
+    assert message.count("the cache has") == 1
+
+
+def test_one_changed_document_is_refused(options, small_copy, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(Path(options["corpus"]).read_text().replace("the", "thy", 1))
+    message = refusal(options | {"out": small_copy, "corpus": str(corpus)}, CacheMismatch)
+    assert "corpus.fingerprint: the cache has " in message
+
+
+def test_the_same_job_again_changes_nothing(options, small_copy):
+    before = content(small_copy)
+    run(CaptureConfig(**options | {"out": small_copy, "worker": "1/2"}))
+    assert content(small_copy) == before
+
+
+# What is learnt
+
+
+@pytest.fixture
+def draft_of(options: dict[str, Any], tmp_path: Path) -> Callable[..., Draft]:
+    """A draft without a teacher's weights, over documents of so many tokens."""
+
+    def make(lengths: list[int], **more: Any) -> Draft:
+        corpus = of_words(lengths, tmp_path / "words.txt")
+        chosen = options | {"corpus": str(corpus), "limit_documents": 0} | more
+        return plan.resolve(CaptureConfig(**chosen), load_teacher=False)
+
+    return make
+
+
+def test_a_small_corpus_is_sampled_whole(draft_of):
+    draft = draft_of([3, 0, 9, 200, 4], max_length=64)
+    sample = plan.sample_corpus(draft)
+    counters: Counter[str] = Counter()
+    texts = enumerate(draft.corpus.texts(range(5)))
+    rows = list(build(texts, draft.tokenizer, draft.preprocessing, counters))
+    assert sample.documents == 5
+    assert sorted(row.row_id for row in sample.rows) == sorted(row.row_id for row in rows)
+    assert sample.tokens == sum(len(row.input_ids) for row in rows)
+    assert sample.positions == sum(row.num_positions for row in rows)
+    assert sample.counters == counters
+    ids = np.concatenate([row.input_ids for row in rows])
+    assert np.array_equal(np.flatnonzero(sample.token_counts), np.unique(ids))
+    assert sample.token_counts.sum() == len(ids)
+
+
+def test_a_large_corpus_is_sampled_from_end_to_end(draft_of):
+    draft = draft_of([2] * 3000)
+    sample = plan.sample_corpus(draft)
+    documents = sorted(row.row_id >> 24 for row in sample.rows)
+    assert sample.documents == len(documents) == 512
+    assert (documents[0], documents[-1]) == (0, 2999)
+    assert max(np.diff(documents)) <= 2 * 3000 / 512
+    assert np.array_equal(sample.token_counts, plan.sample_corpus(draft).token_counts)
+
+
+@pytest.mark.parametrize(
+    ("documents", "shard_tokens", "tokens_wanted"),
+    [
+        (100, 500, 500),  # as asked
+        (100, 2_000_000, 1 << 15),  # never below 32,768 tokens on our own account
+        (12_000, 2_000_000, 1 << 15),  # 9,562 tokens would be a 64th
+        (12_000, 20_000, 20_000),
+    ],
+)
+def test_documents_of_a_shard(draft_of, documents, shard_tokens, tokens_wanted):
+    draft = draft_of([50] * documents, shard_tokens=shard_tokens)
+    sample = plan.sample_corpus(draft)
+    assert sample.tokens_per_document == len(draft.tokenizer("the " * 50)["input_ids"]) + 1
+    found = plan.documents_per_shard(draft, sample)
+    assert found == max(1, round(tokens_wanted / sample.tokens_per_document))
+
+
+def test_a_large_corpus_is_cut_into_64_shards_or_more(draft_of):
+    draft = draft_of([2] * 10, shard_tokens=2_000_000)
+    sample = replace(plan.sample_corpus(draft), documents=10, tokens=10 * 1_000_000)
+    wanted = 10_000_000 / 64 / 1_000_000  # less than one document
+    assert plan.documents_per_shard(draft, sample) == max(1, round(wanted))
+
+
+def test_one_document_is_never_cut_over_shards(draft_of):
+    draft = draft_of([400, 400], shard_tokens=1)
+    assert plan.documents_per_shard(draft, plan.sample_corpus(draft)) == 1
+
+
+def test_a_forward_is_halved_until_it_fits_and_the_plan_says_so(options, monkeypatch):
+    """The device here has room for 1,000 tokens."""
+    forward = Teacher.forward
+
+    def limited(self: Teacher, batch: TeacherBatch, *args: Any, **more: Any) -> Any:
+        if batch.input_ids.numel() > 1000:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, batch, *args, **more)
+
+    monkeypatch.setattr(Teacher, "forward", limited)
+    run(CaptureConfig(**options))
+    cache = open_cache(options["out"])
+    assert cache.manifest.plan.forward_tokens == 512  # 4096 halved: 2048, 1024 -> 16 x 64 > 1000
+    before = content(options["out"])
+    run(CaptureConfig(**options))
+    assert content(options["out"]) == before
+
+
+@pytest.mark.parametrize("forward_tokens", ["auto", 2000])
+def test_what_never_fits_is_refused_with_the_length(options, monkeypatch, forward_tokens):
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    draft = plan.resolve(CaptureConfig(**options | {"forward_tokens": forward_tokens}))
+    monkeypatch.setattr(Teacher, "forward", out_of_memory)
+    with pytest.raises(Refused, match=r"rows of 64 tokens do not fit.*--max-length or --dtype"):
+        plan.publish_or_adopt(draft, Storage(options["out"]))
+    assert not list(options["out"].glob("*"))
+
+
+def test_the_learnt_order_has_the_frequent_classes_first(small_dir):
+    cache = open_cache(small_dir)
+    counts = np.zeros(cache.manifest.targets.num_classes, np.int64)
+    for number in range(cache.num_blocks):
+        block = cache.read_block(number)
+        ids = np.concatenate([block.input_ids, block.target.ids.reshape(-1)])
+        counts += np.bincount(ids, minlength=len(counts))
+    expected = sorted(range(len(counts)), key=lambda index: (-counts[index], index))
+    assert cache.ranks.classes.tolist() == expected  # the sample is the whole corpus
+
+
+def test_channel_statistics_are_those_of_the_stored_states(capture, tmp_path):
+    cache = open_cache(capture(**SMALL, hidden_layers=(-1, 0)))
+    for layer in (-1, 0):
+        blocks = [cache.read_block(n, hidden_layers=(layer,)) for n in range(cache.num_blocks)]
+        bits = np.concatenate([block.hidden[layer] for block in blocks]).astype(np.uint32) << 16
+        states_ND = torch.from_numpy(bits.view(np.float32)).double()
+        # float32 in the file; the states of the calibration were batched otherwise: bf16 rounding
+        torch.testing.assert_close(
+            cache.channel_deviation(layer).double(), states_ND.std(0, unbiased=False),
+            rtol=1e-3, atol=1e-5,
+        )  # fmt: skip
+
+
+def test_a_manifest_names_no_place_host_or_time(options, small_dir, tmp_path):
+    run(CaptureConfig(**options | {"out": tmp_path / "elsewhere"}))
+    first, second = content(small_dir), content(tmp_path / "elsewhere")
+    assert first == second
+    for word in (str(tmp_path.parent), str(small_dir), socket.gethostname()):
+        assert all(word.encode() not in data for data in first.values())
+
+
+def test_the_cached_tokenizer_is_the_teachers(small_dir, tokenizer_dir):
+    cached = AutoTokenizer.from_pretrained(small_dir / "tokenizer")
+    text = "the day of many words, ☃"
+    assert cached(text)["input_ids"] == AutoTokenizer.from_pretrained(tokenizer_dir)(text)["input_ids"]
+
+
+def test_side_files_of_a_start_that_was_cut_short_do_not_spoil_another_job(
+    options, small_dir, tmp_path
+):
+    """The first start died before its manifest; then another tokenizer was asked for."""
+    leftover = options["out"] / "tokenizer" / "tokenizer.json"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_text("{}")
+    run(CaptureConfig(**options))
+    assert open_cache(options["out"]).cache_id == open_cache(small_dir).cache_id
+
+
+# What `plan` says
+
+
+def plan_of(options: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return estimate(PlanConfig(**options | more))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_small_corpus_is_counted_exactly(options, capture, pack):
+    numbers = plan_of(options, pack=pack)
+    cache = open_cache(capture(**SMALL, pack=pack))
+    assert numbers["documents"] == numbers["sampled_documents"] == 30
+    assert numbers["tokens"] == int(cache.row_tokens.sum())
+    assert numbers["positions"] == int(cache.row_positions.sum())
+    assert numbers["documents_per_shard"] == cache.manifest.plan.documents_per_shard
+    assert numbers["shards"] == cache.manifest.plan.num_shards
+    assert (numbers["classes"], numbers["targets"], numbers["top_k"]) == (300, "topk", 8)
+    if not pack:  # rows are packed inside a shard, and in another order in the sample
+        assert numbers["rows"] == len(cache)
+
+
+def test_a_plan_without_calibration_reads_no_weights_and_writes_nothing(options, tmp_path):
+    teacher = tmp_path / "no-weights"
+    shutil.copytree(options["teacher"], teacher, ignore=shutil.ignore_patterns("*.safetensors"))
+    numbers = plan_of(options, teacher=str(teacher))
+    assert not numbers["calibrated"]
+    assert set(numbers) & {"hours", "kept_mass", "tokens_per_s"} == set()
+    assert not options["out"].exists()
+    json.dumps(numbers)  # everything in it is JSON
+
+
+def test_the_table_of_bytes_grows_with_k_and_holds_the_asked_one(options):
+    sizes = plan_of(options, top_k=24)["target_bytes_per_position"]
+    assert list(sizes) == ["8", "16", "24", "32", "64", "128"]
+    assert list(sizes.values()) == sorted(sizes.values())
+
+
+def test_label_only_costs_no_target_bytes(options, tokenizer_dir):
+    numbers = plan_of(options, teacher=None, tokenizer=str(tokenizer_dir), targets="none")
+    assert numbers["target_bytes_per_position"] == {}
+    assert (numbers["targets"], numbers["top_k"]) == ("none", 0)
+    assert 0 < numbers["bytes"] < 10 * numbers["positions"]
+
+
+@pytest.fixture(scope="module")
+def calibrated(teacher_dir: Path, corpus_file: Path, tmp_path_factory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("plan") / "cache"
+    paths = {"teacher": str(teacher_dir), "corpus": str(corpus_file), "out": out}
+    numbers = plan_of(SMALL | paths, calibrate=True, temperature=(2.0,))
+    assert list(out.parent.iterdir()) == []  # the disk probe is gone, too
+    return numbers
+
+
+def test_a_calibrated_plan_measures(calibrated):
+    assert calibrated["calibrated"]
+    assert calibrated["tokens_per_s"] > 0
+    assert calibrated["hours"] == pytest.approx(
+        calibrated["tokens"] / calibrated["tokens_per_s"] / 3600, rel=0.01
+    )
+    assert calibrated["disk_mb_per_s"] > 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_kept_mass_is_that_of_the_dense_teacher(calibrated, small_dir, teacher_dir, temperature):
+    teacher = LlamaForCausalLM.from_pretrained(teacher_dir, dtype=torch.float64)
+    kept: dict[int, list[torch.Tensor]] = {8: [], 32: []}
+    for row in open_cache(small_dir):
+        with torch.no_grad():
+            logits_TV = teacher(row.input_ids[None]).logits[0, :-1]
+        p_TV = (logits_TV / temperature).softmax(-1)
+        for k, masses in kept.items():
+            masses.append(p_TV.topk(k).values.sum(-1))
+    for k, masses in kept.items():
+        expected = float(torch.cat(masses).mean())
+        # float32 against float64 logits of size 10
+        assert calibrated["kept_mass"][f"{temperature:g}"][str(k)] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_measured_bytes_are_near_those_of_a_cache(calibrated, capture):
+    cache = open_cache(capture(max_length=64, shard_tokens=10**6, top_k=8))
+    target = [
+        size
+        for commit in cache.commits
+        for column, size in commit.column_bytes.items()
+        if column.startswith("target_")
+    ]
+    actual = sum(target) / cache.row_positions.sum()
+    # half of 30 documents in one block that is not full, against 500 documents
+    assert calibrated["target_bytes_per_position"]["8"] == pytest.approx(actual, rel=0.25)
