@@ -7,7 +7,8 @@ A Llama made on the spot, the same batch for all:
   naive     model(...).logits, log_softmax in float32 over [B, T, V], torch.topk
   bare      model(...).logits, thrown away: what no capture can do without
 
-Rounds alternate in one process; medians. Memory is the rise of the peak resident size in a process
+Rounds alternate in one process; medians, of the clock and of CPU time (all threads; on a machine
+that does other things too, the one to look at, with --threads 1). Memory is the rise of the peak resident size in a process
 of its own (Linux only). Prints one JSON line.
 """
 
@@ -65,7 +66,7 @@ def main() -> None:
     if args.memory_of:
         print(measure_memory(problem, args.memory_of))
         return
-    seconds = times_s(problem, args.rounds)
+    seconds, cpu_seconds = times_s(problem, args.rounds)
     extra = {variant: peak_extra_bytes(variant) for variant in VARIANTS}
     print(
         json.dumps(
@@ -73,9 +74,12 @@ def main() -> None:
                 "benchmark": "capture",
                 "command": " ".join(["python", "benchmarks/capture.py", *sys.argv[1:]]),
                 "seconds": {name: round(value, 3) for name, value in seconds.items()},
+                "cpu_seconds": {name: round(value, 3) for name, value in cpu_seconds.items()},
                 "positions_per_s": round(len(problem.labels_N) / seconds["ours"]),
                 "speed_ours_over_naive": round(seconds["naive"] / seconds["ours"], 3),
                 "speed_ours_over_bare": round(seconds["bare"] / seconds["ours"], 3),
+                "cpu_naive_over_ours": round(cpu_seconds["naive"] / cpu_seconds["ours"], 3),
+                "cpu_bare_over_ours": round(cpu_seconds["bare"] / cpu_seconds["ours"], 3),
                 "peak_extra_mib": {name: round(value / 2**20, 1) for name, value in extra.items()},
                 "memory_ours_over_naive": round(extra["ours"] / extra["naive"], 3),
                 "positions": len(problem.labels_N),
@@ -158,15 +162,21 @@ def run(variant: str, problem: Problem) -> None:
     functions[variant](problem)
 
 
-def times_s(problem: Problem, rounds: int) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+def times_s(problem: Problem, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    wall: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    cpu: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for round_number in range(rounds + 1):
         for variant in VARIANTS:
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             run(variant, problem)
             if round_number > 0:  # the first round warms up
-                seconds[variant].append(time.perf_counter() - start)
-    return {variant: statistics.median(values) for variant, values in seconds.items()}
+                wall[variant].append(time.perf_counter() - start)
+                cpu[variant].append(time.process_time() - cpu_start)
+    wall_s, cpu_s = (
+        {variant: statistics.median(values) for variant, values in table.items()}
+        for table in (wall, cpu)
+    )
+    return wall_s, cpu_s
 
 
 def peak_extra_bytes(variant: str) -> int:

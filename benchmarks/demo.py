@@ -48,7 +48,7 @@ def main() -> None:
     run(
         f"train-student run --student {out}/teacher-config --cache {out}/labels --out "
         f"{out}/teacher --validation-cache {out}/labels-held-out --soft-weight 0 --hard-weight 1 "
-        "--max-steps 340 --batch-tokens 8192 --learning-rate 2e-3 --eval-every 40 "
+        "--max-steps 220 --batch-tokens 4096 --learning-rate 4e-3 --eval-every 20 "
         "--early-stopping-patience 2 --set adam_beta2=0.98 --weight-decay 0.1"
     )
 
@@ -68,8 +68,8 @@ def main() -> None:
     say("Two students: one from the cache, the same one from the text alone")
     student = (
         f"train-student run --student {out}/student-config --cache {out}/cache "
-        f"--validation-cache {out}/held-out --max-steps 260 --batch-tokens 8192 "
-        "--learning-rate 4e-3"
+        f"--validation-cache {out}/held-out --max-steps 220 --batch-tokens 4096 "
+        "--learning-rate 6e-3"
     )
     run(f"{student} --soft-weight 0 --hard-weight 1 --out {out}/text-alone")
     run(f"{student} --out {out}/distilled")
@@ -143,7 +143,7 @@ def make_tokenizer(folder: Path) -> None:
 def make_configs(out: Path) -> None:
     from transformers import LlamaConfig
 
-    for name, width, layers in (("teacher", 256, 4), ("student", 96, 2)):
+    for name, width, layers in (("teacher", 192, 3), ("student", 64, 2)):
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=width,

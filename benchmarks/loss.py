@@ -6,7 +6,7 @@ One loss and its backward pass, on random hidden states and a teacher near the s
   chunked       linear_loss: soft loss, or soft and hard with --hard-weight
   naive         full logits, log_softmax, gather, KL with a tail bucket (and F.cross_entropy)
   cross-entropy full logits, .float(), F.cross_entropy: what `transformers` does for a causal LM
-  matmuls       only the three products that every one of them needs, in the chunks of `chunked`
+  matmuls       only the three products that every one of them needs, in chunks of 384 rows
 
 Times alternate in one process. Memory is the rise of the peak resident size in a process of its own
 (gradients included, inputs not; Linux only). Errors are relative, in the norm of the whole
@@ -14,6 +14,7 @@ gradient, against a float64 reference. Prints one JSON line.
 """
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -29,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from student_train.linear_loss import linear_loss
-from student_train.losses import LossSpec, SoftTarget
+from student_train.loss_spec import LossSpec
+from student_train.losses import SoftTarget
 
 VARIANTS = ("chunked", "naive", "cross-entropy", "matmuls")
 
@@ -46,20 +48,18 @@ class Problem:
     def leaves(self) -> list[Tensor]:
         return [self.hidden_ND, self.weight_VD]
 
-    def to(self, dtype: torch.dtype) -> "Problem":
-        """The same numbers, widened."""
-        target = self.target
+    def first(self, rows: int, dtype: torch.dtype) -> "Problem":
+        """The first positions only, copied."""
+        target, ratio_N = self.target, self.target.log_partition_ratio
         return Problem(
-            self.hidden_ND.detach().to(dtype).requires_grad_(),
-            self.weight_VD.detach().to(dtype).requires_grad_(),
-            self.labels_N,
+            self.hidden_ND.detach()[:rows].to(dtype, copy=True).requires_grad_(),
+            self.weight_VD.detach().to(dtype, copy=True).requires_grad_(),
+            self.labels_N[:rows],
             SoftTarget(
-                target.ids,
-                target.logprobs.to(dtype),
-                target.log_tail.to(dtype),
-                None
-                if target.log_partition_ratio is None
-                else target.log_partition_ratio.to(dtype),
+                target.ids[:rows],
+                target.logprobs[:rows].to(dtype),
+                target.log_tail[:rows].to(dtype),
+                None if ratio_N is None else ratio_N[:rows].to(dtype),
             ),
             self.temperature,
             self.hard_weight,
@@ -67,7 +67,7 @@ class Problem:
 
 
 def make_problem(args: argparse.Namespace) -> Problem:
-    """Hidden states of unit size, logits with a deviation near 2.5, a teacher at a small distance."""
+    """Normal hidden states, logits with a deviation of 2.5, a teacher not far from the student."""
     generator = torch.Generator().manual_seed(args.seed)
     hidden_ND = torch.randn(args.n, args.d, generator=generator)
     weight_VD = torch.randn(args.v, args.d, generator=generator).mul_(2.5 / args.d**0.5)
@@ -134,7 +134,7 @@ def cross_entropy(problem: Problem) -> Tensor:
     return F.cross_entropy(logits_NV, problem.labels_N, reduction="sum")
 
 
-def matmuls(problem: Problem, rows: int = 256) -> None:
+def matmuls(problem: Problem, rows: int = 384) -> None:
     with torch.no_grad():
         grad_weight_VD = torch.zeros_like(problem.weight_VD)
         for hidden_nD in problem.hidden_ND.split(rows):
@@ -178,30 +178,12 @@ def peak_extra_bytes(variant: str) -> int:
 
 
 def measure_memory(problem: Problem, variant: str) -> int:
-    run(variant, narrowed(problem))  # libraries allocate their own buffers once
+    run(variant, problem.first(8, torch.float32))  # libraries allocate buffers of their own once
+    ctypes.CDLL(None).malloc_trim(0)  # memory freed but kept by glibc would be used again, unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status_bytes("VmRSS")
     run(variant, problem)
     return _status_bytes("VmHWM") - before
-
-
-def narrowed(problem: Problem) -> Problem:
-    """A corner of the problem: 8 positions, the same width."""
-    target = problem.target
-    ratio_N = target.log_partition_ratio
-    return Problem(
-        problem.hidden_ND.detach()[:8].clone().requires_grad_(),
-        problem.weight_VD.detach().clone().requires_grad_(),
-        problem.labels_N[:8],
-        SoftTarget(
-            target.ids[:8],
-            target.logprobs[:8],
-            target.log_tail[:8],
-            None if ratio_N is None else ratio_N[:8],
-        ),
-        problem.temperature,
-        problem.hard_weight,
-    )
 
 
 def _status_bytes(field: str) -> int:
@@ -211,10 +193,71 @@ def _status_bytes(field: str) -> int:
     raise LookupError(field)
 
 
-def relative_errors(problem: Problem, rows: int = 512) -> dict[str, list[float]]:
-    """Of the gradients of hidden states and weight, on the first rows only: float64 is slow."""
-    return {}
+def relative_errors(problem: Problem, rows: int = 1024) -> dict[str, dict[str, float]]:
+    """Of the loss and both gradients in float32, over the first rows, against float64."""
+    part = problem.first(rows, torch.float32)
+    wide = problem.first(rows, torch.float64)
+    exact_loss = naive(wide)
+    exact = torch.autograd.grad(exact_loss, wide.leaves())
+    errors = {}
+    for name, loss_of in (("chunked", chunked), ("naive", naive)):
+        loss = loss_of(part)
+        found = torch.autograd.grad(loss, part.leaves())
+        pairs = [(loss, exact_loss), *zip(found, exact, strict=True)]
+        relative = [
+            float((one - other).norm().detach() / other.norm().detach()) for one, other in pairs
+        ]
+        errors[name] = dict(zip(("loss", "grad_hidden", "grad_weight"), relative, strict=True))
+    return errors
+
+
+def report(args: argparse.Namespace, problem: Problem) -> dict[str, object]:
+    memory = {variant: peak_extra_bytes(variant) for variant in VARIANTS}
+    seconds = times_s(problem, args.rounds)
+    others = ("naive", "cross-entropy", "matmuls")
+    return {
+        "benchmark": "loss",
+        "command": " ".join(sys.argv),
+        "hardware": f"{_processor()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "shape": {"n": args.n, "d": args.d, "v": args.v, "k": args.k, "dtype": "float32"},
+        "temperature": args.temperature,
+        "hard_weight": args.hard_weight,
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "time_ratio": {name: round(seconds["chunked"] / seconds[name], 3) for name in others},
+        "extra_mib": {name: round(value / 2**20, 1) for name, value in memory.items()},
+        "memory_ratio": {name: round(memory["chunked"] / memory[name], 4) for name in others},
+        "relative_error": relative_errors(problem),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--n", type=int, default=4096, help="positions")
+    parser.add_argument("--d", type=int, default=256, help="width of the hidden states")
+    parser.add_argument("--v", type=int, default=32_000, help="classes")
+    parser.add_argument("--k", type=int, default=32, help="entries per position")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--hard-weight", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds; the median is shown")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    problem = make_problem(args)
+    if args.memory_of is not None:
+        print(measure_memory(problem, args.memory_of))
+    else:
+        print(json.dumps(report(args, problem)))
 
 
 if __name__ == "__main__":
-    pass
+    main()

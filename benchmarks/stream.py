@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from shared import manifest as manifests
+from shared.blocks import Block
 from shared.cache import Cache, open_cache
 from shared.codec import ClassRanks, Target, TargetSpec
 from shared.manifest import (
@@ -39,7 +40,7 @@ from shared.manifest import (
     TokenizerInfo,
 )
 from shared.schema import MIN_BLOCK_POSITIONS, optional_columns
-from shared.shards import Block, ShardWriter, encode_block
+from shared.shards import ShardWriter, encode_block
 from shared.storage import Storage
 from student_train.order import Order, OrderSpec
 from student_train.stream import BatchStream, StreamSpec

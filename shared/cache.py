@@ -40,9 +40,13 @@ class RowTargets:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training example. `input_ids` [T]; `positions`, `labels` [P]; `hidden[layer]` [P, D]."""
+    """One training example: `input_ids` [T]; `positions`, `labels` [P]; `hidden[layer]` [P, D].
+
+    `segments` are the lengths of its documents' parts: one, unless rows are packed.
+    """
 
     row_id: int
+    segments: tuple[int, ...]
     input_ids: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
@@ -244,4 +248,19 @@ def _row(block: Block, index: int) -> Row:
         layer: torch.from_numpy(states[start:end].copy()).view(torch.bfloat16)
         for layer, states in block.hidden.items()
     }
-    return Row(int(block.row_ids[index]), input_ids, labels, at, targets, hidden)
+    return Row(
+        row_id=int(block.row_ids[index]),
+        segments=_segments(block, index),
+        input_ids=input_ids,
+        labels=labels,
+        positions=at,
+        targets=targets,
+        hidden=hidden,
+    )
+
+
+def _segments(block: Block, index: int) -> tuple[int, ...]:
+    if block.segments is None or block.num_segments is None:
+        return (int(block.num_tokens[index]),)
+    start = int(block.num_segments[:index].sum())
+    return tuple(block.segments[start : start + int(block.num_segments[index])].tolist())

@@ -144,24 +144,26 @@ def without_rows(no_rows: Columns, *, packed: bool, num_positions: int) -> Micro
 def _assemble(columns: Columns, packed: bool, num_positions: int) -> MicroBatch:
     """Takes the columns that say where things are out of `columns`; the rest stays as it is."""
     row_tokens, input_ids = columns.pop("num_tokens"), columns.pop("input_ids")
-    row_starts = np.cumsum(row_tokens) - row_tokens
     position_ids = columns.pop("position_ids", None)
-    if position_ids is None:
-        position_ids = ranges(np.zeros_like(row_tokens), row_tokens)
-    starts = row_starts if packed else np.flatnonzero(position_ids == 0)
-    lengths = np.diff(starts, append=len(input_ids))
-    width = int(lengths.max())
-    shape = (len(starts), width)
-    places = ranges(np.arange(len(starts)) * width, lengths)  # of each token in [B, T], flat
+    row_starts = np.cumsum(row_tokens) - row_tokens
+    whole_rows = packed or position_ids is None
+    starts = row_starts if whole_rows else np.flatnonzero(position_ids == 0)
+    lengths_B1 = np.diff(starts, append=len(input_ids))[:, None]
+    column_T = np.arange(lengths_B1.max())
+    # Where each token goes in [B, T], flat.
+    places = ranges(np.arange(len(starts)) * len(column_T), lengths_B1[:, 0])
     token_of_position = np.repeat(row_starts, columns.pop("num_positions"))
     token_of_position += columns.pop("positions")
 
-    arrays = {"input_ids": _scatter(input_ids, places, np.zeros(shape, np.int64))}
-    if packed:
-        padding = np.arange(width) - lengths[:, None]  # 0, 1, ... after the row: one more segment
-        arrays["position_ids"] = _scatter(position_ids, places, padding)
+    ids_BT = np.zeros((len(starts), len(column_T)), np.int64)
+    arrays = {"input_ids": _scatter(input_ids, places, ids_BT)}
+    if not packed:
+        arrays["attention_mask"] = (column_T < lengths_B1).astype(np.int64)
+    elif position_ids is None:
+        arrays["position_ids"] = np.where(column_T < lengths_B1, column_T, column_T - lengths_B1)
     else:
-        arrays["attention_mask"] = _scatter(1, places, np.zeros(shape, np.int64))
+        # Padding counts from 0 again: a segment of its own.
+        arrays["position_ids"] = _scatter(position_ids, places, column_T - lengths_B1)
     arrays["position_index"] = places[token_of_position]
     labels = columns.pop("labels") if "labels" in columns else input_ids[token_of_position + 1]
     arrays["labels"] = labels.astype(np.int64)

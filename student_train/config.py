@@ -154,6 +154,9 @@ class EvaluateConfig:
     )
     json: Annotated[bool, Option(help="Print one JSON object.")] = False
 
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompareConfig:
@@ -162,3 +165,6 @@ class CompareConfig:
     runs: Annotated[tuple[Path, ...], Option(help="Folders of finished runs.", argument=True)]
     html: Annotated[Path | None, Option(help="Also draw it into this file.")] = None
     json: Annotated[bool, Option(help="Print one JSON object.")] = False
+
+    def __post_init__(self) -> None:
+        check_bounds(self)

@@ -32,8 +32,10 @@ from student_train.losses import (
 )
 
 CPU_BUFFER_BYTES = 96 << 20  # 384 rows of 32,000 classes: 1.04 of the time of 512, 0.93 of 256
-MIN_ROWS = 128  # BLAS repacks the weight for each chunk: 64 rows take 1.15 times as long
 CUDA_BUFFER_BYTES = 768 << 20  # not measured; leaves the loss below 1 GB
+CPU_CACHE_BYTES = 16 << 20
+ENOUGH_ROWS = 512  # more only where they are so short that all fit in the cache
+MIN_ROWS = 128  # BLAS repacks the weight for each chunk: 64 rows take 1.27 times as long
 PARTIAL_ELEMENTS = 16 << 20  # of a bfloat16 weight gradient, before it joins the float32 sum
 
 _Inputs = tuple[Tensor, Tensor, Tensor | None]  # hidden states, weight, bias
@@ -75,8 +77,10 @@ def linear_loss(
     head = _Head(num_classes, logit_scale, softcap, _matmul_dtype(weight_VD))
     terms = _terms(hidden_ND, _wide(head.dtype), target, labels_N, spec, with_entropy)
     terms = replace(terms, soft_scale=soft_scale, hard_scale=hard_scale)
-    sums = _LinearLoss.apply(hidden_ND, weight_VD, bias_V, head, terms, chunk_rows)
-    return LinearLossOutput(*sums)
+    inputs = (hidden_ND, weight_VD, bias_V)
+    # Inside the Function autograd is off and its `needs_input_grad` does not know of no_grad.
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    return LinearLossOutput(*_LinearLoss.apply(*inputs, needs, head, terms, chunk_rows))
 
 
 def logits_loss(
@@ -96,9 +100,13 @@ def logits_loss(
     logits_NC = logits_NV[:, :num_classes].to(terms.dtype).clamp_min(MASKED_LOGIT)
     log_all_N = torch.logsumexp(logits_NC, dim=-1)
     label_logit_N1 = logits_NC.gather(1, terms.labels_N1.clamp_min(0))
-    rest_NC = logits_NC / terms.spec.temperature
+    tempered_NC = logits_NC / terms.spec.temperature
+    rest_NC = tempered_NC.detach().clone()
     entries = _mask_entries(rest_NC, terms)
-    variables = (entries.logits_nK, torch.logsumexp(rest_NC, dim=-1), label_logit_N1, log_all_N)
+    rest_NC = tempered_NC.masked_fill(rest_NC == MASKED_LOGIT, MASKED_LOGIT)
+    entry_NK = tempered_NC.gather(1, terms.ids_NK)
+    entry_NK = entry_NK.masked_fill(entries.logprobs_nK == -math.inf, MASKED_LOGIT)
+    variables = (entry_NK, torch.logsumexp(rest_NC, dim=-1), label_logit_N1, log_all_N)
     soft, hard = _soft_and_hard(variables, entries.logprobs_nK, terms)
     agreement = _agreement(entries, rest_NC.amax(dim=-1), terms)
     entropy = torch.zeros_like(soft)
@@ -128,7 +136,7 @@ class _Terms:
     spec: LossSpec
     dtype: torch.dtype  # of logits and row losses
     with_entropy: bool
-    apart: bool  # the hard loss needs a softmax of its own, because T is not 1
+    apart: bool  # T is not 1, so that hard loss or entropy need a softmax of their own
     soft_scale: float | Tensor = 1.0
     hard_scale: float | Tensor = 1.0
 
@@ -168,7 +176,7 @@ def _terms(
         spec=spec,
         dtype=dtype,
         with_entropy=with_entropy,
-        apart=spec.temperature != 1 and labels_N is not None,
+        apart=spec.temperature != 1 and (labels_N is not None or with_entropy),
     )
 
 
@@ -184,12 +192,13 @@ class _LinearLoss(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
+        needs: Sequence[bool],
         head: _Head,
         terms: _Terms,
         chunk_rows: int | None,
     ) -> tuple[Tensor, ...]:
         inputs, C = (hidden_ND, weight_VD, bias_V), head.num_classes
-        gradients = _Gradients.allocate(inputs, ctx.needs_input_grad[:3], head)
+        gradients = _Gradients.allocate(inputs, needs, head)
         weight_CD = weight_VD[:C].to(head.dtype)
         sums_4 = weight_VD.new_zeros(4, dtype=terms.dtype)
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -219,7 +228,7 @@ class _LinearLoss(torch.autograd.Function):
                 "compute the loss again instead of backward(retain_graph=True)"
             )
         scaled = [None if grad is None else grad.mul_(grad_loss) for grad in gradients]
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 @dataclass(slots=True)
@@ -277,7 +286,7 @@ class _Chunk:
 
     logits_nC: Tensor
     probs_nC: Tensor
-    hard_probs_nC: Tensor  # at T = 1; `probs_nC` itself where the hard loss is not apart
+    hard_probs_nC: Tensor  # at T = 1; `probs_nC` itself where that is not needed
     matmul_nC: Tensor  # in the dtype of the matmuls; `logits_nC` itself where that is wide
 
     def widen(self) -> None:
@@ -308,8 +317,12 @@ def _chunks(
 
 
 def _auto_rows(row_bytes: int, device_type: str) -> int:
-    buffer_bytes = CPU_BUFFER_BYTES if device_type == "cpu" else CUDA_BUFFER_BYTES
-    return max(MIN_ROWS, buffer_bytes // row_bytes // 64 * 64)
+    if device_type == "cpu":
+        few_classes = max(ENOUGH_ROWS, CPU_CACHE_BYTES // row_bytes)
+        rows = min(CPU_BUFFER_BYTES // row_bytes, few_classes)
+    else:
+        rows = CUDA_BUFFER_BYTES // row_bytes
+    return max(MIN_ROWS, rows // 64 * 64)
 
 
 @dataclass(slots=True)
@@ -346,15 +359,18 @@ def _chunk_sums(chunk: _Chunk, terms: _Terms, softcap: float | None, gradient: b
         logits_nC.div_(softcap).tanh_().mul_(softcap)
     label_logit_n1 = logits_nC.gather(1, terms.labels_N1.clamp_min(0))
     log_all, entropy = [], logits_nC.new_zeros(())
-    if terms.apart or terms.with_entropy:
+    if terms.apart:
         log_all_n, _ = _softmax(logits_nC, chunk.hard_probs_nC)
-        log_all = [log_all_n] * terms.apart
+        log_all = [log_all_n]
         if terms.with_entropy:
-            entropy = _entropy_sum(logits_nC, chunk.hard_probs_nC, log_all_n)
+            entropy = _entropy_sum(logits_nC, chunk.hard_probs_nC, log_all_n[:, None])
     if terms.spec.temperature != 1:
         logits_nC.div_(terms.spec.temperature)
     entries = _mask_entries(logits_nC, terms)
     log_rest_n, highest_rest_n = _softmax(logits_nC, chunk.probs_nC)
+    if terms.with_entropy and not terms.apart:
+        cells_nJ = torch.cat((entries.logits_nK, log_rest_n[:, None]), dim=-1)
+        entropy = _entropy_sum(logits_nC, chunk.probs_nC, cells_nJ)
     with torch.set_grad_enabled(gradient):
         variables = [entries.logits_nK, log_rest_n, label_logit_n1, *log_all]
         variables = [variable.detach().requires_grad_(gradient) for variable in variables]
@@ -378,10 +394,14 @@ def _softmax(logits_nC: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return highest_n - largest_n.log(), highest_n
 
 
-def _entropy_sum(logits_nC: Tensor, probs_nC: Tensor, log_all_n: Tensor) -> Tensor:
-    logits_nC.clamp_min_(MASKED_LOGIT)  # 0 * -inf would be NaN
-    expected_n11 = torch.bmm(probs_nC[:, None, :], logits_nC[:, :, None])  # makes no [n, C] product
-    return log_all_n.sum() - expected_n11.sum()
+def _entropy_sum(logits_nC: Tensor, probs_nC: Tensor, cells_nJ: Tensor) -> Tensor:
+    """Logsumexp minus expected logit; the last cell is all classes of the softmax `probs_nC`."""
+    share_nJ = cells_nJ.softmax(dim=-1)
+    expected_n = (share_nJ * cells_nJ.clamp_min(MASKED_LOGIT))[:, :-1].sum(dim=-1)  # 0 * -inf: NaN
+    pieces = zip(logits_nC.split(32), probs_nC.split(32), strict=True)  # a product stays in cache
+    inner_n = torch.cat([(z.clamp_min(MASKED_LOGIT) * p).sum(dim=-1) for z, p in pieces])
+    expected_n += share_nJ[:, -1] * inner_n
+    return (torch.logsumexp(cells_nJ, dim=-1) - expected_n).sum()
 
 
 def _soft_and_hard(

@@ -13,6 +13,7 @@ from shared.options import command
 from shared.options import main as run_app
 from teacher_cache.config import (
     CaptureConfig,
+    CheckConfig,
     CleanConfig,
     InspectConfig,
     PlanConfig,
@@ -63,6 +64,18 @@ def verify_command(config: VerifyConfig) -> None:
 
     found = verify(config)
     _show(asdict(found) | {"sound": found.sound}, verify_text(found), as_json=config.json)
+    if not found.sound:
+        raise typer.Exit(1)
+
+
+@command(app, "check", CheckConfig)
+def check_command(config: CheckConfig) -> None:
+    """Runs the teacher again on a few rows and holds the cache against it."""
+    from teacher_cache.check import check
+    from teacher_cache.report import check_text
+
+    found = check(config)
+    _show(asdict(found) | {"sound": found.sound}, check_text(found), as_json=config.json)
     if not found.sound:
         raise typer.Exit(1)
 

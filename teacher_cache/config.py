@@ -137,6 +137,9 @@ class InspectConfig:
     rows: Annotated[int, Option(help="Decoded rows to show.", min=0, max=100)] = 3
     json: Annotated[bool, Option(help="Print one JSON object.")] = False
 
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyConfig:
@@ -148,6 +151,31 @@ class VerifyConfig:
     ] = False
     json: Annotated[bool, Option(help="Print one JSON object.")] = False
 
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckConfig:
+    """`cache-teacher check`."""
+
+    cache: Annotated[Path, Option(help="Folder of the cache.", argument=True)]
+    teacher: Annotated[str, Option(help="Hub id or folder of the teacher.")]
+    rows: Annotated[int, Option(help="Rows to run again.", min=1)] = 64
+    revision: Annotated[str | None, Option(help="Revision of the teacher on the Hub.")] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option(help="Number type of the teacher.", show_default="as cached"),
+    ] = "auto"
+    device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    trust_remote_code: Annotated[
+        bool, Option(help="Run model code that comes with the teacher.")
+    ] = False
+    json: Annotated[bool, Option(help="Print one JSON object.")] = False
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CleanConfig:
@@ -155,3 +183,6 @@ class CleanConfig:
 
     cache: Annotated[Path, Option(help="Folder of the cache.", argument=True)]
     dry_run: Annotated[bool, Option(help="Only list what would be removed.")] = False
+
+    def __post_init__(self) -> None:
+        check_bounds(self)

@@ -127,7 +127,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
         tokenizer=tokenizer,
         tokenizer_info=info,
         teacher=teacher,
-        teacher_info=None if teacher is None else _teacher_info(config, teacher),
+        teacher_info=None if teacher is None else teacher_info(config.teacher or "", teacher),
         preprocessing=_preprocessing(config, corpus),
         targets=_target_spec(config, num_classes),
         hidden=_hidden_spec(config, teacher),
@@ -158,11 +158,11 @@ def _load_teacher(config: CaptureConfig) -> Teacher:
     return teacher
 
 
-def _teacher_info(config: CaptureConfig, teacher: Teacher) -> TeacherInfo:
-    assert config.teacher is not None
-    folder = Path(config.teacher)
+def teacher_info(name: str, teacher: Teacher) -> TeacherInfo:
+    """What the manifest says of a teacher loaded as `name`."""
+    folder = Path(name)
     return TeacherInfo(
-        id=folder.resolve().name if folder.is_dir() else config.teacher,
+        id=folder.resolve().name if folder.is_dir() else name,
         revision=teacher.revision or "local",
         config_hash=config_hash(teacher.model),
         weights_digest=weights_digest(teacher.model),

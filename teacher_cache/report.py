@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from teacher_cache.check import Checked
 from teacher_cache.inspection import Verification
 
 
@@ -124,6 +125,22 @@ def verify_text(found: Verification) -> str:
         f"{found.shards} of {found.num_shards} shards committed and read, {size(found.bytes)}: "
         f"{state}"
     )
+    return "\n".join(lines)
+
+
+def check_text(found: Checked) -> str:
+    """The answer of `cache-teacher check`."""
+    lines = [f"DIFFERS {line}" for line in found.differences]
+    lines += [
+        f"rows                  {found.rows:,} with {found.positions:,} positions",
+        f"KL live to live       {found.kl_live_live:.2e} nats (the noise floor)",
+        f"KL live to cached     {found.kl_live_cached:.2e} nats, worst {found.worst_kl:.2e}",
+        f"agreement live/live   {found.agreement_live_live:.2%}",
+        f"agreement live/cached {found.agreement_live_cached:.2%}",
+        "the cache says what this teacher says"
+        if found.sound
+        else "THE CACHE IS OFF: another teacher made it, or its rows and targets do not match",
+    ]
     return "\n".join(lines)
 
 

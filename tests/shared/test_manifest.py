@@ -154,7 +154,7 @@ def paths_of(value, path=()):
     if isinstance(value, dict):
         for key, item in value.items():
             yield (*path, key)
-            if path + (key,) != ("side_files",):
+            if (*path, key) != ("side_files",):
                 yield from paths_of(item, (*path, key))
 
 
@@ -205,7 +205,7 @@ def test_a_field_of_another_type_is_named(tmp_path, path):
 )
 def test_a_value_that_cannot_be_is_an_error_that_names_the_file(tmp_path, path, value):
     storage = forged(tmp_path, lambda raw: at(raw, path[:-1]).__setitem__(path[-1], value))
-    with pytest.raises((CorruptCache, CacheMismatch), match="manifest.json"):
+    with pytest.raises((CorruptCache, CacheMismatch), match=r"manifest\.json"):
         manifests.read(storage)
 
 
@@ -253,7 +253,7 @@ def test_a_newer_format_is_refused_whatever_else_it_says(tmp_path, version):
 def test_what_is_no_manifest_is_an_error_that_names_the_file(tmp_path, data):
     storage = Storage(tmp_path)
     forge(storage, data)
-    with pytest.raises(CorruptCache, match="manifest.json: "):
+    with pytest.raises(CorruptCache, match=r"manifest\.json: "):
         manifests.read(storage)
 
 

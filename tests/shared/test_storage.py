@@ -238,7 +238,7 @@ def test_other_failures_to_write_are_our_errors_too(tmp_path, monkeypatch, numbe
 def test_a_folder_that_is_read_only_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(Refused, match="cannot be written .*Choose another --out"):
+        with pytest.raises(Refused, match=r"cannot be written .*Choose another --out"):
             Storage(tmp_path).put("x", b"1")
     finally:
         tmp_path.chmod(0o700)
@@ -246,14 +246,14 @@ def test_a_folder_that_is_read_only_is_refused(tmp_path):
 
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(TeacherCacheError, match="cache: (File exists|Not a directory)"):
+    with pytest.raises(TeacherCacheError, match=r"cache: (File exists|Not a directory)"):
         Storage(tmp_path / "cache").put("x", b"1")
 
 
 def test_a_disk_without_hard_links_is_refused_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", failing(PermissionError(errno.EPERM, "not permitted")))
     storage = Storage(tmp_path)
-    with pytest.raises(Refused, match="no hard links.*local or network disk that has them"):
+    with pytest.raises(Refused, match=r"no hard links.*local or network disk that has them"):
         storage.put_new("x", b"1")
     assert tree(tmp_path) == set()
 
@@ -268,8 +268,9 @@ def test_a_full_disk_at_the_link_itself(tmp_path, monkeypatch):
 def test_temporary_files_are_unique_beside_their_name_and_gone_after_any_exception(tmp_path):
     storage = Storage(tmp_path)
     seen = set()
-    for _ in range(2):
-        with pytest.raises(ZeroDivisionError), storage.temporary("a/x") as temporary:
+
+    def interrupted():
+        with storage.temporary("a/x") as temporary:
             temporary.write_bytes(b"half")
             seen.add(temporary)
             assert temporary.parent == tmp_path / "a"
@@ -277,6 +278,10 @@ def test_temporary_files_are_unique_beside_their_name_and_gone_after_any_excepti
             assert storage.list("a") == []  # never listed
             assert temporary_writer(temporary)[1] == os.getpid()
             raise ZeroDivisionError
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            interrupted()
     assert len(seen) == 2
     assert tree(tmp_path) == set()
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from shared.blocks import Block
 from shared.codec import Target
-from shared.shards import Block
 from student_train.order import Order, OrderSpec, split
 from student_train.stream import BatchStream, StreamSpec, _Background
 

@@ -1,0 +1,167 @@
+"""`cache-teacher check`: does a cache still say what its teacher says?
+
+A few rows go through the teacher twice, once batched as in the capture and once alone: how much the
+two differ is the noise floor of this machine. Then the first is held against the cache. Everything
+is compared over the cells that the cache has: its entries, and one for all other classes.
+
+N positions, C classes, K entries, J = K + 1 cells.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.cache import Cache, open_cache
+from shared.errors import CacheMismatch
+from shared.manifest import differences
+from shared.tokenizer import describe
+from teacher_cache.batches import forward_batches
+from teacher_cache.config import CheckConfig
+from teacher_cache.plan import teacher_info
+from teacher_cache.rows import Row
+from teacher_cache.teacher import Teacher
+
+# The codec alone costs 4e-5 nats on average (benchmarks/README.md); a shift by one position, a
+# swapped row or other weights cost whole nats.
+_ALLOWED_KL = 1e-3
+_ALLOWED_NOISE = 4.0
+_ALLOWED_DISAGREEMENT = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Means over positions. KL in nats over the cells of the cache; agreement of the best class."""
+
+    rows: int
+    positions: int
+    kl_live_live: float
+    kl_live_cached: float
+    worst_kl: float
+    agreement_live_live: float
+    agreement_live_cached: float
+    differences: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        """The cache is no further from the teacher than codec and noise explain."""
+        kl = self.kl_live_cached <= _ALLOWED_KL + _ALLOWED_NOISE * self.kl_live_live
+        floor = self.agreement_live_live - _ALLOWED_DISAGREEMENT
+        return kl and self.agreement_live_cached >= floor and not self.differences
+
+
+def check(config: CheckConfig) -> Checked:
+    """Runs the teacher over a sample of a cache's rows and compares."""
+    cache = open_cache(config.cache, allow_partial=True)
+    if not cache.has_targets:
+        raise CacheMismatch(f"{config.cache}: holds hard labels only, so no teacher can be checked")
+    teacher = Teacher.load(
+        config.teacher,
+        revision=config.revision,
+        dtype=config.dtype if config.dtype != "auto" else _cached_dtype(cache),
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    count = min(config.rows, cache.num_rows)
+    chosen = np.unique(np.linspace(0, cache.num_rows - 1, count).astype(np.int64)).tolist()
+    rows = [_row(cache, index) for index in chosen]
+    cached = _cached(cache, chosen)
+    batched = _live(teacher, cache, rows, cached.ids)
+    sizes = [row.num_positions for row in rows]
+    parts = zip(rows, cached.ids.split(sizes), strict=True)
+    alone = _joined([_live(teacher, cache, [row], ids) for row, ids in parts])
+    kl_live, kl_cached = _kl(batched.cells, alone.cells), _kl(batched.cells, cached.cells)
+    return Checked(
+        rows=len(rows),
+        positions=len(cached.ids),
+        kl_live_live=float(kl_live.mean()),
+        kl_live_cached=float(kl_cached.mean()),
+        worst_kl=float(kl_cached.max()),
+        agreement_live_live=_agreement(batched, alone),
+        agreement_live_cached=_agreement(batched, cached),
+        differences=tuple(_differences(cache, teacher, config)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """Log-probabilities over the cached entries and the tail, and the most probable class."""
+
+    ids: Tensor  # i64 [N, K]
+    cells: Tensor  # f64 [N, J]
+    best: Tensor  # i64 [N]
+
+
+def _row(cache: Cache, index: int) -> Row:
+    row = cache[index]
+    return Row(row.row_id, row.input_ids.numpy().astype(np.int32), row.segments)
+
+
+def _cached(cache: Cache, chosen: list[int]) -> _Cells:
+    parts = []
+    for index in chosen:
+        targets = cache[index].targets
+        assert targets is not None  # check refuses a cache without
+        logprobs = targets.logprobs.double()
+        cells = torch.cat([logprobs, targets.tail_mass.double().log()[:, None]], dim=1)
+        best = targets.ids.gather(1, logprobs.argmax(dim=1, keepdim=True))[:, 0]
+        parts.append(_Cells(targets.ids, cells, best))
+    return _joined(parts)
+
+
+def _live(teacher: Teacher, cache: Cache, rows: list[Row], ids_NK: Tensor) -> _Cells:
+    """What the teacher says now at the positions of these rows, over the same cells."""
+    plan, packed = cache.manifest.plan, cache.manifest.preprocessing.pack
+    cells_NJ = torch.empty(len(ids_NK), ids_NK.shape[1] + 1, dtype=torch.float64)
+    best_N = torch.empty(len(ids_NK), dtype=torch.int64)
+    for batch in forward_batches(rows, plan.forward_tokens, packed=packed):
+        output = teacher.forward(batch.inputs, chunk_positions=plan.chunk_positions)
+        for part, logits_nV in output.chunks:
+            at = batch.window_index[part]
+            logp_nC = logits_nV[:, : teacher.num_classes].double().log_softmax(dim=-1).cpu()
+            ids_nK = ids_NK[at]
+            rest_nC = logp_nC.scatter(1, ids_nK, -torch.inf)
+            tail_n1 = rest_nC.logsumexp(dim=1, keepdim=True)
+            cells_NJ[at] = torch.cat([logp_nC.gather(1, ids_nK), tail_n1], dim=1)
+            best_N[at] = logp_nC.argmax(dim=1)
+    return _Cells(ids_NK, cells_NJ, best_N)
+
+
+def _joined(parts: list[_Cells]) -> _Cells:
+    return _Cells(
+        torch.cat([part.ids for part in parts]),
+        torch.cat([part.cells for part in parts]),
+        torch.cat([part.best for part in parts]),
+    )
+
+
+def _kl(p_NJ: Tensor, q_NJ: Tensor) -> Tensor:
+    """KL(p || q) of each position in nats; a cell with p = 0 counts nothing."""
+    floor = torch.finfo(torch.float32).tiny
+    terms_NJ = p_NJ.exp() * (p_NJ - q_NJ.clamp_min(np.log(floor)))
+    return torch.where(p_NJ == -torch.inf, 0.0, terms_NJ).sum(dim=1)
+
+
+def _agreement(one: _Cells, other: _Cells) -> float:
+    return float((one.best == other.best).double().mean())
+
+
+def _cached_dtype(cache: Cache) -> str:
+    teacher = cache.manifest.teacher
+    return "auto" if teacher is None else teacher.dtype
+
+
+def _differences(cache: Cache, teacher: Teacher, config: CheckConfig) -> Iterator[str]:
+    """Fields in which this teacher is not the one of the manifest, whatever its outputs say."""
+    manifest = cache.manifest
+    assert manifest.teacher is not None  # check refuses a cache without
+    now = {
+        "teacher": asdict(teacher_info(config.teacher, teacher)),
+        "tokenizer": asdict(describe(teacher.tokenizer)),
+    }
+    cached = {"teacher": asdict(manifest.teacher), "tokenizer": asdict(manifest.tokenizer)}
+    for side in (now, cached):
+        side["teacher"].pop("id")  # a folder may have been renamed
+    yield from differences(cached, now)
