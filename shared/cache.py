@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
 from shared import manifest as manifests
@@ -114,10 +115,16 @@ class Cache(Sequence[Row]):
         """Standard deviation of each channel of a stored layer, float32 [D]."""
         return torch.from_numpy(learnt(self.storage, self.manifest)[f"hidden.{layer}.std"])
 
+    def shard_blocks(self, index: int) -> tuple[int, int]:
+        """First block of a committed shard, and the one after its last."""
+        return int(self._block_starts[index]), int(self._block_starts[index + 1])
+
     def read_block(
         self, block: int, *, hidden_layers: Sequence[int] = (), targets: bool = True
     ) -> Block:
         """Decodes one block; hidden states are never read unless asked for."""
+        if not 0 <= block < self.num_blocks:
+            raise IndexError(f"block {block} of a cache with {self.num_blocks} blocks")
         shard = int(np.searchsorted(self._block_starts, block, "right")) - 1
         return self._reader(shard).read_block(
             block - int(self._block_starts[shard]),
@@ -181,15 +188,29 @@ def open_cache(path: Path | str, *, allow_partial: bool = False) -> Cache:
 def class_ranks(storage: Storage, manifest: Manifest) -> ClassRanks:
     """The learnt order of the classes; their own order in a cache without a teacher."""
     arrays = learnt(storage, manifest)
-    if not arrays:
-        return ClassRanks.from_classes(np.arange(manifest.targets.num_classes))
-    return ClassRanks.from_classes(arrays["class_by_rank"])
+    count = manifest.targets.num_classes
+    classes = arrays.get("class_by_rank", np.zeros(0, np.uint32)) if arrays else np.arange(count)
+    if not np.array_equal(np.sort(classes), np.arange(count)):
+        raise CorruptCache(
+            f"{storage.path(_learnt_name(manifest))}: class_by_rank is no order of the "
+            f"{count} classes; restore it from a copy."
+        )
+    return ClassRanks.from_classes(classes)
 
 
 def learnt(storage: Storage, manifest: Manifest) -> dict[str, np.ndarray]:
     """What calibration learnt: class order, channel statistics; empty without a teacher."""
-    names = [name for name in manifest.side_files if name.startswith("learnt-")]
-    return load_safetensors(storage.read(names[0])) if names else {}
+    name = _learnt_name(manifest)
+    if not name:
+        return {}
+    try:
+        return load_safetensors(storage.read(name))
+    except SafetensorError as error:
+        raise CorruptCache(f"{storage.path(name)}: {error}; restore it from a copy.") from None
+
+
+def _learnt_name(manifest: Manifest) -> str:
+    return next((name for name in manifest.side_files if name.startswith("learnt-")), "")
 
 
 def read_commit(storage: Storage, manifest: Manifest, cache_id: str, shard: int) -> Commit:
@@ -221,8 +242,10 @@ def read_commits(storage: Storage, manifest: Manifest, cache_id: str) -> list[Co
 
 def committed_shards(storage: Storage) -> list[int]:
     """Numbers of the shards with a commit, from the file names alone."""
-    names = [name.rpartition("/")[2].removesuffix(".json") for name in storage.list("commits")]
-    return sorted(int(name) for name in names if name.isdigit())
+    names = storage.list("commits")
+    stems = [name.removeprefix("commits/").removesuffix(".json") for name in names]
+    numbers = {int(stem) for stem in stems if stem.isdecimal()}
+    return sorted(number for number in numbers if commit_name(number) in names)
 
 
 def _row(block: Block, index: int) -> Row:

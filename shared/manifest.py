@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from shared.codec import TargetSpec
-from shared.errors import CacheMismatch, CorruptCache, IncompleteCache
+from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCache
 from shared.storage import Storage
 
 FORMAT_VERSION = 1
@@ -99,7 +99,11 @@ class BatchPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything that is needed to read a cache; `teacher` is None in a label-only cache."""
+    """Everything that is needed to read a cache.
+
+    `teacher` is None in a label-only cache; `origin` names the cache that this one was repacked
+    from.
+    """
 
     format_version: int
     task: str
@@ -114,6 +118,7 @@ class Manifest:
     plan: BatchPlan
     seed: int
     nonfinite: str
+    origin: dict[str, str] | None
     side_files: dict[str, str]
 
     def to_json(self) -> bytes:
@@ -167,6 +172,8 @@ def read(storage: Storage) -> tuple[Manifest, str]:
         )
     raw = parse_json(data, str(path))
     version = raw.get("format_version") if isinstance(raw, dict) else None
+    if isinstance(version, int) and version < 1:
+        raise CorruptCache(f"{path}: format {version}; the first one is 1")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CacheMismatch(
             f"{path}: format {version} needs a newer teacher-cache; this one reads up to format "
@@ -203,12 +210,13 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if missing:
             raise CorruptCache(f"{where}: the field {missing[0]!r} is missing")
         make: Any = kind
-        return make(
-            **{
-                f.name: _build(hints[f.name], value[f.name], f"{where}: {f.name}")
-                for f in fields(kind)
-            }
-        )
+        values = {
+            f.name: _build(hints[f.name], value[f.name], f"{where}: {f.name}") for f in fields(kind)
+        }
+        try:
+            return make(**values)
+        except ConfigError as error:
+            raise CorruptCache(f"{where}: {error}") from None
     if origin is tuple:
         if not isinstance(value, list):
             raise _wrong(where, value, "a list")
@@ -224,7 +232,10 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise _wrong(where, value, "a number") from None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise _wrong(where, value, f"a value of type {kind.__name__}")
     return value

@@ -98,6 +98,8 @@ def layout(manifest: Manifest) -> tuple[Plane, ...]:
     }
     described = {column.name: column for column in COLUMNS}
     for name in manifest.columns:
+        if name not in described:
+            continue  # of a later version
         per, number = described[name].per, _NUMBERS[name]
         if name in _WHOLE_NUMBERS:
             add(name, per, 1, number, _WHOLE_NUMBERS[name])

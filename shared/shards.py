@@ -67,7 +67,11 @@ class Commit:
         positions = _unpack(self.row_positions, self.rows, f"{where}: row_positions")
         sums = (int(tokens.sum(dtype=np.int64)), int(positions.sum(dtype=np.int64)))
         counts = (sum(self.block_rows), sum(self.batch_blocks))
-        if sums != (self.tokens, self.positions) or counts != (self.rows, len(self.block_rows)):
+        negative = min((*self.block_rows, *self.batch_blocks, 0)) < 0
+        if negative or (*sums, *counts) != (
+            *(self.tokens, self.positions),
+            *(self.rows, len(self.block_rows)),
+        ):
             raise CorruptCache(f"{where}: the lengths of its rows do not add up to its totals")
         return tokens, positions
 
@@ -304,7 +308,7 @@ class ShardReader:
                 )
             _, offsets, data = array.buffers()
             first, last = array.offset, array.offset + len(array) + 1
-            values = np.frombuffer(offsets, np.int64)[first:last]
+            values = np.frombuffer(offsets, np.int64, count=last)[first:]
             columns[name] = values, memoryview(b"" if data is None else data)
         self._batches[index] = columns
         return columns
@@ -389,7 +393,10 @@ def _pack(lengths: np.ndarray) -> str:
 def _unpack(text: str, rows: int, where: str) -> np.ndarray:
     if rows > MAX_COMMIT_BYTES:
         raise CorruptCache(f"{where}: {rows:,} rows in one shard")
-    frame = memoryview(base64.b64decode(text))
+    try:
+        frame = memoryview(base64.b64decode(text, validate=True))
+    except ValueError as error:
+        raise CorruptCache(f"{where}: not base64: {error}") from None
     plane = frames.decompress(frame, block=0, column=0, size=4 * rows, where=where)
     return plane.view(np.uint32).astype(np.int32)
 

@@ -35,7 +35,7 @@ class Storage:
         if not name or any(part in ("", ".", "..") for part in parts) or set(name) & set("\0\\:"):
             raise CorruptCache(f"{self.root}: the name {name!r} does not stay inside the folder")
         path = self.root.joinpath(*parts)
-        if path.is_symlink() and not path.resolve().is_relative_to(self.root.resolve()):
+        if not path.resolve().is_relative_to(self.root.resolve()):
             raise CorruptCache(f"{path}: this link leaves the folder {self.root}")
         return path
 
@@ -139,7 +139,7 @@ class Storage:
 
 def temporary_files(root: Path) -> Iterator[Path]:
     """Temporary files of finished and of running writers, in the whole folder."""
-    yield from sorted(root.rglob(f"{TEMPORARY_PREFIX}*"))
+    yield from sorted(root.rglob(f"{TEMPORARY_PREFIX}*.*.*"))
 
 
 def temporary_writer(path: Path) -> tuple[str, int]:

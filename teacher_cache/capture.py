@@ -4,7 +4,7 @@ Rows of similar length run together; the results are put back where their rows s
 order on disk is the order of the corpus. N positions of the window, K entries, D channels.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -65,21 +65,6 @@ class WindowTargets:
             row = int(np.searchsorted(self.starts, place, "right")) - 1
             found.setdefault(row, place - int(self.starts[row]))
         return found
-
-    def sums(self, *, without: Collection[int]) -> dict[str, float]:
-        """Sums over positions, from which `inspect` shows means."""
-        good = torch.ones(len(self.bad), dtype=torch.bool)
-        for row in without:
-            good[self.starts[row] : self.starts[row + 1]] = False
-        sums = {
-            "sum_entropy": self.entropy[good],
-            "sum_label_logprob": self.label_logprob[good],
-            "sum_kept_mass": -torch.expm1(self.log_tail[good]),
-        }
-        for temperature, ratio in self.ratios.items():
-            kept = torch.exp(self.logprobs[good] / temperature - ratio[good, None]).sum(dim=1)
-            sums[f"sum_kept_mass.{temperature:g}"] = kept
-        return {name: float(values.double().sum()) for name, values in sums.items()}
 
     def fill(self, block: Block, rows: Sequence[int]) -> None:
         """Gives a block the targets of the rows it consists of."""

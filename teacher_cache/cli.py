@@ -17,6 +17,7 @@ from teacher_cache.config import (
     CleanConfig,
     InspectConfig,
     PlanConfig,
+    RepackConfig,
     VerifyConfig,
 )
 
@@ -78,6 +79,14 @@ def check_command(config: CheckConfig) -> None:
     _show(asdict(found) | {"sound": found.sound}, check_text(found), as_json=config.json)
     if not found.sound:
         raise typer.Exit(1)
+
+
+@command(app, "repack", RepackConfig)
+def repack_command(config: RepackConfig) -> None:
+    """Makes a smaller cache out of a cache, without the teacher. Run again to resume."""
+    from teacher_cache.repack import repack
+
+    repack(config)
 
 
 @command(app, "clean", CleanConfig)

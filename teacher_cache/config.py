@@ -178,6 +178,39 @@ class CheckConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RepackConfig:
+    """`cache-teacher repack`."""
+
+    cache: Annotated[Path, Option(help="Folder of the cache.", argument=True)]
+    out: Annotated[Path, Option(help="Folder of the smaller cache.", argument=True)]
+    top_k: Annotated[
+        int, Option(help="Entries kept at each position.", min=0, show_default="as they are")
+    ] = 0
+    value_bits: Annotated[
+        Literal[0, 7, 8, 16],
+        Option(help="Bits of a log-probability.", show_default="as they are"),
+    ] = 0
+    hidden_layers: Annotated[
+        tuple[int, ...], Option(help="Hidden layers to keep. Repeatable.", show_default="all")
+    ] = ()
+    drop_hidden: Annotated[bool, Option(help="Keep no hidden layer.")] = False
+    documents: Annotated[
+        str, Option(help="Documents to keep, A:B, counted from 0.", show_default="all")
+    ] = ":"
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        _ = self.document_range(0)
+
+    def document_range(self, num_documents: int) -> range:
+        """The documents asked for."""
+        start, colon, stop = self.documents.partition(":")
+        if not colon or not all(part.isdigit() or not part for part in (start, stop)):
+            raise ConfigError(f"--documents {self.documents}: expected A:B, such as 0:1000 or 500:")
+        return range(int(start or 0), int(stop or num_documents))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CleanConfig:
     """`cache-teacher clean`."""
 

@@ -217,7 +217,10 @@ def _unnamed_shards(storage: Storage, manifest: Manifest, cache_id: str) -> Iter
             raise CorruptCache(f"{error} Nothing was removed.") from None
     for name in storage.list("shards"):
         path = storage.path(name)
-        shard = int(name.rpartition("/")[2].partition("-")[0])
+        number = name.removeprefix("shards/").partition("-")[0]
+        if not number.isdecimal():
+            continue  # not ours
+        shard = int(number)
         superseded = storage.exists(commit_name(shard))
         if name not in named and (superseded or _age_s(path) > _STALE_AFTER_S):
             yield path

@@ -30,6 +30,7 @@ from teacher_cache.capture import WindowTargets, capture_window
 from teacher_cache.config import CaptureConfig
 from teacher_cache.plan import Draft, publish_or_adopt, resolve
 from teacher_cache.rows import Row
+from teacher_cache.statistics import block_sums
 from teacher_cache.teacher import Teacher
 from teacher_cache.workers import (
     Share,
@@ -107,12 +108,11 @@ def run(config: CaptureConfig) -> None:
 
 def capture_shard(job: Job, shard: int) -> None:
     """Runs the teacher over the documents of one shard and commits it; all or nothing."""
-    counters: Counter[str] = Counter()
     statistics: Counter[str] = Counter()
     per_shard = job.manifest.plan.documents_per_shard
     documents = range(shard * per_shard, min((shard + 1) * per_shard, len(job.draft.corpus)))
     with ShardWriter(job.storage, job.manifest, job.cache_id, shard) as writer:
-        for encoded in _encoded(job, _blocks(job, documents, counters, statistics)):
+        for encoded in _encoded(job, _blocks(job, documents, statistics)):
             with job.waits("disk"):
                 job.bytes_written += writer.write(encoded)
             tokens = int(encoded.row_tokens.sum())
@@ -122,26 +122,24 @@ def capture_shard(job: Job, shard: int) -> None:
                 bytes_per_token=round(job.bytes_written / job.tokens_written, 1),
                 waiting=job.waits.text(),
             )
-        writer.statistics = {**counters, **statistics}
+        writer.statistics = dict(statistics)
     log.debug("shard %d: %s", shard, "committed" if writer.won else "another process was first")
 
 
-def _blocks(
-    job: Job, documents: range, counters: Counter[str], statistics: Counter[str]
-) -> Iterator[Block]:
+def _blocks(job: Job, documents: range, statistics: Counter[str]) -> Iterator[Block]:
     """Blocks of a shard in order; the teacher runs over a window of them at a time."""
     texts = _texts(job, documents)
-    built = rows.build(texts, job.draft.tokenizer, job.draft.preprocessing, counters)
+    built = rows.build(texts, job.draft.tokenizer, job.draft.preprocessing, statistics)
     window: list[list[Row]] = []
     tokens = 0
     for block in _cut_blocks(built):
         window.append(block)
         tokens += sum(len(row.input_ids) for row in block)
         if tokens >= _WINDOW_FORWARDS * job.manifest.plan.forward_tokens:
-            yield from _captured(job, window, counters, statistics)
+            yield from _captured(job, window, statistics)
             window, tokens = [], 0
     if window:
-        yield from _captured(job, window, counters, statistics)
+        yield from _captured(job, window, statistics)
 
 
 def _texts(job: Job, documents: range) -> Iterator[tuple[int, str]]:
@@ -164,9 +162,7 @@ def _cut_blocks(built: Iterator[Row]) -> Iterator[list[Row]]:
         yield block
 
 
-def _captured(
-    job: Job, window: list[list[Row]], counters: Counter[str], statistics: Counter[str]
-) -> Iterator[Block]:
+def _captured(job: Job, window: list[list[Row]], statistics: Counter[str]) -> Iterator[Block]:
     """The blocks of a window with the teacher's targets; rows with NaN or infinity left out."""
     flat = [row for block in window for row in block]
     targets: WindowTargets | None = None
@@ -177,13 +173,14 @@ def _captured(
         bad = targets.bad_rows()
         for index, position in bad.items():
             _report_nonfinite(job, flat[index], position)
-        counters["nonfinite_rows"] += len(bad)
-        statistics.update(targets.sums(without=bad))
+        statistics["nonfinite_rows"] += len(bad)
     start = 0
     for block in window:
         kept = [index for index in range(start, start + len(block)) if index not in bad]
         if kept:
-            yield _assemble(flat, kept, targets, packed=job.manifest.preprocessing.pack)
+            assembled = _assemble(flat, kept, targets, packed=job.manifest.preprocessing.pack)
+            statistics.update(block_sums(assembled))
+            yield assembled
         start += len(block)
 
 

@@ -298,6 +298,7 @@ def _manifest(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Ma
         plan=plan,
         seed=draft.config.seed,
         nonfinite=draft.config.nonfinite,
+        origin=None,
         side_files={name: xxhash.xxh3_128_hexdigest(data) for name, data in side_files.items()},
     )
 

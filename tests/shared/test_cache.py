@@ -113,6 +113,7 @@ def test_a_row_says_what_the_live_teacher_says(cache, expected_rows, model):
         row = cache[index]
         assert (row.row_id, row.input_ids.tolist()) == (row_id, tokens)
         assert row.positions.tolist() == list(range(len(tokens) - 1))
+        assert row.segments == (len(tokens),)
         assert row.labels.tolist() == tokens[1:]
         assert row.targets.ids.dtype == row.labels.dtype == torch.int64
         assert row.targets.logprobs.dtype == row.targets.tail_mass.dtype == torch.float32
@@ -199,6 +200,7 @@ def test_packed_rows_predict_inside_each_document_only(capture, model, expected_
         segments = block.segments.tolist()
         for count in block.num_segments.tolist():
             row, start, places = cache[number], 0, []
+            assert row.segments == tuple(segments[:count])
             for length in segments[:count]:
                 inside = range(start, start + length - 1)
                 own = slice(len(places), len(places) + length - 1)
