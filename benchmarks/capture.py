@@ -7,13 +7,15 @@ A Llama made on the spot, the same batch for all:
   naive     model(...).logits, log_softmax in float32 over [B, T, V], torch.topk
   bare      model(...).logits, thrown away: what no capture can do without
 
-Rounds alternate in one process; medians, of the clock and of CPU time (all threads; on a machine
-that does other things too, the one to look at, with --threads 1). Memory is the rise of the peak resident size in a process
-of its own (Linux only). Prints one JSON line.
+Rounds alternate in one process; medians, of the clock and of the CPU time of all threads. On a
+machine that does other things too, threads that spin while they wait spoil both: use --threads 1,
+or set OMP_WAIT_POLICY=PASSIVE. Memory is the rise of the peak resident size in a process of its own
+(Linux only). Prints one JSON line.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -207,7 +209,8 @@ def hardware() -> dict[str, str | int]:
         if line.startswith("model name"):
             cpu = line.split(":", 1)[1].strip()
             break
-    return {"cpu": cpu, "threads": torch.get_num_threads()}
+    policy = os.environ.get("OMP_WAIT_POLICY", "default")
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "omp_wait_policy": policy}
 
 
 if __name__ == "__main__":

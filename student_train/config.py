@@ -19,7 +19,9 @@ class TrainConfig:
     student: Annotated[
         str, Option(help="Hub id or folder; a folder with only config.json: from scratch.")
     ]
-    cache: Annotated[Path, Option(help="Folder of the cache to train from.")]
+    cache: Annotated[
+        tuple[Path, ...], Option(help="Folder of the cache to train from. Repeatable: joined.")
+    ]
     out: Annotated[Path, Option(help="Folder of this run.")]
     validation_cache: Annotated[
         Path | None, Option(help="Held-out cache, for evaluation and early stopping.")
@@ -106,6 +108,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if not self.cache:
+            raise ConfigError("--cache is missing: name the folder of a cache")
         _ = self.loss_spec  # refuses combinations that have no loss
         if self.soft_weight == self.hard_weight == self.hidden_weight == 0:
             raise ConfigError(

@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 
-from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, CorruptCache
 from shared.manifest import differences
 from shared.options import resolved, write_resolved
 from shared.storage import Storage
+from student_train.cache_set import CacheSet, open_caches
 from student_train.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -57,24 +57,26 @@ class RunFolder:
         self.path = path
         self.storage = Storage(path)
 
-    def open_cache(self, config: TrainConfig) -> Cache:
-        """The cache of this run: as it is at the first start, later as it was then.
+    def open_caches(self, config: TrainConfig) -> CacheSet:
+        """The caches of this run: as they are at the first start, later as they were then.
 
         Writes nothing, so that a run which is refused leaves nothing behind.
         """
         if not self.storage.exists("snapshot.json"):
             self._check_free()
-            return open_cache(config.cache, allow_partial=config.allow_partial)
+            return open_caches(config.cache, allow_partial=config.allow_partial)
         self._check_same(config)
-        snapshot = json.loads(self.storage.read("snapshot.json"))
-        cache = open_cache(config.cache, allow_partial=True)
-        if cache.cache_id != snapshot["cache_id"]:
+        snapshot = json.loads(self.storage.read("snapshot.json"))["caches"]
+        caches = open_caches(config.cache, allow_partial=True)
+        before = [each["cache_id"] for each in snapshot]
+        if caches.cache_ids != before:
             raise CacheMismatch(
-                f"{self.path}: this run was started on cache {snapshot['cache_id'][:12]}, but "
-                f"{config.cache} is cache {cache.cache_id[:12]}. Name the first one, or start a "
-                "new run with another --out."
+                f"{self.path}: this run was started on cache {_short(before)}, but now named is "
+                f"{_short(caches.cache_ids)}. Name the same caches, or start a new run with "
+                "another --out."
             )
-        return cache.restrict(snapshot["shards"])
+        pairs = zip(caches.caches, snapshot, strict=True)
+        return CacheSet([cache.restrict(each["shards"]) for cache, each in pairs])
 
     def _check_free(self) -> None:
         if is_main_process() and self.path.is_dir() and any(self.path.iterdir()):
@@ -83,13 +85,13 @@ class RunFolder:
                 "choose another --out."
             )
 
-    def start(self, config: TrainConfig, cache: Cache) -> None:
+    def start(self, config: TrainConfig, caches: CacheSet) -> None:
         """Writes config and snapshot at the first start; a later one changes nothing."""
         if self.storage.exists("snapshot.json") or not is_main_process():
             return
         self.path.mkdir(parents=True, exist_ok=True)
         write_resolved(config, self.path / "run.yaml")
-        snapshot = {"cache_id": cache.cache_id, "shards": cache.snapshot()}
+        snapshot = {"caches": caches.snapshot()}
         self.storage.put("snapshot.json", json.dumps(snapshot, indent=1).encode())
 
     def _check_same(self, config: TrainConfig) -> None:
@@ -151,6 +153,10 @@ class RunFolder:
 def is_main_process() -> bool:
     """Rank 0 writes; before the process group exists the launcher's variable says who that is."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _short(cache_ids: list[str]) -> str:
+    return ", ".join(cache_id[:12] for cache_id in cache_ids)
 
 
 def _complete(checkpoint: Path) -> bool:

@@ -21,6 +21,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import ConfigError, Stopped
 from shared.tokenizer import load_cached_tokenizer
 from student_train.arguments import micro_batch_tokens, refuse_what_breaks, training_arguments
+from student_train.cache_set import CacheSet
 from student_train.callbacks import ProgressLine, StopOnSignal
 from student_train.config import TrainConfig
 from student_train.evaluate import evaluate
@@ -121,24 +122,24 @@ def run(config: TrainConfig) -> dict[str, Any]:
     folder = RunFolder(config.out)
     model_config = load_config(config.student)
     validation = None if config.validation_cache is None else open_cache(config.validation_cache)
-    cache = folder.open_cache(config)
-    for each in (cache, validation):
-        if each is not None:
-            check_fit(config.student, model_config, each)
-    check_cache(config, cache)
+    caches = folder.open_caches(config)
+    for each in (*caches.caches, *([] if validation is None else [validation])):
+        check_fit(config.student, model_config, each)
+    for cache in caches.caches:
+        check_cache(config, cache)
 
     spec = OrderSpec(batch_tokens=config.batch_tokens, seed=config.seed)
-    order = Order(cache.block_rows, cache.row_tokens, spec)
+    order = Order(caches.block_rows, caches.row_tokens, spec)
     max_steps = config.max_steps or order.steps_for_epochs(config.epochs)
     finished = folder.result(max_steps)
     if finished is not None:
         log.info("%s: this run is finished", config.out)
         return finished
 
-    student, attachment = _student(config, cache)
-    folder.start(config, cache)
+    student, attachment = _student(config, caches)
+    folder.start(config, caches)
     stop = StopOnSignal()
-    trainer = _trainer(config, folder, student, cache, order, max_steps, validation, stop)
+    trainer = _trainer(config, folder, student, caches, order, max_steps, validation, stop)
     checkpoint = folder.last_checkpoint()
     if checkpoint is not None:
         log.info("%s: going on from %s", config.out, checkpoint.name)
@@ -150,15 +151,15 @@ def run(config: TrainConfig) -> dict[str, Any]:
             "the same command again to go on."
         )
     attachment.detach()
-    return _finish(config, folder, trainer, cache, max_steps)
+    return _finish(config, folder, trainer, caches, max_steps)
 
 
-def _student(config: TrainConfig, cache: Cache) -> tuple[Any, Attachment]:
+def _student(config: TrainConfig, caches: CacheSet) -> tuple[Any, Attachment]:
     student: Any = build_student(config.student, seed=config.seed)
     torch.manual_seed(config.seed)  # adapters and projections
     if config.lora_rank:
         student = add_adapters(student, config.lora_rank)
-    attachment = attach(student, objective_for(config, cache))
+    attachment = attach(student, objective_for(config, caches))
     if config.lora_rank and len(getattr(student, PROJECTIONS, [])):
         raise ConfigError(
             "--lora-rank with --hidden-weight: the layers differ in width, and a projection is not "
@@ -171,17 +172,17 @@ def _student(config: TrainConfig, cache: Cache) -> tuple[Any, Attachment]:
     return student, attachment
 
 
-def objective_for(config: TrainConfig, cache: Cache) -> Objective:
-    """The loss a config asks for on this cache."""
+def objective_for(config: TrainConfig, caches: CacheSet) -> Objective:
+    """The loss a config asks for on these caches."""
     return Objective(
         spec=config.loss_spec,
-        num_classes=cache.manifest.targets.num_classes,
+        num_classes=caches.manifest.targets.num_classes,
         soft_weight=config.soft_weight,
         hard_weight=config.hard_weight,
         hidden_weight=config.hidden_weight,
         hidden_loss=config.hidden_loss,
         layer_pairs=config.layer_pairs,
-        deviations={layer: cache.channel_deviation(layer) for layer, _ in config.layer_pairs},
+        deviations={layer: caches.channel_deviation(layer) for layer, _ in config.layer_pairs},
     )
 
 
@@ -189,7 +190,7 @@ def _trainer(
     config: TrainConfig,
     folder: RunFolder,
     student: nn.Module,
-    cache: Cache,
+    caches: CacheSet,
     order: Order,
     max_steps: int,
     validation: Cache | None,
@@ -220,7 +221,7 @@ def _trainer(
     return DistillTrainer(
         model=student,
         args=arguments,
-        stream=BatchStream(cache, order, spec, max_steps=max_steps),
+        stream=BatchStream(caches, order, spec, max_steps=max_steps),
         validation=validation,
         metrics=MetricsLog(
             folder.path / "metrics.jsonl",
@@ -232,7 +233,11 @@ def _trainer(
 
 
 def _finish(
-    config: TrainConfig, folder: RunFolder, trainer: DistillTrainer, cache: Cache, max_steps: int
+    config: TrainConfig,
+    folder: RunFolder,
+    trainer: DistillTrainer,
+    caches: CacheSet,
+    max_steps: int,
 ) -> dict[str, Any]:
     """Evaluates, saves the model with its tokenizer, and writes the result last."""
     student = trainer.model
@@ -241,7 +246,7 @@ def _finish(
         "student": config.student,
         "out": str(config.out),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
-        "cache_id": cache.cache_id,
+        "cache_ids": caches.cache_ids,
         "max_steps": max_steps,
         "steps": trainer.state.global_step,
         "seconds": round(trainer.metrics.seconds, 2),
@@ -251,14 +256,14 @@ def _finish(
             "hidden": config.hidden_weight,
         },
         "teacher_parameters": None
-        if cache.manifest.teacher is None
-        else cache.manifest.teacher.parameters,
+        if caches.manifest.teacher is None
+        else caches.manifest.teacher.parameters,
     }
     if trainer.validation is not None:
         numbers["validation_cache_id"] = trainer.validation.cache_id
         numbers["validation"] = evaluate(student, trainer.validation, batch_tokens=_EVAL_TOKENS)
     if trainer.args.should_save:
-        _save(folder.path, student, cache)
+        _save(folder.path, student, caches.first)
         folder.save_result(numbers)
     return numbers
 

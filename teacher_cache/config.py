@@ -9,6 +9,7 @@ from shared.options import Option, check_bounds
 from shared.tasks import TaskName
 
 Targets = Literal["auto", "topk", "none"]
+_NOT_LIKE = {"like": (None,)}  # with --like these come from that cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +27,10 @@ class CaptureConfig:
     tokenizer: Annotated[str | None, Option(help="Tokenizer, where it is not the teacher's.")] = (
         None
     )
+    like: Annotated[
+        Path | None,
+        Option(help="A cache to match: its targets, rows and learnt tables, on new documents."),
+    ] = None
     task: Annotated[TaskName, Option(help="What is distilled.")] = "causal-lm"
     split: Annotated[str, Option(help="Which documents: train, train[:98%], train[100:200].")] = (
         "train"
@@ -41,25 +46,39 @@ class CaptureConfig:
         Literal["strict", "replace", "ignore"], Option(help="What to do with bytes not UTF-8.")
     ] = "strict"
     limit_documents: Annotated[int, Option(help="At most this many documents; 0: all.", min=0)] = 0
-    max_length: Annotated[int, Option(help="Tokens of a row; longer ones are cut.", min=2)] = 1024
-    pack: Annotated[bool, Option(help="Put several short documents into one row.")] = False
+    max_length: Annotated[
+        int, Option(help="Tokens of a row; longer ones are cut.", min=2, read_when=_NOT_LIKE)
+    ] = 1024
+    pack: Annotated[
+        bool, Option(help="Put several short documents into one row.", read_when=_NOT_LIKE)
+    ] = False
     targets: Annotated[
-        Targets, Option(help="What to keep of each distribution; none: hard labels only.")
+        Targets,
+        Option(
+            help="What to keep of each distribution; none: hard labels only.", read_when=_NOT_LIKE
+        ),
     ] = "auto"
-    top_k: Annotated[int, Option(help="Entries kept at each position.", min=1, max=255)] = 32
+    top_k: Annotated[
+        int, Option(help="Entries kept at each position.", min=1, max=255, read_when=_NOT_LIKE)
+    ] = 32
     value_bits: Annotated[
-        Literal[7, 8, 16], Option(help="Bits of a log-probability; 16 is fp16.")
+        Literal[7, 8, 16],
+        Option(help="Bits of a log-probability; 16 is fp16.", read_when=_NOT_LIKE),
     ] = 7
     temperature: Annotated[
         tuple[float, ...],
         Option(
-            help="Also make this temperature exact at training time. Repeatable.", min=0.05, max=20
+            help="Also make this temperature exact at training time. Repeatable.",
+            read_when=_NOT_LIKE,
+            min=0.05,
+            max=20,
         ),
     ] = ()
     hidden_layers: Annotated[
         tuple[int, ...],
         Option(
-            help="Also keep this layer's states: -1 final, n the output of block n. Repeatable."
+            help="Also keep this layer's states: -1 final, n the output of block n. Repeatable.",
+            read_when=_NOT_LIKE,
         ),
     ] = ()
     hidden_codec: Annotated[Literal["bf16"], Option(help="How hidden states are stored.")] = "bf16"

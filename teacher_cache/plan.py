@@ -12,7 +12,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,7 @@ class Draft:
     preprocessing: Preprocessing
     targets: TargetSpec
     hidden: HiddenSpec
+    learnt: bytes | None = None  # of the cache given by --like
 
     def asked(self) -> dict[str, Any]:
         """Every field that a second run must ask for alike; compared before it may go on."""
@@ -114,6 +115,9 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
 
     Without `load_teacher` (for `plan`) only the teacher's config and tokenizer are read.
     """
+    old = None if config.like is None else Storage(config.like)
+    if old is not None:
+        config = _as_in(config, manifests.read(old)[0])
     corpus = open_corpus(config)
     teacher = _load_teacher(config) if load_teacher and config.targets != "none" else None
     name = config.tokenizer or config.teacher
@@ -121,7 +125,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
     tokenizer = load_tokenizer(name, revision=None if config.tokenizer else config.revision)
     info = describe(tokenizer)
     num_classes = _num_classes(config, teacher, info)
-    return Draft(
+    draft = Draft(
         config=config,
         corpus=corpus,
         tokenizer=tokenizer,
@@ -132,6 +136,38 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
         targets=_target_spec(config, num_classes),
         hidden=_hidden_spec(config, teacher),
     )
+    return draft if old is None else _like(draft, old)
+
+
+def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
+    """The options with those of --like's cache that decide whether two caches train together."""
+    return replace(
+        config,
+        like=None,
+        targets="none" if old.targets.kind == "none" else "topk",
+        top_k=old.targets.top_k if old.targets.kind == "topk" else config.top_k,
+        value_bits=old.targets.value_bits,
+        temperature=old.targets.temperatures,
+        hidden_layers=old.hidden.layers,
+        max_length=old.preprocessing.max_length,
+        pack=old.preprocessing.pack,
+    )
+
+
+def _like(draft: Draft, old: Storage) -> Draft:
+    """Refuses another teacher or tokenizer than the old cache's, and takes over what it learnt."""
+    manifest, _ = manifests.read(old)
+    fields = asdict(manifest)
+    names = ("teacher", "tokenizer", "targets", "hidden")
+    asked = {name: value for name, value in draft.asked().items() if name in names}
+    lines = list(manifests.differences({name: fields[name] for name in names}, asked))
+    if lines:
+        raise CacheMismatch(
+            f"--like {old.root}: the new documents would not train together with it. "
+            f"{'; '.join(lines)}."
+        )
+    names_learnt = [name for name in manifest.side_files if name.startswith("learnt-")]
+    return replace(draft, learnt=old.read(names_learnt[0]) if names_learnt else None)
 
 
 def _load_teacher(config: CaptureConfig) -> Teacher:
@@ -262,7 +298,7 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
     if draft.teacher is not None:
         forward_tokens = _largest_forward(draft.teacher, draft, sample)
         chunk_positions = draft.teacher.chunk_positions
-        learnt = _learn(draft, draft.teacher, sample, forward_tokens)
+        learnt = draft.learnt or _learn(draft, draft.teacher, sample, forward_tokens)
         side_files[f"learnt-{xxhash.xxh3_128_hexdigest(learnt)[:16]}.safetensors"] = learnt
     plan = BatchPlan(
         documents_per_shard=per_shard,

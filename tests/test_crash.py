@@ -16,21 +16,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
 import shared
 import teacher_cache
-from shared import open_cache
+from shared import open_cache, storage
 from shared.cache import committed_shards
+from shared.shards import commit_name
 from shared.storage import Storage, temporary_files
 from teacher_cache.config import CleanConfig, VerifyConfig
 from teacher_cache.inspection import clean, verify
 
 CRASHED = 77  # as in the script below
 KILLED = -signal.SIGPROF
+
+CAPTURED = {  # three shards
+    "limit_documents": 28,
+    "shard_tokens": 700,
+    "max_length": 64,
+    "top_k": 8,
+    "device": "cpu",
+}
 
 # Reads lists of runs, one JSON line each; forks every run of a list, and answers with the exit code
 # (or minus the signal) and the CPU seconds of each.
@@ -170,15 +179,8 @@ class ForkServer:
 def server(
     teacher_dir: Path, corpus_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ForkServer]:
-    defaults = {
-        "teacher": str(teacher_dir),
-        "corpus": str(corpus_file),
-        "limit-documents": "28",
-        "shard-tokens": "700",
-        "max-length": "64",
-        "top-k": "8",
-        "device": "cpu",
-    }
+    options = CAPTURED | {"teacher": teacher_dir, "corpus": corpus_file}
+    defaults = {name.replace("_", "-"): str(value) for name, value in options.items()}
     server = ForkServer(defaults, tmp_path_factory.mktemp("server"))
     yield server
     server.close()
@@ -348,6 +350,31 @@ def test_two_writers_of_one_shard_make_one_commit(point, occurrence, server, cal
     run = Run(out=tmp_path, point=point, occurrence=occurrence, action="meet")
     assert server.run(run, run) == [0, 0], server.log_text()
     assert tree(tmp_path) == calm.tree
+
+
+@pytest.mark.parametrize("same_bytes", [True, False])
+def test_the_first_commit_stays(same_bytes, calm, capture, tmp_path, monkeypatch):
+    """Another writer commits the last shard just before this one; on a GPU with other bytes."""
+    copy_but_last_shard(calm, tmp_path)
+    last = calm.num_shards - 1
+    mine = open_cache(calm.path).commits[last]
+    theirs = mine if same_bytes else replace(mine, file=f"shards/{last:05d}-{0:016x}.arrow")
+    commit = tmp_path / commit_name(last)
+    identity = []
+
+    def another_is_first(point: str) -> None:
+        if point == "after-publish":  # this shard has its name, and next comes its commit
+            (tmp_path / theirs.file).write_bytes((calm.path / mine.file).read_bytes())
+            commit.write_bytes(theirs.to_json())
+            identity.append(commit.stat().st_ino)
+
+    monkeypatch.setattr(storage, "crash_point", another_is_first)
+    capture(**CAPTURED, out=tmp_path)
+    assert [commit.stat().st_ino] == identity
+    assert commit.read_bytes() == theirs.to_json()
+    assert [path.name for path in (tmp_path / "shards").glob(f"{last:05d}-*")] == [
+        Path(theirs.file).name
+    ]
 
 
 def test_two_first_starts_of_different_jobs(server, calm, tmp_path):

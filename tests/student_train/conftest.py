@@ -19,7 +19,7 @@ def train(cache_dir: Path, student_config_dir: Path, tmp_path: Path) -> Train:
     def make(**options: Any) -> dict[str, Any]:
         defaults: dict[str, Any] = {
             "student": str(student_config_dir),
-            "cache": cache_dir,
+            "cache": (cache_dir,),
             "out": tmp_path / "run",
             "max_steps": 6,
             "batch_tokens": 1000,

@@ -232,22 +232,22 @@ def test_a_folder_with_something_else_is_not_touched(train, tmp_path):
 def test_a_shard_gone_since_the_start_is_named(train, tmp_path, cache_copy, monkeypatch):
     SignalAt(monkeypatch, [2])
     with pytest.raises(Stopped):
-        train(cache=cache_copy)
+        train(cache=(cache_copy,))
     (cache_copy / "commits" / "00001.json").unlink()
     with pytest.raises(CorruptCache, match="this run was started on shard 1 with hash"):
-        train(cache=cache_copy)
+        train(cache=(cache_copy,))
 
 
 def test_resume_ignores_shards_committed_since(train, tmp_path, cache_copy, cache_dir, monkeypatch):
     hidden = cache_copy / "commits" / "00002.json"
     text = hidden.read_bytes()
     hidden.unlink()
-    train(cache=cache_copy, allow_partial=True, out=tmp_path / "whole")
+    train(cache=(cache_copy,), allow_partial=True, out=tmp_path / "whole")
     SignalAt(monkeypatch, [2])
     with pytest.raises(Stopped):
-        train(cache=cache_copy, allow_partial=True)
+        train(cache=(cache_copy,), allow_partial=True)
     hidden.write_bytes(text)
-    train(cache=cache_copy, allow_partial=True)
+    train(cache=(cache_copy,), allow_partial=True)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
@@ -267,8 +267,8 @@ def test_what_the_cache_or_the_trainer_lacks_is_refused(train, options, message)
 
 def test_soft_targets_from_a_label_only_cache_are_refused(train, labels_dir):
     with pytest.raises(CacheMismatch, match="holds hard labels only"):
-        train(cache=labels_dir)
-    train(cache=labels_dir, soft_weight=0.0, hard_weight=1.0)
+        train(cache=(labels_dir,))
+    train(cache=(labels_dir,), soft_weight=0.0, hard_weight=1.0)
 
 
 def test_a_narrower_student_is_refused_and_a_wider_one_trains(train, tmp_path):

@@ -1,0 +1,85 @@
+"""Several caches as one: their blocks one after another, for a cache and what was added to it.
+
+A student run reads a `CacheSet`, of one cache or of many. Rows and blocks are numbered through, in
+the order in which the caches were named.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shared.blocks import Block
+from shared.cache import Cache, open_cache
+from shared.errors import CacheMismatch
+from shared.manifest import Manifest
+
+
+class CacheSet:
+    """Caches of the same tokenizer, task and kind of targets, read as one. Safe in threads."""
+
+    def __init__(self, caches: Sequence[Cache]) -> None:
+        self.caches = tuple(caches)
+        for other in self.caches[1:]:
+            _check_joins(self.caches[0], other)
+        self.block_rows = np.concatenate([cache.block_rows for cache in self.caches])
+        self.row_tokens = np.concatenate([cache.row_tokens for cache in self.caches])
+        self.row_positions = np.concatenate([cache.row_positions for cache in self.caches])
+        self._starts = np.cumsum([0, *(cache.num_blocks for cache in self.caches)])
+
+    @property
+    def first(self) -> Cache:
+        """The cache named first; its tokenizer and channel statistics serve for all."""
+        return self.caches[0]
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.first.manifest
+
+    @property
+    def cache_ids(self) -> list[str]:
+        return [cache.cache_id for cache in self.caches]
+
+    def read_block(
+        self, block: int, *, hidden_layers: Sequence[int] = (), targets: bool = True
+    ) -> Block:
+        """One decoded block, by its number in the set."""
+        index = int(np.searchsorted(self._starts, block, "right")) - 1
+        number = block - int(self._starts[index])
+        return self.caches[index].read_block(number, hidden_layers=hidden_layers, targets=targets)
+
+    def channel_deviation(self, layer: int) -> torch.Tensor:
+        """Standard deviation of each channel of a stored layer, float32 [D]."""
+        return self.first.channel_deviation(layer)
+
+    def snapshot(self) -> list[dict[str, object]]:
+        """Cache id and shard hashes of each cache."""
+        return [{"cache_id": c.cache_id, "shards": c.snapshot()} for c in self.caches]
+
+
+def open_caches(paths: Sequence[Path], *, allow_partial: bool) -> CacheSet:
+    """Opens caches that can be trained on together."""
+    return CacheSet([open_cache(path, allow_partial=allow_partial) for path in paths])
+
+
+def _check_joins(one: Cache, other: Cache) -> None:
+    for name, get in _JOINED.items():
+        left, right = get(one.manifest), get(other.manifest)
+        if left != right:
+            raise CacheMismatch(
+                f"{one.path} and {other.path} do not train together: {name} is {left!r} in the "
+                f"first and {right!r} in the second. Capture the new documents with cache-teacher "
+                "run --like the first."
+            )
+
+
+_JOINED = {
+    "the tokenizer's content hash": lambda m: m.tokenizer.hash,
+    "the task": lambda m: m.task,
+    "the kind of targets": lambda m: m.targets.kind,
+    "the number of classes": lambda m: m.targets.num_classes,
+    "top_k": lambda m: m.targets.top_k,
+    "the stored temperatures": lambda m: m.targets.temperatures,
+    "the hidden layers": lambda m: (m.hidden.layers, m.hidden.widths),
+}
