@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "benchmarks" / "data" / "jane-eyre.txt"
 BIN = Path(sys.executable).parent
-VOCABULARY = 2048
+VOCABULARY = 1024
 LENGTH = 128
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     run(
         f"train-student run --student {out}/teacher-config --cache {out}/labels --out "
         f"{out}/teacher --validation-cache {out}/labels-held-out --soft-weight 0 --hard-weight 1 "
-        "--max-steps 220 --batch-tokens 4096 --learning-rate 4e-3 --eval-every 20 "
+        "--max-steps 220 --batch-tokens 4096 --learning-rate 5e-3 --eval-every 20 "
         "--early-stopping-patience 2 --set adam_beta2=0.98 --weight-decay 0.1"
     )
 
@@ -143,7 +143,7 @@ def make_tokenizer(folder: Path) -> None:
 def make_configs(out: Path) -> None:
     from transformers import LlamaConfig
 
-    for name, width, layers in (("teacher", 192, 3), ("student", 64, 2)):
+    for name, width, layers in (("teacher", 160, 3), ("student", 64, 2)):
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=width,

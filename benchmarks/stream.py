@@ -2,14 +2,17 @@
 
     python benchmarks/stream.py --tokens 4194304 --top-k 32 --row-tokens 1024
 
-Writes a cache of synthetic targets with the real writer into a temporary folder (151,936 classes,
-frequent ones more likely, a tail of about 5 %), opens it, and measures in one process
+Writes a cache with the real writer into a temporary folder, opens it, and measures in one process
   codec         read_block of every block, in one thread
   stream        one epoch of micro-batches, shuffled, one decoding thread; CPU time is that of all
                 threads, so that per-core rates count the collating and the consumer too
   waiting       a consumer that is busy elsewhere for --step-seconds a step, as with a GPU: the
                 share of its time it then waits for data, after the first batch
 Pages of the files are in memory already. Prints one JSON line.
+
+Targets are synthetic (151,936 classes, frequent ones more likely, a tail of about 5 %), or with
+--sample FILE those of a file as benchmarks/codec.py reads them, over and over: no position returns
+within a block of fewer positions than the file has.
 """
 
 import argparse
@@ -26,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 from shared import manifest as manifests
 from shared.blocks import Block
@@ -97,13 +101,14 @@ def synthetic_manifest(args: argparse.Namespace, num_shards: int) -> Manifest:
         ),
         seed=0,
         nonfinite="error",
+        origin=None,
         side_files={},
     )
 
 
-def synthetic_block(args: argparse.Namespace, first_row: int, rows: int) -> Block:
-    generator = np.random.default_rng(first_row)
-    count, k = rows * (args.row_tokens - 1), args.top_k
+def synthetic_target(args: argparse.Namespace, first: int, count: int) -> Target:
+    """The targets of `count` positions, of which `first` is the first."""
+    generator, k = np.random.default_rng(first), args.top_k
     # Rare enough that 32 ids take 30 bytes, as those of a teacher's text do.
     rank_PK = (CLASSES - k) ** (generator.random((count, k)) ** 2)
     ids_PK = np.sort(rank_PK.astype(np.int32), axis=1) + np.arange(k, dtype=np.int32)
@@ -111,17 +116,40 @@ def synthetic_block(args: argparse.Namespace, first_row: int, rows: int) -> Bloc
     drops_PK = generator.permuted(drops_PK, axis=1)
     log_tail_P = np.log(0.05 * 2 * generator.random(count) + 1e-4)
     kept_P = np.log1p(-np.exp(log_tail_P)) - np.log(np.exp(-drops_PK).sum(axis=1))
+    return Target(
+        ids=ids_PK,
+        logprobs=(kept_P[:, None] - drops_PK).astype(np.float32),
+        log_tail=log_tail_P.astype(np.float32),
+    )
+
+
+def sample_of(path: Path, k: int) -> Target:
+    """The k likeliest classes of each position; classes are renamed to their ranks."""
+    arrays = load_file(path)
+    logprobs_NK = (arrays["logits"] - arrays["lse"][:, None])[:, :k].astype(np.float32)
+    tail_N = 1 - np.exp(logprobs_NK.astype(np.float64)).sum(axis=1)
+    ids_NK = arrays["ids"][:, :k].astype(np.int64)
+    by_rank = np.argsort(-np.bincount(ids_NK.reshape(-1), minlength=CLASSES), kind="stable")
+    ranks = np.empty(CLASSES, np.int32)
+    ranks[by_rank] = np.arange(CLASSES, dtype=np.int32)
+    return Target(ranks[ids_NK], logprobs_NK, np.log(np.maximum(tail_N, 1e-7)).astype(np.float32))
+
+
+def block_of(args: argparse.Namespace, sample: Target | None, first_row: int, rows: int) -> Block:
+    generator = np.random.default_rng(first_row)
+    first, count = first_row * (args.row_tokens - 1), rows * (args.row_tokens - 1)
+    if sample is None:
+        target = synthetic_target(args, first, count)
+    else:
+        at = np.arange(first, first + count) % len(sample.ids)
+        target = Target(sample.ids[at], sample.logprobs[at], sample.log_tail[at])
     return Block(
         row_ids=np.arange(first_row, first_row + rows, dtype=np.uint64) << np.uint64(24),
         num_tokens=np.full(rows, args.row_tokens, np.int32),
         num_positions=np.full(rows, args.row_tokens - 1, np.int32),
         input_ids=(CLASSES ** generator.random(rows * args.row_tokens)).astype(np.int32),
         positions=np.tile(np.arange(args.row_tokens - 1, dtype=np.int32), rows),
-        target=Target(
-            ids=ids_PK,
-            logprobs=(kept_P[:, None] - drops_PK).astype(np.float32),
-            log_tail=log_tail_P.astype(np.float32),
-        ),
+        target=target,
         label_logprob=-generator.exponential(3, count).astype(np.float32),
         entropy=generator.uniform(0, 6, count).astype(np.float32),
         hidden={-1: _noise_states(generator, count, args.hidden)} if args.hidden else {},
@@ -139,11 +167,12 @@ def write_cache(folder: Path, args: argparse.Namespace) -> None:
     storage, ranks = Storage(folder), ClassRanks.from_classes(np.arange(CLASSES))
     manifest = synthetic_manifest(args, -(-rows // ROWS_PER_SHARD))
     manifests.publish(storage, manifest)
+    sample = sample_of(args.sample, args.top_k) if args.sample else None
     for shard, first in enumerate(range(0, rows, ROWS_PER_SHARD)):
         last = min(first + ROWS_PER_SHARD, rows)
         with ShardWriter(storage, manifest, manifest.cache_id, shard) as writer:
             for number, row in enumerate(range(first, last, rows_per_block)):
-                block = synthetic_block(args, row, min(rows_per_block, last - row))
+                block = block_of(args, sample, row, min(rows_per_block, last - row))
                 writer.write(encode_block(block, number, manifest, ranks))
 
 
@@ -238,6 +267,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1 << 22)
     parser.add_argument("--row-tokens", type=int, default=1024)
     parser.add_argument("--top-k", type=int, default=32)
+    parser.add_argument("--sample", type=Path, help="safetensors file of real distributions")
     parser.add_argument("--hidden", type=int, default=0, help="width of cached hidden states")
     parser.add_argument("--batch-tokens", type=int, default=16_384)
     parser.add_argument("--accumulation", type=int, default=1)
@@ -245,7 +275,7 @@ def main() -> None:
     parser.add_argument("--step-seconds", type=float, default=0.05)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    print(json.dumps(vars(args) | measure(args) | environment()))
+    print(json.dumps(vars(args) | measure(args) | environment(), default=str))
 
 
 if __name__ == "__main__":

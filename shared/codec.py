@@ -32,6 +32,7 @@ BUILT_KINDS: tuple[TargetKind, ...] = ("topk", "none")
 ValueBits = Literal[7, 8, 16]
 
 NO_CLASS = 255  # the code of an entry with probability 0
+_DECODED_ENTRIES = 1 << 17  # decoded in one go: half is 5 % slower, a million up to 2 times
 LEVELS: dict[int, int] = {7: 127, 8: 254}  # M: codes 0..M
 
 # Ranges 0 and 1/16 nat * 2**(b/16), b = 1..255: up to 3,922 nats, each 4.4 % above the one before.
@@ -159,20 +160,28 @@ def decode(
 ) -> Target:
     """The target, scaled at T = 1 so that entries and tail sum to 1 in float32 (within 2e-6)."""
     shape = (num_positions, spec.num_entries)
-    id_planes = [planes[f"target_ids.{plane}"] for plane in range(_id_planes(spec))]
-    ids_PK = _decode_ids(id_planes, shape, ranks)
-    codes = planes["target_codes.0"]
-    if spec.value_bits == 16:
-        codes = join_planes([codes, planes["target_codes.1"]], np.uint16)
-        half_PK = codes.view(np.float16).reshape(shape)
-        logprob_PK = np.negative(half_PK, dtype=np.float32)
-    else:
-        range_P = RANGES.take(planes["target_range.0"])
-        logprob_PK = _curve_values(codes.reshape(shape), range_P, LEVELS[spec.value_bits])
+    target = Target(np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty(0, np.float32))
     tail_P = join_planes([planes["target_tail.0"], planes["target_tail.1"]], np.uint16)
-    weight_P = np.einsum("pk->p", np.exp(logprob_PK))  # no BLAS: it would start threads
-    logprob_PK += (LOG_KEPT[tail_P] - np.log(weight_P))[:, None]
-    return Target(ids_PK, logprob_PK, LOG_TAIL[tail_P])
+    target.log_tail = LOG_TAIL.take(tail_P)
+    log_kept_P = LOG_KEPT.take(tail_P)
+    step = max(1, _DECODED_ENTRIES // spec.num_entries)
+    for start in range(0, num_positions, step):
+        part = slice(start, start + step)
+        entries = slice(start * spec.num_entries, (start + step) * spec.num_entries)
+        id_planes = [planes[f"target_ids.{plane}"][entries] for plane in range(_id_planes(spec))]
+        _decode_ids(id_planes, ranks, out_PK=target.ids[part])
+        logprob_PK = target.logprobs[part]
+        if spec.value_bits == 16:
+            code_planes = [planes["target_codes.0"][entries], planes["target_codes.1"][entries]]
+            half_PK = join_planes(code_planes, np.uint16).view(np.float16).reshape(logprob_PK.shape)
+            np.negative(half_PK, out=logprob_PK)
+        else:
+            range_P = RANGES.take(planes["target_range.0"][part])
+            code_PK = planes["target_codes.0"][entries].reshape(logprob_PK.shape)
+            _curve_values(code_PK, range_P, LEVELS[spec.value_bits], out_PK=logprob_PK)
+        weight_P = np.einsum("pk->p", np.exp(logprob_PK))  # no BLAS: it would start threads
+        logprob_PK += (log_kept_P[part] - np.log(weight_P))[:, None]
+    return target
 
 
 def encode_entropy(entropy_P: Floats, num_classes: int) -> Plane:
@@ -275,14 +284,13 @@ def _curve_codes(drop_PK: Floats, levels: int) -> tuple[Plane, Plane]:
     return code_PK, range_P
 
 
-def _curve_values(code_PK: Plane, range_P: Floats, levels: int) -> Floats:
+def _curve_values(code_PK: Plane, range_P: Floats, levels: int, *, out_PK: Floats) -> None:
     """Minus the drop [P, K]."""
-    value_PK = code_PK.astype(np.float32)
-    np.multiply(value_PK, value_PK, out=value_PK)
-    np.multiply(value_PK, (range_P * np.float32(-1 / levels**2))[:, None], out=value_PK)
+    out_PK[:] = code_PK
+    np.multiply(out_PK, out_PK, out=out_PK)
+    np.multiply(out_PK, (range_P * np.float32(-1 / levels**2))[:, None], out=out_PK)
     if code_PK.max(initial=0) == NO_CLASS:
-        value_PK[code_PK == NO_CLASS] = -np.inf
-    return value_PK
+        out_PK[code_PK == NO_CLASS] = -np.inf
 
 
 def _tail_codes(log_tail_P: Floats, drop_PK: Floats) -> npt.NDArray[np.uint16]:
@@ -298,14 +306,22 @@ def _tail_codes(log_tail_P: Floats, drop_PK: Floats) -> npt.NDArray[np.uint16]:
 
 
 def _decode_ids(
-    planes: Sequence[Plane], shape: tuple[int, int], ranks: ClassRanks
-) -> npt.NDArray[np.int32]:
-    rank_PK = join_planes(planes, np.uint32).view(np.int32).reshape(shape)
-    np.cumsum(rank_PK, axis=1, out=rank_PK)
-    largest = int(rank_PK[:, -1].max(initial=0))
-    if largest >= ranks.classes.size:
+    planes: Sequence[Plane], ranks: ClassRanks, *, out_PK: npt.NDArray[np.int32]
+) -> None:
+    """Ranks are sums of gaps within a position, and ids are the classes at these ranks.
+
+    One sum runs over all positions: summing each alone takes half as long again. So the first gap
+    of a position also takes back the rank at which the position before it ended.
+    """
+    gap_PK = join_planes(planes, np.uint32).view(np.int32).reshape(out_PK.shape)
+    last_P = np.einsum("pk->p", gap_PK)
+    largest = int(last_P.max(initial=0))
+    if largest >= ranks.classes.size or last_P.min(initial=0) < 0:
         raise CorruptCache(
             f"target_ids: found rank {largest}, expected below {ranks.classes.size}. "
             "Run cache-teacher verify CACHE --drop-bad, then run again."
         )
-    return np.take(ranks.classes.view(np.int32), rank_PK, mode="clip")
+    gap_PK[1:, 0] -= last_P[:-1]
+    rank_PK = np.cumsum(gap_PK, dtype=np.intp).reshape(out_PK.shape)
+    # All ranks are in range; of the modes with `out`, "wrap" is faster than "clip" by a third.
+    np.take(ranks.classes.view(np.int32), rank_PK, mode="wrap", out=out_PK)

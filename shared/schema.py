@@ -17,7 +17,8 @@ from typing import Literal
 from shared.codec import plane_sizes
 from shared.manifest import Manifest
 
-MIN_BLOCK_POSITIONS = 1024  # frames of fewer positions cost 2-10 % more bytes: benchmarks/README.md
+# Fewer cost up to 10 % more bytes and 10 % more time to decode: benchmarks/README.md
+MIN_BLOCK_POSITIONS = 2048
 ROW_CHUNK_BITS = 24  # row id = first document << 24 | chunk
 
 Per = Literal["row", "segment", "token", "position"]

@@ -232,6 +232,7 @@ class ShardReader:
     def __init__(self, path: Path, manifest: Manifest, commit: Commit) -> None:
         self.path, self.manifest, self.commit = path, manifest, commit
         self._planes = layout(manifest)
+        self._wanted: dict[tuple[tuple[int, ...], bool], list[Plane]] = {}
         self._tokens, self._positions = commit.lengths(f"commit of {path.name}")
         self._row_starts = np.concatenate([[0], np.cumsum(commit.block_rows, dtype=np.int64)])
         self._sizes = [
@@ -327,13 +328,14 @@ class ShardReader:
         where = str(self.path)
         values: dict[str, np.ndarray] = {}
         for plane in planes:
-            offsets, data = columns[plane.name]
+            name = plane.name
+            offsets, data = columns[name]
             per_item = plane.item_bytes
             if plane.per == "segment":
                 size = int(values["num_segments.0"].view(np.uint32).sum())
             else:
                 size = sizes[plane.per]
-            values[plane.name] = frames.decompress(
+            values[name] = frames.decompress(
                 data[offsets[row] : offsets[row + 1]],
                 block=block,
                 column=frames.column_code(plane.number, plane.plane),
@@ -346,8 +348,11 @@ class ShardReader:
         self, block: int, ranks: ClassRanks, *, hidden_layers: tuple[int, ...], targets: bool
     ) -> Block:
         """One decoded block; hidden states and targets only when asked for."""
-        planes = (p for p in self._planes if _wanted(p.column, hidden_layers, targets))
-        values = self.read_planes(block, planes)
+        asked = hidden_layers, targets
+        if asked not in self._wanted:
+            wanted = [p for p in self._planes if _wanted(p.column, hidden_layers, targets)]
+            self._wanted[asked] = wanted
+        values = self.read_planes(block, self._wanted[asked])
         rows = slice(self._row_starts[block], self._row_starts[block + 1])
         return from_planes(values, self._tokens[rows], self._positions[rows], self.manifest, ranks)
 

@@ -63,6 +63,7 @@ def _number(value: object) -> str:
 def main() -> None:
     """Entry point of the command."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve the encoders
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "transformers", "accelerate", "huggingface_hub", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -8,6 +8,7 @@ import codecs
 import glob
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import xxhash
 
 from shared.errors import CorpusError
@@ -157,59 +159,57 @@ def _open_local(config: CaptureConfig, files: list[Path]) -> tuple[datasets.Data
     assert loader is not None  # _local_files keeps only known kinds
     options: dict[str, Any] = {}
     if loader == "text":
-        options = {"sample_by": config.sample_by, "encoding_errors": config.encoding_errors}
-    elif loader == "json":
-        options = {"encoding_errors": config.encoding_errors}
+        options = {"sample_by": config.sample_by}
+    if loader in ("text", "json"):
+        # not "utf-8": then `datasets` would hand JSON on undecoded, and bad bytes would be found
+        # only when a document is read
+        options |= {"encoding": "utf-8-sig", "encoding_errors": config.encoding_errors}
     match = re.fullmatch(r"[\w.-]+((\[[^\]]*\])?)", config.split)
     if match is None:
         raise CorpusError(f"--split {config.split}: expected train, train[:98%] or train[100:200]")
     for path in files:
         if path.stat().st_size == 0:
             raise CorpusError(f"{path}: this file is empty")
+    fingerprint = _fingerprint(loader, files)
     try:
         documents = datasets.load_dataset(
             loader,
-            data_files={"train": [str(path.resolve()) for path in files]},
+            data_files={"train": [glob.escape(str(path.absolute())) for path in files]},
             split=f"train{match.group(1)}",
+            # `datasets` goes by a file's date: another content of the same date would be missed
+            cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE) / f"teacher-cache-{fingerprint}"),
             **options,
         )
     except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError) as error:
         raise CorpusError(_first_fault(files, loader, error)) from error
+    except pa.ArrowException as error:  # before ValueError, which it is too
+        raise CorpusError(f"{files[0]}: cannot be read: {error}") from error
     except ValueError as error:
         raise CorpusError(f"{config.corpus}: --split {config.split}: {error}") from error
-    root = files[0].parent if len(files) == 1 else Path(*_common_parts(files))
+    return documents, fingerprint
+
+
+def _fingerprint(loader: str, files: list[Path]) -> str:
+    """Of names below their common folder, sizes and hashes; a link is the file it points to."""
+    root = Path(os.path.commonpath([path.absolute().parent for path in files]))
     listed = [
-        [
-            path.resolve().relative_to(root.resolve()).as_posix(),
-            path.stat().st_size,
-            file_hash(path),
-        ]
+        [path.absolute().relative_to(root).as_posix(), path.stat().st_size, file_hash(path)]
         for path in files
     ]
-    return documents, xxhash.xxh3_128_hexdigest(json.dumps([loader, sorted(listed)]).encode())
-
-
-def _common_parts(files: list[Path]) -> tuple[str, ...]:
-    parts = [path.parent.parts for path in files]
-    common: list[str] = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        common.append(level[0])
-    return tuple(common) or (".",)
+    return xxhash.xxh3_128_hexdigest(json.dumps([loader, sorted(listed)]).encode())
 
 
 def _open_hub(config: CaptureConfig) -> tuple[datasets.Dataset, str]:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import HfApi, errors
 
+    no_connection = errors.HTTPError  # type: ignore[attr-defined]  # of the HTTP client it uses
     name, _, configuration = config.corpus.partition(":")
     try:
         commit = HfApi().dataset_info(name).sha
         documents = datasets.load_dataset(
             name, configuration or None, split=config.split, revision=commit
         )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError, RuntimeError) as error:
+    except (no_connection, errors.HFValidationError, OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CorpusError(
             f"{config.corpus}: no such file or folder, and as a Hub data set it cannot be loaded: "

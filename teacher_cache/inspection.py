@@ -200,7 +200,11 @@ def clean(config: CleanConfig) -> list[str]:
     """Removes shards that no commit names and temporary files that have no writer any more."""
     storage = Storage(config.cache)
     manifest, cache_id = manifests.read(storage)
-    removable = [*_unnamed_shards(storage, manifest, cache_id), *_stale(storage.root)]
+    removable = [
+        *_unnamed_shards(storage, manifest, cache_id),
+        *_unnamed_side_files(storage, manifest),
+        *_stale(storage.root),
+    ]
     if not config.dry_run:
         for path in removable:
             path.unlink(missing_ok=True)
@@ -224,6 +228,14 @@ def _unnamed_shards(storage: Storage, manifest: Manifest, cache_id: str) -> Iter
         superseded = storage.exists(commit_name(shard))
         if name not in named and (superseded or _age_s(path) > _STALE_AFTER_S):
             yield path
+
+
+def _unnamed_side_files(storage: Storage, manifest: Manifest) -> Iterator[Path]:
+    """Left by a first start of another job that lost, or died before its manifest."""
+    learnt = [name for name in storage.list() if name.startswith("learnt-")]
+    for name in [*learnt, *storage.list("tokenizer")]:
+        if name not in manifest.side_files:
+            yield storage.path(name)
 
 
 def _stale(root: Path) -> Iterator[Path]:

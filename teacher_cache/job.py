@@ -83,7 +83,7 @@ def run(config: CaptureConfig) -> None:
     share = share_of(config.worker, os.environ)
     count = _local_processes(config, share)
     if count > 1:
-        _run_many(config, count)
+        _run_many(config, share, count)
         return
     storage = Storage(config.out)
     with stop_on_signals() as stop:
@@ -99,6 +99,7 @@ def run(config: CaptureConfig) -> None:
             ranks = class_ranks(storage, manifest)
             job = Job(draft, storage, manifest, cache_id, ranks, stop, progress, WaitClock(), pool)
             for shard in my_shards(shards, share, lambda i: storage.exists(commit_name(i))):
+                job.check_stop()
                 try:
                     capture_shard(job, shard)
                 except DiskFull as error:
@@ -133,6 +134,7 @@ def _blocks(job: Job, documents: range, statistics: Counter[str]) -> Iterator[Bl
     window: list[list[Row]] = []
     tokens = 0
     for block in _cut_blocks(built):
+        job.check_stop()
         window.append(block)
         tokens += sum(len(row.input_ids) for row in block)
         if tokens >= _WINDOW_FORWARDS * job.manifest.plan.forward_tokens:
@@ -259,12 +261,13 @@ def _local_processes(config: CaptureConfig, share: Share) -> int:
     return torch.cuda.device_count() if share.world == 1 and config.device == "auto" else 1
 
 
-def _run_many(config: CaptureConfig, count: int) -> None:
+def _run_many(config: CaptureConfig, share: Share, count: int) -> None:
     folder = Path(config.out) / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"processes-{os.getpid()}.yaml"
     write_resolved(config, file)
-    code = run_local_processes(file, count, one_gpu_each=torch.cuda.device_count() >= count)
+    own_gpus = torch.cuda.device_count() >= count
+    code = run_local_processes(file, count, one_gpu_each=own_gpus, share=share)
     if code == 75:
         raise Stopped(f"{config.out}: stopped by a signal. Run the same command again to go on.")
     if code != 0:

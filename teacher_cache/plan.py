@@ -8,6 +8,7 @@ learnt, after checking that the same things were asked for. Nothing here depends
 so two first starts of the same job publish the same bytes.
 """
 
+import json
 import logging
 import tempfile
 from collections import Counter
@@ -343,8 +344,18 @@ def _tokenizer_files(tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for path in sorted(Path(folder).rglob("*")):
+            if path.name == "tokenizer_config.json":
+                path.write_text(_without_origin(path.read_text()))
             if path.is_file():
                 yield path.relative_to(folder).as_posix(), path.read_bytes()
+
+
+def _without_origin(config: str) -> str:
+    """A tokenizer's settings without how this process came by them (offline, from a folder)."""
+    settings = json.loads(config)
+    for name in ("is_local", "local_files_only", "name_or_path"):
+        settings.pop(name, None)
+    return json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _largest_forward(teacher: Teacher, draft: Draft, sample: Sample) -> int:
@@ -382,10 +393,12 @@ def _run(
     for batch in forward_batches(chosen, forward_tokens, packed=draft.preprocessing.pack):
         output = teacher.forward(batch.inputs, draft.hidden.layers)
         for _, logits in output.chunks:
-            ids = select(logits, draft.targets).ids.cpu().reshape(-1)
+            selected = select(logits, draft.targets)
+            ids = selected.ids[~selected.bad_N].cpu().reshape(-1)
             kept += torch.bincount(ids, minlength=len(kept))
         for layer, states in output.hidden.items():
-            bits = states.to("cpu", torch.bfloat16).view(torch.uint16).numpy()
+            finite = states[states.isfinite().all(dim=1)]  # --nonfinite drop leaves out the rest
+            bits = finite.to("cpu", torch.bfloat16).view(torch.uint16).numpy()
             batch_statistics = ChannelStatistics.of(bits)
             before = statistics.get(layer)
             statistics[layer] = (
@@ -423,7 +436,18 @@ def publish_or_adopt(draft: Draft, storage: Storage) -> tuple[Manifest, str]:
     manifests.write_hash(storage)
     manifest, cache_id = manifests.read(storage)
     check_asked(draft, manifest, storage)
+    _mend_tokenizer(draft, manifest, storage)
     return manifest, cache_id
+
+
+def _mend_tokenizer(draft: Draft, manifest: Manifest, storage: Storage) -> None:
+    """A first start of another job that lost, or died, may have left its own tokenizer files."""
+    for name, data in _tokenizer_files(draft.tokenizer):
+        name, digest = f"tokenizer/{name}", xxhash.xxh3_128_hexdigest(data)
+        if manifest.side_files.get(name) != digest:
+            continue
+        if not storage.exists(name) or storage.read(name) != data:
+            storage.put(name, data)
 
 
 def check_asked(draft: Draft, manifest: Manifest, storage: Storage) -> None:

@@ -24,7 +24,7 @@ NO_CLASS = torch.iinfo(torch.int64).min  # sorts below the key of every class
 
 @dataclass(slots=True)
 class Selected:
-    """Targets of N positions at T = 1; a row marked in `bad_N` has valid ids and no other number."""
+    """Targets of N positions at T = 1; of a row marked in `bad_N` only the ids are valid."""
 
     ids: Tensor  # int64 [N, K], best first
     logprobs: Tensor  # float32 [N, K], over all C classes
@@ -94,8 +94,9 @@ class _WorkAreas:
         if logits_NC.device.type == "cpu":
             rows = min(rows, max(1, BLOCK_BYTES // (4 * width)))
         blocks = [slice(i, min(i + rows, num_rows)) for i in range(0, num_rows, rows)]
-        area = logits_NC.new_zeros((2, rows, width), dtype=torch.float32)
-        return cls(blocks, area[0], area[1])
+        areas = logits_NC.new_empty((2, rows, width), dtype=torch.float32)
+        areas[:, :, num_classes:] = 0.0
+        return cls(blocks, areas[0], areas[1])
 
 
 @dataclass(slots=True)

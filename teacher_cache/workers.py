@@ -5,6 +5,7 @@ whatever is still missing. Two workers on one shard cost time and nothing else.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,12 +17,6 @@ from types import FrameType
 
 from shared.errors import ConfigError
 
-_RANK_VARIABLES = (
-    ("RANK", "WORLD_SIZE"),
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -30,17 +25,28 @@ class Share:
     rank: int
     world: int
 
+    def part(self, inner: "Share") -> "Share":
+        """This share, shared once more."""
+        return Share(self.rank * inner.world + inner.rank, self.world * inner.world)
+
+
+WHOLE = Share(0, 1)
+
 
 def share_of(worker: str, environment: Mapping[str, str]) -> Share:
     """--worker i/n, else torchrun's variables, else those of a SLURM array and step, else 0/1."""
     if worker != "auto":
-        rank, slash, world = worker.partition("/")
-        if not (slash and rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+        rank, _, world = worker.partition("/")
+        if not (re.fullmatch(r"[0-9]+/[0-9]+", worker) and int(rank) < int(world)):
             raise ConfigError(f"--worker {worker}: expected i/n with i from 0 to n-1, such as 0/4")
         return Share(int(rank), int(world))
-    if "RANK" in environment and "WORLD_SIZE" in environment:
+    if "RANK" in environment:
+        if "WORLD_SIZE" not in environment:
+            raise ConfigError(
+                "RANK is set without WORLD_SIZE: say which share this process has with --worker i/n"
+            )
         return _checked(environment["RANK"], environment["WORLD_SIZE"], "0", "RANK / WORLD_SIZE")
-    share = Share(0, 1)
+    share = WHOLE
     if "SLURM_ARRAY_TASK_ID" in environment:
         first = environment.get("SLURM_ARRAY_TASK_MIN", "0")
         count = environment.get("SLURM_ARRAY_TASK_COUNT")
@@ -49,18 +55,22 @@ def share_of(worker: str, environment: Mapping[str, str]) -> Share:
                 "SLURM_ARRAY_TASK_ID is set without SLURM_ARRAY_TASK_COUNT: say which share this "
                 "process has with --worker i/n"
             )
-        share = _checked(environment["SLURM_ARRAY_TASK_ID"], count, first, "SLURM_ARRAY_TASK_ID")
+        step = environment.get("SLURM_ARRAY_TASK_STEP", "1")
+        share = _checked(
+            environment["SLURM_ARRAY_TASK_ID"], count, first, "SLURM_ARRAY_TASK_ID", step
+        )
     if "SLURM_PROCID" in environment:
         tasks = environment.get("SLURM_NTASKS", "1")
-        step = _checked(environment["SLURM_PROCID"], tasks, "0", "SLURM_PROCID / SLURM_NTASKS")
-        share = Share(share.rank * step.world + step.rank, share.world * step.world)
+        task = _checked(environment["SLURM_PROCID"], tasks, "0", "SLURM_PROCID / SLURM_NTASKS")
+        share = share.part(task)
     return share
 
 
-def _checked(rank: str, world: str, first: str, names: str) -> Share:
+def _checked(rank: str, world: str, first: str, names: str, step: str = "1") -> Share:
     try:
-        share = Share(int(rank) - int(first), int(world))
-    except ValueError:
+        place, rest = divmod(int(rank) - int(first), int(step))
+        share = Share(-1 if rest else place, int(world))
+    except (ValueError, ZeroDivisionError):
         share = Share(-1, 0)
     if not 0 <= share.rank < share.world:
         raise ConfigError(
@@ -104,8 +114,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def run_local_processes(config_file: Path, count: int, *, one_gpu_each: bool) -> int:
-    """Runs `count` processes of `cache-teacher run` on shares of one cache; returns the exit code.
+def run_local_processes(
+    config_file: Path, count: int, *, one_gpu_each: bool, share: Share = WHOLE
+) -> int:
+    """Runs `count` processes of `cache-teacher run` on parts of a share; returns the exit code.
 
     Each is a process of its own with its own log lines; a signal to this one is passed on. The
     worst exit code wins: a failure (1, 2) before a stop (75) before success.
@@ -118,8 +130,9 @@ def run_local_processes(config_file: Path, count: int, *, one_gpu_each: bool) ->
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
             devices = visible.split(",") if visible else [str(index) for index in range(count)]
             environment["CUDA_VISIBLE_DEVICES"] = devices[rank]
-        share = ["--worker", f"{rank}/{count}", "--processes", "1"]
-        processes.append(subprocess.Popen([*command, *share], env=environment))
+        part = share.part(Share(rank, count))
+        options = ["--worker", f"{part.rank}/{part.world}", "--processes", "1"]
+        processes.append(subprocess.Popen([*command, *options], env=environment))
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in processes:
@@ -127,9 +140,11 @@ def run_local_processes(config_file: Path, count: int, *, one_gpu_each: bool) ->
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        codes = [process.wait() for process in processes]
+        ends = [process.wait() for process in processes]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    # a signal that came before a process could catch it is a stop like any other
+    codes = [75 if end in (-signal.SIGTERM, -signal.SIGUSR1) else end for end in ends]
     failed = [code for code in codes if code not in (0, 75)]
     return (1 if failed[0] < 0 else failed[0]) if failed else max(codes)

@@ -6,24 +6,28 @@ made once per test session; a test that changes one works on a copy.
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and datasets are imported
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="teacher-cache-tests-")
+os.environ["NO_COLOR"] = "1"
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["NO_COLOR"] = "1"
 torch.set_num_threads(1)  # several test processes share the machine
 
-WORDS = (
-    "the a of and to in is it you that he was for on are with as his they be at one have this "
-    "from or had by hot but some what there we can out other were all your when up use word how "
-    "said an each she which do their time if will way about many then them would write like so "
-    "these her long make thing see him two has look more day could go come did my sound no most"
-).split()
+WORDS = """
+the a of and to in is it you that he was for on are with as his they be at one have this
+from or had by hot but some what there we can out other were all your when up use word
+how said an each she which do their time if will way about many then them would write
+like so these her long make thing see him two has look more day could go come did my
+sound no most
+""".split()  # noqa: SIM905 (a list of a hundred strings reads worse)
 
 
 @pytest.fixture(scope="session")

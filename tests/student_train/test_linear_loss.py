@@ -397,9 +397,10 @@ def test_empty_slots_do_not_matter_wherever_they_point():
 def test_extremes_stay_finite(spec, dtype):
     """PEERS: a finite loss with NaN gradients; 0 times -inf."""
     problem = make_problem(spec=spec).to(dtype)
-    problem.bias.data[3] = -math.inf  # a class the student rules out, kept or not
-    problem.bias.data[7] = 300.0  # a student sure beyond any rounding: the rest underflows
     target = problem.target()
+    ruled_out, certain = target.ids[5, 1:3].long()
+    problem.bias.data[ruled_out] = -math.inf  # by the student, though it is an entry
+    problem.bias.data[certain] = 300.0  # beyond any rounding: the rest underflows
     target.logprobs[0] = -math.inf  # a row with neither entries nor tail
     target.log_tail[:3] = -math.inf
     target.logprobs[1, 2:] = -math.inf
@@ -441,6 +442,7 @@ def test_no_position_gives_zero_and_zero_gradients():
 
 def test_nothing_to_learn_gives_zero_and_zero_gradients():
     problem = make_problem()
+    problem.bias.data[0] = 50.0  # no agreement with a class that nobody named
     nothing = torch.full((N,), -100)
     for labels in (None, nothing):
         output = problem.chunked(target=None, labels_N=labels)
