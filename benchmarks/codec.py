@@ -1,11 +1,12 @@
 """Bytes, fidelity and speed of the target codec; prints one JSON line.
 
-    python benchmarks/codec.py [--samples DIR] [--rows 1024 128] [--k 64 32 16] [--value-bits 7]
+    python benchmarks/codec.py [--samples DIR] [--rows 4096 1024] [--k 64 32 16] [--value-bits 7]
 
 DIR holds safetensors files with `ids` [N, M] by descending probability, `logits` [N, M], `lse` [N]
 over the full vocabulary, and `vocab_size` in the metadata; without it a Zipf-like set is made.
 Ranks are learnt from the kept ids (top k) of the first half, as a capture learns them from its
-calibration sample; everything is measured on whole blocks of the second half. Bytes are those of
+calibration sample; everything is measured on whole blocks of the second half (where a block is more
+than that, on one block and the ranks of what is before it). Bytes are those of
 the frames, headers and checksums included. Speeds are positions per second of CPU time of one
 thread: encode with compression, decode with decompression and all checks of the frames.
 
@@ -49,7 +50,7 @@ def main() -> None:
     """Measures every combination and prints it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=Path)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1024, 128])
+    parser.add_argument("--rows", type=int, nargs="+", default=[4096, 1024])
     parser.add_argument("--k", type=int, nargs="+", default=[64, 32, 16])
     parser.add_argument("--value-bits", type=int, nargs="+", default=[7], choices=[7, 8, 16])
     parser.add_argument("--repeats", type=int, default=15)
@@ -95,7 +96,7 @@ def synthetic(positions: int) -> Sample:
 
 def measure(sample: Sample, spec: TargetSpec, rows: int, repeats: int) -> dict[str, Any]:
     """One line of the results."""
-    half = len(sample.ids_NM) // 2
+    half = min(len(sample.ids_NM) // 2, len(sample.ids_NM) - rows)
     kept_ids = sample.ids_NM[:half, : spec.num_entries]
     ranks = ClassRanks.from_counts(np.bincount(kept_ids.ravel(), minlength=spec.num_classes))
     starts = range(half, len(sample.ids_NM) - rows + 1, rows)

@@ -48,8 +48,8 @@ def main() -> None:
     run(
         f"train-student run --student {out}/teacher-config --cache {out}/labels --out "
         f"{out}/teacher --validation-cache {out}/labels-held-out --soft-weight 0 --hard-weight 1 "
-        "--max-steps 220 --batch-tokens 4096 --learning-rate 5e-3 --eval-every 20 "
-        "--early-stopping-patience 2 --set adam_beta2=0.98 --weight-decay 0.1"
+        "--max-steps 700 --batch-tokens 2048 --learning-rate 4e-3 --eval-every 100 "
+        "--weight-decay 0.1 --set adam_beta2=0.98"
     )
 
     say("What would it cost?")
@@ -68,8 +68,8 @@ def main() -> None:
     say("Two students: one from the cache, the same one from the text alone")
     student = (
         f"train-student run --student {out}/student-config --cache {out}/cache "
-        f"--validation-cache {out}/held-out --max-steps 220 --batch-tokens 4096 "
-        "--learning-rate 6e-3"
+        f"--validation-cache {out}/held-out --max-steps 450 --batch-tokens 2048 "
+        "--learning-rate 3e-3 --set adam_beta2=0.98"
     )
     run(f"{student} --soft-weight 0 --hard-weight 1 --out {out}/text-alone")
     run(f"{student} --out {out}/distilled")

@@ -1,7 +1,7 @@
 """Format 1 of a shard: its columns, one field per column, and how a block becomes frames.
 
 A shard is an Arrow IPC *file* with an uncompressed body. One Arrow row is one block (consecutive
-rows, together at least 1,024 positions). Every Arrow column is `large_binary` and holds, per block,
+rows, together at least 4,096 positions). Every Arrow column is `large_binary` and holds, per block,
 one zstandard frame: one byte plane of one column, named `<column>.<plane>`. The first 8 payload
 bytes of a frame say which block and which plane it is, so that a frame can never be read in the
 place of another one. Light columns (row ids, lengths) are frames too: nothing in a shard is
@@ -17,8 +17,7 @@ from typing import Literal
 from shared.codec import plane_sizes
 from shared.manifest import Manifest
 
-# Fewer cost up to 10 % more bytes and 10 % more time to decode: benchmarks/README.md
-MIN_BLOCK_POSITIONS = 2048
+MIN_BLOCK_POSITIONS = 4096  # 1,024 cost 15 % more time to read: benchmarks/README.md
 ROW_CHUNK_BITS = 24  # row id = first document << 24 | chunk
 
 Per = Literal["row", "segment", "token", "position"]
