@@ -138,7 +138,7 @@ def _default_positions(
     num_tokens: np.ndarray, num_positions: np.ndarray, segments: np.ndarray | None
 ) -> np.ndarray:
     """Every token of each segment but its last, as an index inside the row; i32 [P]."""
-    if segments is None:  # a row is one segment: 3 times faster than the general case
+    if segments is None:  # a row is one segment: 2.4 times as fast as the general case
         counts = num_tokens - 1
         starts = np.cumsum(counts, dtype=np.int32) - counts
         return np.arange(counts.sum(), dtype=np.int32) - np.repeat(starts, counts)

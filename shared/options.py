@@ -256,10 +256,14 @@ class _Field:
         raise ConfigError(f"{self.flag} {self._unfit(given)}")
 
     def from_file(self, value: Any) -> Any:
-        """The value of a key; what does not fit is returned as it is, for `problem` to name."""
+        """The value of a key; what does not fit is returned as it is, for `problem` to name.
+
+        A repeatable option takes a list, or one item as it is.
+        """
         if not self.repeated:
             return self._from_file_item(value)
-        return tuple(map(self._from_file_item, value)) if isinstance(value, list) else value
+        items = value if isinstance(value, list) else [value]
+        return tuple(map(self._from_file_item, items))
 
     def _from_file_item(self, value: Any) -> Any:
         if Path in self.types and type(value) is str and value not in self.choices:

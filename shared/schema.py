@@ -17,7 +17,7 @@ from typing import Literal
 from shared.codec import plane_sizes
 from shared.manifest import Manifest
 
-MIN_BLOCK_POSITIONS = 4096  # 1,024 cost 15 % more time to read: benchmarks/README.md
+MIN_BLOCK_POSITIONS = 4096  # 1,024 cost a fifth of the reading speed: benchmarks/README.md
 ROW_CHUNK_BITS = 24  # row id = first document << 24 | chunk
 
 Per = Literal["row", "segment", "token", "position"]

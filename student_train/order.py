@@ -1,6 +1,6 @@
 """Which rows form which optimiser step: a pure function of (lengths in the commits, seed, step).
 
-An epoch permutes the blocks of the whole cache. Every 256 permuted blocks are a window, and rows
+An epoch permutes the blocks of the whole cache. Every 64 permuted blocks are a window, and rows
 are permuted inside it, so that a block is decoded once per epoch and few are in memory. Steps are
 cut from the sequence of all rows by a token budget; they may reach over the end of a window or of
 an epoch. No data is read: the lengths of the rows are enough.
@@ -25,7 +25,7 @@ class OrderSpec:
 
     batch_tokens: int
     seed: int = 0
-    window_blocks: int = 256
+    window_blocks: int = 64
     shuffle: bool = True  # False: the natural order, for evaluation
     epochs: int | None = None  # None: without end; else the last step may be short
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from shared.cache import Cache
     from student_train.cache_set import CacheSet
 
-_BLOCKS_PER_JOB = 4  # handing a job to a thread takes 20 us, decoding a block 1,000
+_BLOCKS_PER_JOB = 4  # handing a job to a thread takes 20 us, decoding a block 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

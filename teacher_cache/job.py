@@ -151,7 +151,7 @@ def _texts(job: Job, documents: range) -> Iterator[tuple[int, str]]:
 
 
 def _cut_blocks(built: Iterator[Row]) -> Iterator[list[Row]]:
-    """Consecutive rows, together at least 1,024 positions; a shard's last may be less."""
+    """Consecutive rows, together MIN_BLOCK_POSITIONS; the last block of a shard may be less."""
     block: list[Row] = []
     positions = 0
     for row in built:

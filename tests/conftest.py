@@ -136,8 +136,10 @@ def capture(
 
 @pytest.fixture(scope="session")
 def cache_dir(capture: Capture) -> Path:
-    """A cache with several shards, a stored temperature and two hidden layers."""
-    return capture(temperature=(2.0,), hidden_layers=(-1, 0))
+    """A cache with several shards of several blocks, a stored temperature and two hidden layers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("teacher_cache.job.MIN_BLOCK_POSITIONS", 1024)
+        return capture(temperature=(2.0,), hidden_layers=(-1, 0))
 
 
 @pytest.fixture(scope="session")

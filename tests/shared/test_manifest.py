@@ -72,6 +72,7 @@ def make_manifest(**changes):
         ),
         seed=0,
         nonfinite="stop",
+        origin=None,
         side_files={"tokenizer/tokenizer.json": "00ff"},
     )
     return replace(manifest, **changes)
