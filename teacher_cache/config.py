@@ -168,6 +168,9 @@ class VerifyConfig:
     drop_bad: Annotated[
         bool, Option(help="Remove the commits of bad shards, so that run redoes just those.")
     ] = False
+    seal: Annotated[
+        bool, Option(help="Write index.arrow, with a sha256 of every shard of a complete cache.")
+    ] = False
     json: Annotated[bool, Option(help="Print one JSON object.")] = False
 
     def __post_init__(self) -> None:

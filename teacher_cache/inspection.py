@@ -27,6 +27,7 @@ from shared.schema import layout
 from shared.shards import Commit, ShardReader, commit_name, file_hash
 from shared.storage import Storage, temporary_files, temporary_writer
 from shared.tokenizer import load_cached_tokenizer
+from teacher_cache import seal as seals
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
 
 log = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ class Verification:
     bytes: int = 0
     bad: dict[int, str] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
+    sealed: bool = False
 
     @property
     def sound(self) -> bool:
@@ -164,10 +166,16 @@ def verify(config: VerifyConfig) -> Verification:
                 found.bad[shard] = str(error)
             found.shards += 1
             progress.advance(1, bad=len(found.bad))
-    if config.drop_bad:
+    if config.drop_bad and found.bad:
+        storage.delete(seals.INDEX)
         for shard in found.bad:
             storage.delete(commit_name(shard))
             found.dropped.append(shard)
+    if found.sound and config.seal:
+        seals.seal(storage, manifest, cache_id)
+    elif found.sound and storage.exists(seals.INDEX):
+        seals.check_seal(storage, manifest, cache_id)
+    found.sealed = storage.exists(seals.INDEX)
     return found
 
 

@@ -122,7 +122,8 @@ def verify_text(found: Verification) -> str:
         )
     state = "sound" if found.sound else f"{len(found.bad)} BAD"
     lines.append(
-        f"{found.shards} of {found.num_shards} shards committed and read, {size(found.bytes)}: "
+        f"{found.shards} of {found.num_shards} shards committed and read, {size(found.bytes)}"
+        f"{', sealed' if found.sealed else ''}: "
         f"{state}"
     )
     return "\n".join(lines)
