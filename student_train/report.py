@@ -150,7 +150,7 @@ def as_json(comparison: Comparison) -> str:
 
 
 def write_html(comparison: Comparison, path: Path) -> None:
-    """One self-contained file: the table, held-out loss as bars, training loss as curves."""
+    """One self-contained file: the table, held-out loss, training loss as curves."""
     environment = Environment(loader=PackageLoader("student_train"), autoescape=True)
     html = environment.get_template("compare.html").render(
         headers=_HEADERS,
@@ -169,16 +169,17 @@ def _picture(comparison: Comparison) -> str:
     except ImportError:
         raise ConfigError("--html needs matplotlib: pip install 'teacher-cache[report]'") from None
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    bars, curves = figure.subplots(1, 2)
+    dots, curves = figure.subplots(1, 2)
     shown = comparison.lines
     names, losses = [line.name for line in shown], [line.loss for line in shown]
     colours = [f"C{index}" for index in range(len(shown))]
-    drawn = bars.barh(names, losses, color=colours)
-    bars.bar_label(drawn, fmt="%.3f", padding=3)
-    low, high = min(losses), max(losses)
-    bars.set_xlim(low - 0.5 * (high - low) - 0.02, high + 0.25 * (high - low) + 0.02)
-    bars.invert_yaxis()
-    bars.set_xlabel("held-out loss, nats (axis does not start at 0)")
+    dots.scatter(losses, names, color=colours, s=70, zorder=3)
+    for name, loss in zip(names, losses, strict=True):
+        dots.annotate(f"{loss:.3f}", (loss, name), (9, 0), textcoords="offset points", va="center")
+    dots.margins(x=0.25, y=0.25)
+    dots.grid(axis="y", linestyle=":", zorder=0)
+    dots.invert_yaxis()
+    dots.set_xlabel("held-out loss, nats")
     for line, colour in zip(shown, colours, strict=True):
         if line.curve:
             steps, values = zip(*_smooth(line.curve), strict=True)
@@ -187,7 +188,7 @@ def _picture(comparison: Comparison) -> str:
     curves.set_ylabel("training loss on hard labels, nats")
     if curves.lines:
         curves.legend(frameon=False)
-    for axes in (bars, curves):
+    for axes in (dots, curves):
         axes.spines[["top", "right"]].set_visible(False)
     buffer = StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
