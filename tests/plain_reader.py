@@ -1,13 +1,13 @@
-"""Reads a cache from the text of shared/FORMAT.md alone: nothing of our packages, only public formats.
+"""Reads a cache by the text of shared/FORMAT.md alone: nothing of our packages is imported.
 
-It is what a stranger with another language would write: slow, obvious, and it checks all that the
-text says can be checked. Letters: R rows, P positions, K entries, C classes, D channels.
+It is what a stranger would write: slow and obvious, with every check that the text allows for.
+P positions, K entries, C classes, D channels.
 """
 
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +16,19 @@ import pyarrow as pa
 import xxhash
 import zstandard
 
-NUMBERS = {
-    **{"row_ids": 1, "num_tokens": 2, "num_positions": 3, "input_ids": 4, "num_segments": 5},
-    **{"segments": 6, "positions": 7, "labels": 8, "target_ids": 16, "target_codes": 17},
-    **{"target_range": 18, "target_tail": 20, "label_logprob": 24, "entropy": 25},
-    **{"log_partition_ratio": 32, "hidden": 64},
-}
-Manifest = dict[str, Any]
-Read = Callable[..., np.ndarray]
+Layout = dict[str, tuple[int, int, int, int, str]]  # number, planes, bytes of an item, items per
 
 
 def read_cache(cache: Path) -> Iterator[dict[str, Any]]:
-    """Every row of the committed shards, in order; ValueError at the first thing that is not as written."""
+    """Every row of the committed shards in order; ValueError where anything is not as written."""
     content = (cache / "manifest.json").read_bytes()
     cache_id = hashlib.sha256(content).hexdigest()
-    check(
-        (cache / "manifest.sha256").read_text() == f"{cache_id}  manifest.json\n", "manifest.sha256"
-    )
+    line = (cache / "manifest.sha256").read_text()
+    check(line == f"{cache_id}  manifest.json\n", "manifest.sha256")
     manifest = json.loads(content)
-    check(manifest["format_version"] <= 1, "format_version")
+    check(manifest["format_version"] == 1, "format_version")
+    check(manifest["targets"]["kind"] in ("topk", "none"), "targets.kind")
+    check(manifest["hidden"]["codec"] == "bf16", "hidden.codec")
     learnt: dict[str, np.ndarray] = {}
     for name, digest in manifest["side_files"].items():
         content = (cache / name).read_bytes()
@@ -43,166 +37,190 @@ def read_cache(cache: Path) -> Iterator[dict[str, Any]]:
             check(name == f"learnt-{digest[:16]}.safetensors", name)
             learnt = safetensors(content)
     for path in sorted((cache / "commits").glob("*.json"), key=lambda path: int(path.stem)):
-        commit = json.loads(path.read_bytes())
-        checksum = commit.pop("checksum")
-        canonical = json.dumps(commit, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-        check(xxhash.xxh3_128_hexdigest(canonical.encode()) == checksum, f"{path}: checksum")
-        place = (cache_id, int(path.stem))
-        check((commit["cache_id"], commit["shard"]) == place, f"{path}: cache_id, shard")
-        yield from read_shard(cache, manifest, commit, learnt)
+        content = path.read_bytes()
+        commit = json.loads(content)
+        content = content.replace(f'"checksum":"{commit["checksum"]}",'.encode(), b"", 1)
+        check(xxhash.xxh3_128_hexdigest(content) == commit["checksum"], f"{path}: checksum")
+        check(commit["cache_id"] == cache_id, f"{path}: cache_id")
+        check(path.name == f"{commit['shard']:05d}.json", f"{path}: shard")
+        check(commit["shard"] < manifest["plan"]["num_shards"], f"{path}: plan.num_shards")
+        for values in read_shard(cache, layout(manifest), commit):
+            yield from rows(values, manifest, learnt)
 
 
 def read_shard(
-    cache: Path, manifest: Manifest, commit: dict[str, Any], learnt: dict[str, np.ndarray]
-) -> Iterator[dict[str, Any]]:
-    file, shard = commit["file"], commit["shard"]
-    content = (cache / file).read_bytes()
-    check(len(content) == commit["num_bytes"], f"{file}: num_bytes")
-    check(xxhash.xxh3_128_hexdigest(content) == commit["xxh3_128"], f"{file}: xxh3_128")
-    check(file == f"shards/{shard:05d}-{commit['xxh3_128'][:16]}.arrow", f"{file}: name")
+    cache: Path, columns: Layout, commit: dict[str, Any]
+) -> Iterator[dict[str, np.ndarray]]:
+    """The columns of each block, as the integers that the planes of a column make together."""
+    content = (cache / commit["file"]).read_bytes()
+    digest = xxhash.xxh3_128_hexdigest(content)
+    check(digest == commit["xxh3_128"], f"{commit['file']}: xxh3_128")
+    check(len(content) == commit["num_bytes"], f"{commit['file']}: num_bytes")
+    name = f"shards/{commit['shard']:05d}-{digest[:16]}.arrow"
+    check(commit["file"] == name, f"{commit['file']}: name")
     reader = pa.ipc.open_file(content)
-    metadata = {"format_version": "1", "cache_id": commit["cache_id"], "shard": str(shard)}
-    found = {key.decode(): value.decode() for key, value in reader.schema.metadata.items()}
-    check(metadata.items() <= found.items(), f"{file}: schema metadata")
+    expected = {"format_version": 1, "cache_id": commit["cache_id"], "shard": commit["shard"]}
+    for key, value in expected.items():
+        check(reader.schema.metadata[key.encode()] == str(value).encode(), f"{name}: {key}")
     batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
-    check([batch.num_rows for batch in batches] == commit["batch_blocks"], f"{file}: batch_blocks")
+    check([len(batch) for batch in batches] == commit["batch_blocks"], f"{name}: batch_blocks")
     table = pa.Table.from_batches(batches, reader.schema)
-    check(table.num_rows == len(commit["block_rows"]), f"{file}: block_rows")
-
-    num_rows, lengths = sum(commit["block_rows"]), {}
-    for name in ("row_tokens", "row_positions"):
-        plane = payload(base64.b64decode(commit[name], validate=True), 0, 0, 4 * num_rows, name)
-        lengths[name] = plane.view("<u4").astype(int)
+    table.validate(full=True)
+    check(len(table) == len(commit["block_rows"]), f"{name}: block_rows")
+    check(commit["rows"] == sum(commit["block_rows"]), f"{name}: rows")
+    lengths = {}
+    for key in ("tokens", "positions"):
+        frame = base64.b64decode(commit[f"row_{key}"], validate=True)
+        lengths[key] = plane(frame, 0, 0, 4 * commit["rows"]).view("<u4")
+        check(lengths[key].sum() == commit[key], f"{name}: {key}")
     first = 0
-    for block, count in enumerate(commit["block_rows"]):
-
-        def read(name: str, number: int, planes: int, items: int, size: int = 1) -> np.ndarray:
-            """A column of the block as unsigned integers: planes put together, or items of `size` bytes."""
-            total = np.zeros(items, np.uint64)
+    for block, num_rows in enumerate(commit["block_rows"]):
+        of_rows = slice(first, first + num_rows)
+        first += num_rows
+        tokens, positions = lengths["tokens"][of_rows], lengths["positions"][of_rows]
+        counts = {"row": num_rows, "token": tokens.sum(), "position": positions.sum()}
+        values: dict[str, np.ndarray] = {}
+        for column, (number, planes, size, items, per) in columns.items():
+            values[column] = np.zeros(int(counts[per]) * items, np.int64)
             for index in range(planes):
-                column = table.column(f"{name}.{index}")
-                check(column.type == pa.large_binary() and not column.null_count, f"{file}: {name}")
-                frame = column[block].as_py()  # noqa: B023 (called within the iteration)
-                code = number * 256 + index
-                plane = payload(frame, block, code, items * size, f"{file}: block {block}, {name}")  # noqa: B023
-                total |= plane.view(f"<u{size}").astype(np.uint64) << np.uint64(8 * index)
-            return total.astype(np.int64)
-
-        rows = slice(first, first + count)
-        tokens, positions = lengths["row_tokens"][rows], lengths["row_positions"][rows]
-        yield from read_block(manifest, learnt, read, tokens, positions)
-        first += count
+                arrow = table.column(f"{column}.{index}")
+                check(arrow.type == pa.large_binary() and not arrow.null_count, column)
+                frame = arrow[block].as_py()
+                content = plane(frame, block, number * 256 + index, values[column].size * size)
+                values[column] |= content.view(f"<u{size}").astype(np.int64) << 8 * index
+            if column == "num_segments":
+                counts["segment"] = values[column].sum()
+        check(np.array_equal(values["num_tokens"], tokens), f"{name}: num_tokens")
+        check(np.array_equal(values["num_positions"], positions), f"{name}: num_positions")
+        yield values
 
 
-def read_block(
-    manifest: Manifest,
-    learnt: dict[str, np.ndarray],
-    read: Read,
-    tokens: np.ndarray,
-    counts: np.ndarray,
-) -> Iterator[dict[str, Any]]:
-    """The rows of one block, of the given numbers of tokens and of positions."""
-    targets, columns, hidden = manifest["targets"], manifest["columns"], manifest["hidden"]
-    R, P, C = len(tokens), counts.sum(), targets["num_classes"]
-    length_bytes = num_bytes(manifest["preprocessing"]["max_length"])
-
-    def whole(name: str, planes: int, items: int, size: int = 1) -> np.ndarray:
-        return read(name, NUMBERS[name], planes, items, size)
-
-    check(np.array_equal(whole("num_tokens", 1, R, 4), tokens), "num_tokens")
-    check(np.array_equal(whole("num_positions", 1, R, 4), counts), "num_positions")
-    row_ids = whole("row_ids", 1, R, 8)
-    input_ids = cut(
-        whole("input_ids", num_bytes(manifest["tokenizer"]["num_ids"] - 1), tokens.sum()), tokens
-    )
-    segments = [np.array([n]) for n in tokens]
-    if "segments" in columns:
-        num_segments = whole("num_segments", 1, R, 4)
-        segments = cut(whole("segments", length_bytes, num_segments.sum()), num_segments)
-    positions = [
-        np.delete(np.arange(n), np.cumsum(parts) - 1)
-        for n, parts in zip(tokens, segments, strict=True)
-    ]
-    if "positions" in columns:
-        positions = cut(whole("positions", length_bytes, P), counts)
-    check([len(row) for row in positions] == counts.tolist(), "positions")
-    check([part.sum() for part in segments] == tokens.tolist(), "segments")
-    if "labels" in columns:
-        labels = cut(whole("labels", num_bytes(C - 1), P), counts)
-    else:
-        labels = [ids[at + 1] for ids, at in zip(input_ids, positions, strict=True)]
-
-    values: dict[str, np.ndarray] = {}
+def layout(manifest: dict[str, Any]) -> Layout:
+    """Every column of this cache, as in the table."""
+    targets, hidden = manifest["targets"], manifest["hidden"]
+    K = min(targets["top_k"], targets["num_classes"])
+    class_bytes = num_bytes(targets["num_classes"] - 1)
+    place_bytes = num_bytes(manifest["preprocessing"]["max_length"])
+    table: Layout = {
+        "row_ids": (1, 1, 8, 1, "row"),
+        "num_tokens": (2, 1, 4, 1, "row"),
+        "num_positions": (3, 1, 4, 1, "row"),
+        "input_ids": (4, num_bytes(manifest["tokenizer"]["num_ids"] - 1), 1, 1, "token"),
+        "num_segments": (5, 1, 4, 1, "row"),
+        "segments": (6, place_bytes, 1, 1, "segment"),
+        "positions": (7, place_bytes, 1, 1, "position"),
+        "labels": (8, class_bytes, 1, 1, "position"),
+        "label_logprob": (24, 2, 1, 1, "position"),
+        "entropy": (25, 1, 1, 1, "position"),
+    }
+    table = {name: column for name, column in table.items() if name in manifest["columns"]}
     if targets["kind"] == "topk":
-        values |= distribution(targets, learnt["class_by_rank"], whole, P)
-    if "label_logprob" in columns:
-        values["label_logprob"] = (
-            whole("label_logprob", 2, P).astype(np.uint16).view(np.float16).astype(float)
-        )
-    if "entropy" in columns:
-        values["entropy"] = whole("entropy", 1, P) * np.log(C) / 255
+        table["target_ids"] = (16, class_bytes, 1, K, "position")
+        table["target_codes"] = (17, 2 if targets["value_bits"] == 16 else 1, 1, K, "position")
+        if targets["value_bits"] != 16:
+            table["target_range"] = (18, 1, 1, 1, "position")
+        table["target_tail"] = (20, 2, 1, 1, "position")
     for index, T in enumerate(targets["temperatures"]):
-        name = f"log_partition_ratio.{T:g}"
-        code = read(name, NUMBERS["log_partition_ratio"] + index, 2, P)
-        values[name] = code * (1 - 1 / T) * np.log(C) / 65535
+        table[f"log_partition_ratio.{T:g}"] = (32 + index, 2, 1, 1, "position")
     for index, (layer, D) in enumerate(zip(hidden["layers"], hidden["widths"], strict=True)):
-        bits = read(f"hidden.{layer}", NUMBERS["hidden"] + index, 2, P * D).reshape(P, D)
-        values[f"hidden.{layer}"] = (bits.astype(np.uint32) << 16).view(np.float32)
-    of_rows = {name: cut(value, counts) for name, value in values.items()}
-    for r in range(R):
-        row = {"row_id": int(row_ids[r]), "input_ids": input_ids[r], "segments": segments[r]}
-        row |= {"positions": positions[r], "labels": labels[r]}
-        yield row | {name: parts[r] for name, parts in of_rows.items()}
+        table[f"hidden.{layer}"] = (64 + index, 2, 1, D, "position")
+    return table
 
 
-def distribution(
-    targets: dict[str, Any], class_by_rank: np.ndarray, whole: Read, P: int
+def rows(
+    values: dict[str, np.ndarray], manifest: dict[str, Any], learnt: dict[str, np.ndarray]
+) -> Iterator[dict[str, Any]]:
+    """The rows of a block: defaults filled in, codes turned into what they mean."""
+    tokens, counts, targets = values["num_tokens"], values["num_positions"], manifest["targets"]
+    input_ids, segments = cut(values["input_ids"], tokens), cut(tokens, np.ones_like(tokens))
+    if "segments" in values:
+        segments = cut(values["segments"], values["num_segments"])
+    ends = [np.cumsum(lengths) for lengths in segments]
+    check([end[-1] for end in ends] == tokens.tolist(), "segments")
+    default = [np.setdiff1d(np.arange(end[-1]), end - 1) for end in ends]
+    positions = cut(values["positions"], counts) if "positions" in values else default
+    check([len(places) for places in positions] == counts.tolist(), "num_positions")
+    labels = [ids[places + 1] for ids, places in zip(input_ids, positions, strict=True)]
+    if "labels" in values:
+        labels = cut(values["labels"], counts)
+
+    of_positions: dict[str, np.ndarray] = {}
+    if targets["kind"] == "topk":
+        of_positions |= distributions(values, targets, learnt["class_by_rank"])
+        of_positions["label_logprob"] = half(values["label_logprob"])
+        of_positions["entropy"] = values["entropy"] * np.log(targets["num_classes"]) / 255
+    for T in targets["temperatures"]:
+        ratio = values[f"log_partition_ratio.{T:g}"] / 65535
+        ratio *= (1 - 1 / T) * np.log(targets["num_classes"])
+        of_positions[f"log_partition_ratio.{T:g}"] = ratio
+    for layer, D in zip(manifest["hidden"]["layers"], manifest["hidden"]["widths"], strict=True):
+        of_positions[f"hidden.{layer}"] = values[f"hidden.{layer}"].reshape(-1, D)  # bits
+    of_rows: dict[str, Any] = {name: cut(part, counts) for name, part in of_positions.items()}
+    of_rows |= {"row_id": values["row_ids"], "input_ids": input_ids, "segments": segments}
+    of_rows |= {"positions": positions, "labels": labels}
+    for index in range(len(tokens)):
+        yield {name: content[index] for name, content in of_rows.items()}
+
+
+def distributions(
+    values: dict[str, np.ndarray], targets: dict[str, Any], class_by_rank: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Class ids and probabilities of the entries, and the probability of the tail."""
-    C, bits = targets["num_classes"], targets["value_bits"]
+    """Class ids and probabilities of the entries [P, K], and the mass of the tail [P]."""
+    C = targets["num_classes"]
     K = min(targets["top_k"], C)
-    ranks = np.cumsum(whole("target_ids", num_bytes(C - 1), P * K).reshape(P, K), axis=1)
-    check(P == 0 or ranks.max() < C, "target_ids")
-    codes = whole("target_codes", 2 if bits == 16 else 1, P * K).reshape(P, K)
-    if bits == 16:
-        nats = codes.astype(np.uint16).view(np.float16).astype(float)
+    check(np.array_equal(np.sort(class_by_rank), np.arange(C)), "class_by_rank")
+    ranks = np.cumsum(values["target_ids"].reshape(-1, K), axis=1)
+    check(ranks.max(initial=0) < C, "target_ids")
+    codes = values["target_codes"].reshape(-1, K)
+    if targets["value_bits"] == 16:
+        nats = half(codes)
     else:
-        code = whole("target_range", 1, P)
-        width = np.where(code == 0, 0.0, 2.0 ** (code / 16 - 4))
-        nats = width[:, None] * (codes / {7: 127, 8: 254}[bits]) ** 2
-        nats[codes == 255] = np.inf
-    tail = whole("target_tail", 2, P)
-    kept = np.where(tail == 65535, 1.0, 1 / (1 + np.exp(-14 + 31 * tail / 65534)))
+        code = values["target_range"]
+        ranges = np.where(code == 0, 0, 2 ** (code / 16 - 4))
+        levels = {7: 127, 8: 254}[targets["value_bits"]]
+        nats = np.where(codes == 255, np.inf, ranges[:, None] * (codes / levels) ** 2)
+    tail = values["target_tail"]
+    ratio = np.where(tail == 65535, -np.inf, -14 + 31 * tail / 65534)
+    kept = 1 / (1 + np.exp(ratio))
     weights = np.exp(-nats)
-    probabilities = kept[:, None] * weights / weights.sum(axis=1, keepdims=True)
-    ids = class_by_rank[ranks].astype(np.int64)
-    return {"target_ids": ids, "target_probabilities": probabilities, "target_tail": 1 - kept}
+    return {
+        "target_ids": class_by_rank[ranks].astype(np.int64),
+        "target_probabilities": (kept / weights.sum(axis=1))[:, None] * weights,
+        "target_tail": 1 / (1 + np.exp(-ratio)),
+    }
 
 
-def payload(frame: bytes, block: int, code: int, size: int, where: str) -> np.ndarray:
-    """The plane inside a frame, once its size, its checksum and its place have proved right."""
+def plane(frame: bytes, block: int, code: int, size: int) -> np.ndarray:
+    """The bytes inside a frame, once its size, its checksum and its place have proved right."""
+    where = f"frame of block {block}, column {code >> 8}, plane {code & 255}"
     header = zstandard.get_frame_parameters(frame)
-    check(header.has_checksum and header.content_size == size + 8, f"{where}: frame")
+    check(header.has_checksum and header.content_size == 8 + size, where)
     content = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
-    check(
-        np.frombuffer(content[:8], "<u4").tolist() == [block, code], f"{where}: block, column code"
-    )
-    return np.frombuffer(content[8:], np.uint8)
+    check(np.frombuffer(content, "<u4", count=2).tolist() == [block, code], where)
+    return np.frombuffer(content, np.uint8, offset=8)
 
 
 def safetensors(content: bytes) -> dict[str, np.ndarray]:
     """The uint32 and float32 tensors of a safetensors file."""
     start = 8 + int.from_bytes(content[:8], "little")
-    header, tensors = json.loads(content[8:start]), {}
-    for name in header.keys() - {"__metadata__"}:
-        dtype = {"U32": "<u4", "F32": "<f4"}[header[name]["dtype"]]
-        begin, end = header[name]["data_offsets"]
-        tensors[name] = np.frombuffer(content[start + begin : start + end], dtype)
-    return tensors
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    arrays = {}
+    for name, tensor in header.items():
+        first, end = tensor["data_offsets"]
+        dtype = {"U32": "<u4", "F32": "<f4"}[tensor["dtype"]]
+        arrays[name] = np.frombuffer(content[start + first : start + end], dtype)
+    return arrays
 
 
 def num_bytes(largest: int) -> int:
+    """B(largest) of the text."""
     return max(1, (largest.bit_length() + 7) // 8)
+
+
+def half(codes: np.ndarray) -> np.ndarray:
+    """IEEE half precision from its bits."""
+    return codes.astype("<u2").view("<f2").astype(np.float64)
 
 
 def cut(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
@@ -211,4 +229,4 @@ def cut(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
 
 def check(holds: bool, what: str) -> None:
     if not holds:
-        raise ValueError(f"not as FORMAT.md says: {what}")
+        raise ValueError(f"not as shared/FORMAT.md says: {what}")
