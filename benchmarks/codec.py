@@ -1,6 +1,6 @@
 """Bytes, fidelity and speed of the target codec; prints one JSON line.
 
-    python benchmarks/codec.py [--samples DIR] [--rows 2048 1024] [--k 64 32 16] [--value-bits 7]
+    python benchmarks/codec.py [--samples DIR] [--rows 4096 1024 128] [--k 64 32 16]
 
 DIR holds safetensors files with `ids` [N, M] by descending probability, `logits` [N, M], `lse` [N]
 over the full vocabulary, and `vocab_size` in the metadata; without it a Zipf-like set is made.
@@ -31,6 +31,7 @@ from safetensors import safe_open
 
 from shared import codec, frames
 from shared.codec import ClassRanks, Target, TargetSpec
+from shared.schema import MIN_BLOCK_POSITIONS
 
 Doubles = npt.NDArray[np.float64]
 SYNTHETIC_CLASSES = 151_936
@@ -50,7 +51,7 @@ def main() -> None:
     """Measures every combination and prints it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=Path)
-    parser.add_argument("--rows", type=int, nargs="+", default=[2048, 1024])
+    parser.add_argument("--rows", type=int, nargs="+", default=[MIN_BLOCK_POSITIONS, 1024, 128])
     parser.add_argument("--k", type=int, nargs="+", default=[64, 32, 16])
     parser.add_argument("--value-bits", type=int, nargs="+", default=[7], choices=[7, 8, 16])
     parser.add_argument("--repeats", type=int, default=15)

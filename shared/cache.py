@@ -15,18 +15,22 @@ from shared import manifest as manifests
 from shared.blocks import Block
 from shared.codec import ClassRanks
 from shared.errors import CorruptCache, IncompleteCache
-from shared.manifest import Manifest
+from shared.manifest import MAX_SHARD_ROWS, Manifest
 from shared.shards import (
     MAX_COMMIT_BYTES,
     Commit,
     ShardReader,
     commit_name,
+    empty_block,
     file_hash,
     parse_commit,
+    shard_name,
 )
 from shared.storage import Storage
 
 _OPEN_SHARDS = 64  # memory maps kept; a map costs address space and little else
+_MAX_SIDE_FILE_BYTES = 256 << 20
+_ROWS_ON_TRUST = 1 << 22  # more of them must be backed by as many bytes of shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class Cache(Sequence[Row]):
     ) -> None:
         self.storage, self.manifest, self.cache_id = storage, manifest, cache_id
         self.path, self.commits = storage.root, commits
+        _check_rows(storage, commits)
         self.ranks = class_ranks(storage, manifest)
         lengths = [c.lengths(str(storage.path(commit_name(c.shard)))) for c in commits]
         empty = np.zeros(0, np.int32)
@@ -113,21 +118,44 @@ class Cache(Sequence[Row]):
 
     def channel_deviation(self, layer: int) -> torch.Tensor:
         """Standard deviation of each channel of a stored layer, float32 [D]."""
-        return torch.from_numpy(learnt(self.storage, self.manifest)[f"hidden.{layer}.std"])
+        width = dict(zip(self.manifest.hidden.layers, self.manifest.hidden.widths, strict=True))
+        found = learnt(self.storage, self.manifest).get(f"hidden.{layer}.std", np.zeros(0))
+        if found.dtype != np.float32 or found.shape != (width.get(layer),):
+            raise CorruptCache(
+                f"{self.storage.path(_learnt_name(self.manifest))}: hidden.{layer}.std is not "
+                f"{width.get(layer)} numbers of type float32; restore it from a copy."
+            )
+        return torch.from_numpy(found)
 
     def shard_blocks(self, index: int) -> tuple[int, int]:
         """First block of a committed shard, and the one after its last."""
         return int(self._block_starts[index]), int(self._block_starts[index + 1])
 
     def read_block(
-        self, block: int, *, hidden_layers: Sequence[int] = (), targets: bool = True
+        self,
+        block: int,
+        *,
+        hidden_layers: Sequence[int] = (),
+        targets: bool = True,
+        skip: tuple[str, ...] = (),
     ) -> Block:
-        """Decodes one block; hidden states are never read unless asked for."""
+        """Decodes one block; hidden states are never read unless asked for, columns in `skip`
+        never."""
         if not 0 <= block < self.num_blocks:
             raise IndexError(f"block {block} of a cache with {self.num_blocks} blocks")
         shard = int(np.searchsorted(self._block_starts, block, "right")) - 1
         return self._reader(shard).read_block(
             block - int(self._block_starts[shard]),
+            self.ranks,
+            hidden_layers=tuple(hidden_layers),
+            targets=targets and self.has_targets,
+            skip=skip,
+        )
+
+    def empty_block(self, *, hidden_layers: Sequence[int] = (), targets: bool = True) -> Block:
+        """A block of no rows: which columns, types and widths any block has; reads nothing."""
+        return empty_block(
+            self.manifest,
             self.ranks,
             hidden_layers=tuple(hidden_layers),
             targets=targets and self.has_targets,
@@ -161,14 +189,7 @@ def open_cache(path: Path | str, *, allow_partial: bool = False) -> Cache:
     a manifest or side file that was changed, or a newer format always is."""
     storage = Storage(path)
     manifest, cache_id = manifests.read(storage)
-    for name, digest in manifest.side_files.items():
-        side_file = storage.path(name)
-        if not side_file.is_file():
-            raise CorruptCache(f"{side_file}: this file is missing; restore it from a copy.")
-        if file_hash(side_file) != digest:
-            raise CorruptCache(
-                f"{side_file}: its hash is not the one in the manifest; restore it from a copy."
-            )
+    check_side_files(storage, manifest)
     cache = Cache(storage, manifest, cache_id, read_commits(storage, manifest, cache_id))
     missing, shards = cache.missing_shards, manifest.plan.num_shards
     if not cache.commits:
@@ -185,12 +206,30 @@ def open_cache(path: Path | str, *, allow_partial: bool = False) -> Cache:
     return cache
 
 
+def check_side_files(storage: Storage, manifest: Manifest) -> None:
+    """Every side file is there and is the one that the manifest names."""
+    for name, digest in manifest.side_files.items():
+        side_file = storage.path(name)
+        if not side_file.is_file():
+            raise CorruptCache(f"{side_file}: this file is missing; restore it from a copy.")
+        size = side_file.stat().st_size
+        if size > _MAX_SIDE_FILE_BYTES or file_hash(side_file) != digest:
+            raise CorruptCache(
+                f"{side_file}: its hash is not the one in the manifest ({size:,} bytes); restore "
+                "it from a copy."
+            )
+
+
 def class_ranks(storage: Storage, manifest: Manifest) -> ClassRanks:
     """The learnt order of the classes; their own order in a cache without a teacher."""
     arrays = learnt(storage, manifest)
     count = manifest.targets.num_classes
-    classes = arrays.get("class_by_rank", np.zeros(0, np.uint32)) if arrays else np.arange(count)
-    if not np.array_equal(np.sort(classes), np.arange(count)):
+    if not arrays:
+        own = np.arange(count, dtype=np.uint32)
+        return ClassRanks(own, own)
+    classes = arrays.get("class_by_rank", np.zeros(0, np.uint32))
+    fits = classes.dtype == np.uint32 and classes.shape == (count,)
+    if not fits or not np.array_equal(np.sort(classes), np.arange(count)):
         raise CorruptCache(
             f"{storage.path(_learnt_name(manifest))}: class_by_rank is no order of the "
             f"{count} classes; restore it from a copy."
@@ -204,9 +243,9 @@ def learnt(storage: Storage, manifest: Manifest) -> dict[str, np.ndarray]:
     if not name:
         return {}
     try:
-        return load_safetensors(storage.read(name))
-    except SafetensorError as error:
-        raise CorruptCache(f"{storage.path(name)}: {error}; restore it from a copy.") from None
+        return load_safetensors(storage.read(name, max_bytes=_MAX_SIDE_FILE_BYTES))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CorruptCache(f"{storage.path(name)}: {error!r}; restore it from a copy.") from None
 
 
 def _learnt_name(manifest: Manifest) -> str:
@@ -222,9 +261,10 @@ def read_commit(storage: Storage, manifest: Manifest, cache_id: str, shard: int)
             f"{path}: belongs to shard {commit.shard} of cache {commit.cache_id[:12]}, expected "
             f"shard {shard} of cache {cache_id[:12]}. Delete it and run cache-teacher run again."
         )
-    if not commit.file.startswith(f"shards/{shard:05d}-"):
+    if commit.file != shard_name(shard, commit.xxh3_128):
         raise CorruptCache(
-            f"{path}: names the file {commit.file!r}, which is no file of shard {shard}"
+            f"{path}: names the file {commit.file[:80]!r}, which is no file of shard {shard} with "
+            f"hash {commit.xxh3_128[:80]!r}. Delete it and run cache-teacher run again."
         )
     return commit
 
@@ -246,6 +286,20 @@ def committed_shards(storage: Storage) -> list[int]:
     stems = [name.removeprefix("commits/").removesuffix(".json") for name in names]
     numbers = {int(stem) for stem in stems if stem.isdecimal()}
     return sorted(number for number in numbers if commit_name(number) in names)
+
+
+def _check_rows(storage: Storage, commits: list[Commit]) -> None:
+    """Lengths take 8 bytes a row in memory, but may take next to nothing in a commit."""
+    rows = sum(min(max(0, commit.rows), MAX_SHARD_ROWS) for commit in commits)
+    if rows <= _ROWS_ON_TRUST:
+        return
+    paths = [storage.path(commit.file) for commit in commits]
+    size = sum(path.stat().st_size for path in paths if path.is_file())
+    if rows > size:
+        raise CorruptCache(
+            f"{storage.root}: its commits claim {rows:,} rows, but all shards together have "
+            f"{size:,} bytes. Run cache-teacher verify {storage.root} to see which are wrong."
+        )
 
 
 def _row(block: Block, index: int) -> Row:

@@ -3,11 +3,13 @@
 It holds what was asked for, what the teacher, the tokenizer and the corpus were, and what
 calibration fixed; no clock, no host and no absolute path, so that two runs of the same job publish
 the same bytes. Read strictly: an unknown format version is refused, a missing or ill-typed field is
-an error that names it, unknown fields are ignored (a newer writer may add some).
+an error that names it, unknown fields are ignored (a newer writer may add some). Every number that
+sizes follow from has limits, checked before anything is allocated.
 """
 
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,13 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.sha256"
 MAX_MANIFEST_BYTES = 16 << 20
+MAX_CLASSES = 1 << 24
+MAX_SHARDS = 1_000_000
+MAX_SHARD_ROWS = 1 << 21  # of a shard of 2 million tokens, the default, with two tokens in each row
+_MAX_JSON_VALUES = 1 << 17  # a commit has one for each block: half a billion positions
+_MAX_JSON_CONTAINERS = 256
+_ALWAYS = ("row_ids", "num_tokens", "num_positions", "input_ids")
+_OF_TARGETS = ("target_", "log_partition_ratio", "hidden")
 
 T = TypeVar("T")
 
@@ -137,6 +146,11 @@ def rows_id(corpus: CorpusInfo, tokenizer: TokenizerInfo, preprocessing: Preproc
 
 def publish(storage: Storage, manifest: Manifest) -> bool:
     """Writes the manifest if the cache has none; false if another process was first."""
+    for problem in _beyond_limits(manifest):
+        raise ConfigError(
+            f"{storage.root}: {problem}. This version cannot write such a cache: ask for less, or "
+            "for another --shard-tokens."
+        )
     won = storage.put_new(MANIFEST, manifest.to_json())
     write_hash(storage)
     return won
@@ -179,11 +193,63 @@ def read(storage: Storage) -> tuple[Manifest, str]:
             f"{path}: format {version} needs a newer teacher-cache; this one reads up to format "
             f"{FORMAT_VERSION}. Run pip install --upgrade teacher-cache."
         )
-    return build(Manifest, raw, str(path)), digest
+    manifest = build(Manifest, raw, str(path))
+    for problem in _beyond_limits(manifest):
+        raise CorruptCache(f"{path}: {problem}. Restore it from a copy.")
+    return manifest, digest
+
+
+def _beyond_limits(manifest: Manifest) -> Iterator[str]:
+    """What no cache of this version has: sizes that overflow, columns that are not there."""
+    limits = [
+        ("tokenizer.num_ids", manifest.tokenizer.num_ids, MAX_CLASSES),
+        ("preprocessing.max_length", manifest.preprocessing.max_length, 2**31 - 1),
+        ("targets.num_classes", manifest.targets.num_classes, MAX_CLASSES),
+        ("targets.top_k", manifest.targets.top_k, MAX_CLASSES),
+        ("plan.num_shards", manifest.plan.num_shards, MAX_SHARDS),
+        ("plan.documents_per_shard", manifest.plan.documents_per_shard, MAX_SHARD_ROWS),
+        *(("hidden.widths", width, 1 << 20) for width in manifest.hidden.widths),
+    ]
+    for name, found, most in limits:
+        if not 1 <= found <= most:
+            yield f"{name}: found {found}, expected 1 to {most:,}"
+    temperatures, layers = manifest.targets.temperatures, manifest.hidden.layers
+    if len(temperatures) > 32 or not all(map(math.isfinite, temperatures)):
+        yield f"targets.temperatures: found {_short(temperatures)}, expected up to 32 numbers"
+    if len(layers) != len(manifest.hidden.widths) or not len(layers) == len(set(layers)) <= 1024:
+        yield f"hidden: found layers {_short(layers)}, expected each once, with one width each"
+    if manifest.hidden.codec != "bf16":
+        yield f"hidden.codec: found {_short(manifest.hidden.codec)}, expected bf16"
+    if len(manifest.side_files) > 64:
+        yield f"side_files: found {len(manifest.side_files)}, expected at most 64"
+    yield from _wrong_columns(manifest.columns)
+
+
+def _wrong_columns(columns: tuple[str, ...]) -> Iterator[str]:
+    missing = [name for name in _ALWAYS if name not in columns]
+    if missing:
+        yield f"columns: {missing[0]} is missing"
+    if len(columns) != len(set(columns)):
+        yield f"columns: found {_short(columns)}, expected each once"
+    if any(name.startswith(_OF_TARGETS) for name in columns):
+        yield f"columns: found {_short(columns)}, but those of targets and hidden states follow"
+    if "segments" in columns and "num_segments" not in columns[: columns.index("segments")]:
+        yield "columns: segments without num_segments before it"
+
+
+def _short(value: Any) -> str:
+    return repr(str(value)[:80])
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """Parsed JSON; anything else, or nesting too deep, is an error that names the file."""
+    """Parsed JSON; anything else, or far more values or nesting than we write, is an error."""
+    containers = data.count(b"[") + data.count(b"{")
+    values = containers + data.count(b",")
+    if containers > _MAX_JSON_CONTAINERS or values > _MAX_JSON_VALUES:
+        raise CorruptCache(
+            f"{where}: {values:,} values in {containers:,} lists and objects, expected at most "
+            f"{_MAX_JSON_VALUES:,} in {_MAX_JSON_CONTAINERS}. Restore it from a copy."
+        )
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -224,7 +290,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise _wrong(where, value, "an object")
-        return {str(key): _build(arguments[1], item, where) for key, item in value.items()}
+        return {_text(key, where): _build(arguments[1], item, where) for key, item in value.items()}
     if origin is typing.Literal:
         if value not in arguments:
             raise _wrong(where, value, f"one of {', '.join(map(str, arguments))}")
@@ -238,11 +304,22 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             raise _wrong(where, value, "a number") from None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise _wrong(where, value, f"a value of type {kind.__name__}")
+    if kind is int and not -(2**63) <= value < 2**64:
+        raise _wrong(where, value, "a number of at most 64 bits")
+    return _text(value, where) if kind is str else value
+
+
+def _text(value: str, where: str) -> str:
+    """Half a surrogate pair is legal in JSON but can be written nowhere."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _wrong(where, value, "Unicode text") from None
     return value
 
 
 def _wrong(where: str, value: Any, expected: str) -> CorruptCache:
-    return CorruptCache(f"{where}: found {str(value)[:80]!r}, expected {expected}")
+    return CorruptCache(f"{where}: found {_short(value)}, expected {expected}")
 
 
 def differences(

@@ -7,8 +7,11 @@ The first commit wins; the loser of a race deletes its own shard file unless it 
 
 import base64
 import json
+import math
 import mmap
 import os
+import stat
+import struct
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -24,11 +27,14 @@ from shared import frames
 from shared.blocks import Block, from_planes, to_planes
 from shared.codec import ClassRanks
 from shared.errors import CorruptCache
-from shared.manifest import FORMAT_VERSION, Manifest, build, parse_json
+from shared.manifest import FORMAT_VERSION, MAX_SHARD_ROWS, Manifest, build, parse_json
 from shared.schema import Plane, layout
 from shared.storage import Storage, crash_point
 
-MAX_COMMIT_BYTES = 64 << 20
+MAX_COMMIT_BYTES = 16 << 20
+_MAX_METADATA_BYTES = 4 << 20  # of Arrow, in one message or in the footer; ours have a few KB
+_FREE_BLOCK_BYTES = 32 << 20  # what a block may hold however small its frames are, and how many
+_MOST_EXPANSION = 64  # times as much as its frames otherwise; real ones expand 1.1 to 3 times
 _BATCH_BLOCKS = 64  # Arrow's own metadata costs 1.3 KB for each record batch, so blocks share one
 _BATCH_BYTES = 16 << 20
 
@@ -67,12 +73,18 @@ class Commit:
         positions = _unpack(self.row_positions, self.rows, f"{where}: row_positions")
         sums = (int(tokens.sum(dtype=np.int64)), int(positions.sum(dtype=np.int64)))
         counts = (sum(self.block_rows), sum(self.batch_blocks))
-        negative = min((*self.block_rows, *self.batch_blocks, 0)) < 0
-        if negative or (*sums, *counts) != (
+        least = min((*self.block_rows, *(count - 1 for count in self.batch_blocks), 0))
+        if least < 0 or (*sums, *counts) != (
             *(self.tokens, self.positions),
             *(self.rows, len(self.block_rows)),
         ):
-            raise CorruptCache(f"{where}: the lengths of its rows do not add up to its totals")
+            raise CorruptCache(
+                f"{where}: the lengths of its rows do not add up to its totals. {_REPAIR}"
+            )
+        if self.rows and (tokens.min() < 1 or positions.min() < 0 or (positions > tokens).any()):
+            raise CorruptCache(
+                f"{where}: a row without tokens, or with more positions than tokens. {_REPAIR}"
+            )
         return tokens, positions
 
     def to_json(self) -> bytes:
@@ -85,15 +97,25 @@ def commit_name(shard: int) -> str:
     return f"commits/{shard:05d}.json"
 
 
+def shard_name(shard: int, digest: str) -> str:
+    """The content name of a shard file: its number and the first 16 digits of its xxh3_128."""
+    return f"shards/{shard:05d}-{digest[:16]}.arrow"
+
+
 def parse_commit(data: bytes, where: str) -> Commit:
     """A commit from its JSON; a byte changed anywhere is an error that names the file."""
     raw = parse_json(data, where)
-    if not isinstance(raw, dict) or raw.pop("checksum", None) != _checksum(raw):
+    sound = data.isascii() and isinstance(raw, dict)
+    if not sound or raw.pop("checksum", None) != _checksum(raw):
         raise CorruptCache(
             f"{where}: this commit does not match its own checksum. Delete it and run the same "
             "cache-teacher run command again: only its shard is redone."
         )
-    return build(Commit, raw, where)
+    commit = build(Commit, raw, where)
+    for name, value in commit.statistics.items():  # a sum may be infinite, a count may not
+        if math.isnan(value) or not (name.startswith("sum_") or math.isfinite(value)):
+            raise CorruptCache(f"{where}: statistics: {name[:80]!r} is {value}. {_REPAIR}")
+    return commit
 
 
 def encode_block(block: Block, number: int, manifest: Manifest, ranks: ClassRanks) -> EncodedBlock:
@@ -200,7 +222,7 @@ class ShardWriter:
         return Commit(
             cache_id=self.cache_id,
             shard=self.shard,
-            file=f"shards/{self.shard:05d}-{digest[:16]}.arrow",
+            file=shard_name(self.shard, digest),
             num_bytes=self._temporary.stat().st_size,
             xxh3_128=digest,
             rows=len(tokens),
@@ -232,7 +254,7 @@ class ShardReader:
     def __init__(self, path: Path, manifest: Manifest, commit: Commit) -> None:
         self.path, self.manifest, self.commit = path, manifest, commit
         self._planes = layout(manifest)
-        self._wanted: dict[tuple[tuple[int, ...], bool], list[Plane]] = {}
+        self._wanted: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], list[Plane]] = {}
         self._tokens, self._positions = commit.lengths(f"commit of {path.name}")
         self._row_starts = np.concatenate([[0], np.cumsum(commit.block_rows, dtype=np.int64)])
         self._sizes = [
@@ -243,29 +265,39 @@ class ShardReader:
             }
             for start, end in pairwise(self._row_starts.tolist())
         ]
+        names = {plane.column for plane in self._planes}
+        if not names & {"positions", "segments"} and (self._positions != self._tokens - 1).any():
+            raise CorruptCache(
+                f"{self.path}: its commit has a row that does not predict every token but its "
+                f"first. {_REPAIR}"
+            )
         self._open()
 
     def _open(self) -> None:
         try:
-            size = self.path.stat().st_size
+            status = self.path.stat()
         except FileNotFoundError:
             raise CorruptCache(f"{self.path}: {_MISSING}") from None
-        if size != self.commit.num_bytes:
+        if status.st_size != self.commit.num_bytes or not stat.S_ISREG(status.st_mode):
             raise CorruptCache(
-                f"{self.path}: {size:,} bytes, but its commit says {self.commit.num_bytes:,}. "
-                f"{_REPAIR}"
+                f"{self.path}: {status.st_size:,} bytes, but its commit says "
+                f"{self.commit.num_bytes:,}. {_REPAIR}"
             )
         try:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._reader = pa.ipc.open_file(pa.py_buffer(self._map))
-            self._check_schema(self._reader.schema)
-        except (pa.ArrowException, OSError, ValueError) as error:
+            _check_footer(self._map)
+            reader = pa.ipc.open_file(pa.py_buffer(self._map))
+            self._schema = reader.schema
+            self._check_schema(self._schema)
+            self._messages = _record_batches(self._map)
+        except (pa.ArrowException, OSError, ValueError, struct.error) as error:
             raise CorruptCache(f"{self.path}: not readable as Arrow: {error}. {_REPAIR}") from None
-        found, expected = self._reader.num_record_batches, len(self.commit.batch_blocks)
-        if found != expected:
+        found, expected = len(self._messages), len(self.commit.batch_blocks)
+        if not found == expected == reader.num_record_batches:
             raise CorruptCache(
-                f"{self.path}: {found} record batches, but its commit says {expected}. {_REPAIR}"
+                f"{self.path}: {found} record batches and {reader.num_record_batches} in the "
+                f"footer, but its commit says {expected}. {_REPAIR}"
             )
         self._batches: dict[int, _Columns] = {}
         starts = np.cumsum(self.commit.batch_blocks, dtype=np.int64)
@@ -293,7 +325,7 @@ class ShardReader:
         if index in self._batches:
             return self._batches[index]
         try:
-            batch = self._reader.get_batch(index)
+            batch = pa.ipc.read_record_batch(self._messages[index], self._schema)
             arrays = {plane.name: batch.column(plane.name) for plane in self._planes}
             for array in arrays.values():
                 array.validate(full=True)
@@ -311,8 +343,26 @@ class ShardReader:
             first, last = array.offset, array.offset + len(array) + 1
             values = np.frombuffer(offsets, np.int64, count=last)[first:]
             columns[name] = values, memoryview(b"" if data is None else data)
+        self._check_expansion(index, columns)
         self._batches[index] = columns
         return columns
+
+    def _check_expansion(self, index: int, columns: "_Columns") -> None:
+        """Refuses blocks that take far more memory than any of their size on disk needs."""
+        item_bytes = dict.fromkeys(("row", "token", "position", "segment"), 0)
+        for plane in self._planes:
+            item_bytes[plane.per] += plane.item_bytes
+        item_bytes["token"] += item_bytes.pop("segment")  # a segment has at least one token
+        frame_bytes = sum(np.diff(offsets) for offsets, _ in columns.values())
+        first = int(self._batch_starts[index])
+        for row, stored in enumerate(np.asarray(frame_bytes).tolist()):
+            sizes = self._sizes[first + row]
+            size = sum(sizes[per] * count for per, count in item_bytes.items())
+            if size > _FREE_BLOCK_BYTES + _MOST_EXPANSION * stored:
+                raise CorruptCache(
+                    f"{self.path}: block {first + row}: found {stored:,} bytes in frames, which "
+                    f"its commit says expand to {size:,}. {_REPAIR}"
+                )
 
     def check_structure(self) -> None:
         """Every frame is there and decodes; used before a shard gets its name."""
@@ -345,20 +395,39 @@ class ShardReader:
         return values
 
     def read_block(
-        self, block: int, ranks: ClassRanks, *, hidden_layers: tuple[int, ...], targets: bool
+        self,
+        block: int,
+        ranks: ClassRanks,
+        *,
+        hidden_layers: tuple[int, ...],
+        targets: bool,
+        skip: tuple[str, ...] = (),
     ) -> Block:
-        """One decoded block; hidden states and targets only when asked for."""
-        asked = hidden_layers, targets
+        """One decoded block; hidden states and targets only when asked for, `skip` never."""
+        asked = hidden_layers, targets, skip
         if asked not in self._wanted:
-            wanted = [p for p in self._planes if _wanted(p.column, hidden_layers, targets)]
-            self._wanted[asked] = wanted
+            self._wanted[asked] = [p for p in self._planes if _wanted(p.column, *asked)]
         values = self.read_planes(block, self._wanted[asked])
         rows = slice(self._row_starts[block], self._row_starts[block + 1])
         return from_planes(values, self._tokens[rows], self._positions[rows], self.manifest, ranks)
 
 
-def _wanted(column: str, hidden_layers: tuple[int, ...], targets: bool) -> bool:
+def empty_block(
+    manifest: Manifest, ranks: ClassRanks, *, hidden_layers: tuple[int, ...], targets: bool
+) -> Block:
+    """A block of no rows: which columns, types and widths any block has, without reading one."""
+    nothing = np.zeros(0, np.uint8)
+    names = [p.name for p in layout(manifest) if _wanted(p.column, hidden_layers, targets, ())]
+    no_lengths = np.zeros(0, np.int32)
+    return from_planes(dict.fromkeys(names, nothing), no_lengths, no_lengths, manifest, ranks)
+
+
+def _wanted(
+    column: str, hidden_layers: tuple[int, ...], targets: bool, skip: tuple[str, ...]
+) -> bool:
     stem, _, suffix = column.partition(".")
+    if stem in skip:
+        return False
     if stem == "hidden":
         return int(suffix) in hidden_layers
     if stem in ("num_tokens", "num_positions"):
@@ -366,6 +435,48 @@ def _wanted(column: str, hidden_layers: tuple[int, ...], targets: bool) -> bool:
     if stem.startswith("target_") or stem in ("label_logprob", "entropy", "log_partition_ratio"):
         return targets
     return True
+
+
+def _check_footer(file: mmap.mmap) -> None:
+    """The last 10 bytes are the footer's length and a magic word."""
+    size = int.from_bytes(file[-10:-6], "little")
+    if size > _MAX_METADATA_BYTES:
+        raise ValueError(f"a footer of {size:,} bytes")
+
+
+def _record_batches(file: mmap.mmap) -> list[pa.Message]:
+    """The record batches between a file's magic word and its footer; copies nothing.
+
+    A compressed body would be expanded to whatever size it claims, so there may be none.
+    """
+    source = pa.BufferReader(pa.py_buffer(file))
+    source.seek(8)
+    schema, *batches = pa.ipc.MessageReader.open_stream(source)
+    for message in (schema, *batches):
+        wanted = "schema" if message is schema else "record batch"
+        if message.type != wanted or message.metadata.size > _MAX_METADATA_BYTES:
+            found = f"{message.type} of {message.metadata.size:,} bytes"
+            raise ValueError(f"a message is a {found}, expected a {wanted}")
+    if any(map(_is_compressed, batches)):
+        raise ValueError("a record batch is compressed, expected a plain one")
+    return batches
+
+
+def _is_compressed(message: pa.Message) -> bool:
+    """Whether the flatbuffer of a record batch, which Arrow has verified, names a codec."""
+    data = memoryview(message.metadata)
+
+    def field(table: int, index: int) -> int:
+        vtable = table - struct.unpack_from("<i", data, table)[0]
+        there = 4 + 2 * index < struct.unpack_from("<H", data, vtable)[0]
+        offset = struct.unpack_from("<H", data, vtable + 4 + 2 * index)[0] if there else 0
+        return table + offset if offset else 0
+
+    def table_at(place: int) -> int:
+        return place + int(struct.unpack_from("<I", data, place)[0])
+
+    record_batch = table_at(field(table_at(0), 2))  # Message.header
+    return field(record_batch, 3) != 0  # RecordBatch.compression
 
 
 def file_hash(path: Path) -> str:
@@ -396,14 +507,20 @@ def _pack(lengths: np.ndarray) -> str:
 
 
 def _unpack(text: str, rows: int, where: str) -> np.ndarray:
-    if rows > MAX_COMMIT_BYTES:
-        raise CorruptCache(f"{where}: {rows:,} rows in one shard")
+    if not 0 <= rows <= MAX_SHARD_ROWS:
+        raise CorruptCache(
+            f"{where}: {rows:,} rows in one shard, expected at most {MAX_SHARD_ROWS:,}; a smaller "
+            "--shard-tokens makes shards of fewer rows"
+        )
     try:
         frame = memoryview(base64.b64decode(text, validate=True))
     except ValueError as error:
         raise CorruptCache(f"{where}: not base64: {error}") from None
     plane = frames.decompress(frame, block=0, column=0, size=4 * rows, where=where)
-    return plane.view(np.uint32).astype(np.int32)
+    lengths = plane.view(np.int32)
+    if lengths.min(initial=0) < 0:
+        raise CorruptCache(f"{where}: a length of 2**31 or more. {_REPAIR}")
+    return lengths
 
 
 _MISSING = (

@@ -9,6 +9,7 @@ without a lock. Object stores can take the same five verbs later.
 import errno
 import os
 import socket
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 from shared.errors import CorruptCache, DiskFull, Refused, TeacherCacheError
 
 TEMPORARY_PREFIX = ".tmp."
+_MAX_NAME = 200  # ours have up to 60 letters; file systems take 255 bytes
 
 
 def crash_point(name: str) -> None:
@@ -32,10 +34,18 @@ class Storage:
     def path(self, name: str) -> Path:
         """The local path of a name; a name that leaves the folder is refused."""
         parts = name.split("/")
-        if not name or any(part in ("", ".", "..") for part in parts) or set(name) & set("\0\\:"):
-            raise CorruptCache(f"{self.root}: the name {name!r} does not stay inside the folder")
+        if any(part in ("", ".", "..") for part in parts) or set(name) & set("\0\\:"):
+            raise CorruptCache(
+                f"{self.root}: the name {name[:200]!r} does not stay inside the folder"
+            )
+        if not name.isprintable() or len(name) > _MAX_NAME:
+            raise CorruptCache(f"{self.root}: {name[:200]!r} is no name of a file of a cache")
         path = self.root.joinpath(*parts)
-        if not path.resolve().is_relative_to(self.root.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.root.resolve())
+        except (OSError, RuntimeError) as error:  # links in a circle
+            raise CorruptCache(f"{path}: {error}") from None
+        if not inside:
             raise CorruptCache(f"{path}: this link leaves the folder {self.root}")
         return path
 
@@ -46,7 +56,10 @@ class Storage:
         """The whole content; larger than `max_bytes` is an error before anything is allocated."""
         path = self.path(name)
         try:
-            size = path.stat().st_size
+            status = path.stat()
+            size = status.st_size
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+                raise CorruptCache(f"{path}: this is no file")  # reading a pipe waits for ever
             if size > max_bytes:
                 raise CorruptCache(
                     f"{path}: {size:,} bytes where at most {max_bytes:,} are expected"

@@ -42,12 +42,23 @@ class CacheSet:
         return [cache.cache_id for cache in self.caches]
 
     def read_block(
-        self, block: int, *, hidden_layers: Sequence[int] = (), targets: bool = True
+        self,
+        block: int,
+        *,
+        hidden_layers: Sequence[int] = (),
+        targets: bool = True,
+        skip: tuple[str, ...] = (),
     ) -> Block:
-        """One decoded block, by its number in the set."""
+        """One decoded block, by its number in the set; as `Cache.read_block`."""
         index = int(np.searchsorted(self._starts, block, "right")) - 1
         number = block - int(self._starts[index])
-        return self.caches[index].read_block(number, hidden_layers=hidden_layers, targets=targets)
+        return self.caches[index].read_block(
+            number, hidden_layers=hidden_layers, targets=targets, skip=skip
+        )
+
+    def empty_block(self, *, hidden_layers: Sequence[int] = (), targets: bool = True) -> Block:
+        """A block of no rows, as `Cache.empty_block`."""
+        return self.first.empty_block(hidden_layers=hidden_layers, targets=targets)
 
     def channel_deviation(self, layer: int) -> torch.Tensor:
         """Standard deviation of each channel of a stored layer, float32 [D]."""

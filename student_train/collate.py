@@ -4,7 +4,6 @@ R rows, B sequences, T tokens of the longest, P and N positions, K entries, D hi
 array whose first axis runs over the rows, the tokens or the positions of many rows.
 """
 
-import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -34,12 +33,18 @@ class Window:
     """The columns of all rows of some blocks; threads fill it block by block.
 
     `rows` are global row numbers and ascend; their lengths say where everything goes before
-    anything is read. `memory` is that of an earlier window, or empty: pages that are new to the
-    process cost as much time as what is copied into them.
+    anything is read, and `no_rows`, columns of length 0, of what type it is. `memory` is that of an
+    earlier window, or empty: pages that are new to the process cost as much time as what is copied
+    into them.
     """
 
     def __init__(
-        self, rows: np.ndarray, row_tokens: np.ndarray, row_positions: np.ndarray, memory: Columns
+        self,
+        rows: np.ndarray,
+        row_tokens: np.ndarray,
+        row_positions: np.ndarray,
+        no_rows: Columns,
+        memory: Columns,
     ) -> None:
         self.rows = rows
         self.starts: dict[Per, np.ndarray] = {
@@ -48,19 +53,16 @@ class Window:
             "position": np.concatenate([[0], np.cumsum(row_positions, dtype=np.int64)]),
         }
         self.memory = memory
-        self.columns: Columns = {}
-        self._allocating = threading.Lock()
+        self.columns = {name: self._room(name, column) for name, column in no_rows.items()}
 
-    def fill(self, first_row: int, columns: Columns) -> None:
-        """Copies in the columns of the block whose first row is global row `first_row`."""
-        with self._allocating:
-            if not self.columns:
-                self.columns = {name: self._room(name, columns[name]) for name in columns}
+    def place(self, first_row: int, num_rows: int) -> Columns:
+        """Where the columns of the block go whose first row is global row `first_row`: views."""
         begin = int(np.searchsorted(self.rows, first_row))
-        end = begin + len(columns["row_ids"])
-        for name, column in columns.items():
+        place = {}
+        for name, column in self.columns.items():
             starts = self.starts[_per(name)]
-            self.columns[name][starts[begin] : starts[end]] = column
+            place[name] = column[starts[begin] : starts[begin + num_rows]]
+        return place
 
     def _room(self, name: str, like: np.ndarray) -> np.ndarray:
         size = int(self.starts[_per(name)][-1])
@@ -79,6 +81,12 @@ class Window:
             name: np.take(column, index[_per(name)], axis=0)
             for name, column in self.columns.items()
         }
+
+
+def fill(place: Columns, columns: Columns) -> None:
+    """Copies the columns of a block to their place in the window."""
+    for name, column in columns.items():
+        place[name][:] = column
 
 
 def columns_of(block: "Block", temperature: float) -> Columns:

@@ -18,13 +18,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from student_train.collate import Columns, MicroBatch, Window, collate, columns_of, without_rows
+from student_train.collate import (
+    Columns,
+    MicroBatch,
+    Window,
+    collate,
+    columns_of,
+    fill,
+    without_rows,
+)
 from student_train.order import Order, Step, ranges, split
 
 if TYPE_CHECKING:
     from shared.cache import Cache
     from student_train.cache_set import CacheSet
 
+_UNUSED = ("label_logprob",)  # no loss needs it
 _BLOCKS_PER_JOB = 4  # handing a job to a thread takes 20 us, decoding a block 500
 
 
@@ -146,7 +155,8 @@ class _Reader:
         self._windows: dict[int, Window] = {}
         self._unused_memory: list[Columns] = []
         self._jobs: dict[tuple[int, int], Future[None]] = {}  # by window and block
-        self._no_rows: Columns = {}
+        empty = cache.empty_block(hidden_layers=spec.hidden_layers, targets=spec.targets)
+        self._no_rows = columns_of(empty, spec.temperature)
 
     def batches(self, start: int, stop: int) -> Generator[MicroBatch]:
         """Micro-batches of the steps from `start` up to `stop`."""
@@ -178,7 +188,9 @@ class _Reader:
         all_rows = ranges(starts[blocks], starts[blocks + 1] - starts[blocks])
         lengths = self.cache.row_tokens[all_rows], self.cache.row_positions[all_rows]
         memory = self._unused_memory.pop() if self._unused_memory else {}
-        window = self._windows[number] = Window(all_rows, *lengths, memory)
+        window = self._windows[number] = Window(
+            all_rows, *lengths, no_rows=self._no_rows, memory=memory
+        )
         by_use = blocks[np.argsort(first_use)].tolist()
         for begin in range(0, len(by_use), _BLOCKS_PER_JOB):
             some = by_use[begin : begin + _BLOCKS_PER_JOB]
@@ -186,15 +198,16 @@ class _Reader:
             self._jobs |= {(number, block): job for block in some}
 
     def _read(self, window: Window, blocks: list[int]) -> None:
-        for block in blocks:
-            window.fill(int(self.order.block_starts[block]), self._columns(block))
-
-    def _columns(self, block: int) -> Columns:
-        spec = self.spec
-        decoded = self.cache.read_block(
-            block, hidden_layers=spec.hidden_layers, targets=spec.targets
-        )
-        return columns_of(decoded, spec.temperature)
+        spec, starts = self.spec, self.order.block_starts
+        for number in blocks:
+            place = window.place(int(starts[number]), int(starts[number + 1] - starts[number]))
+            block = self.cache.read_block(
+                number,
+                hidden_layers=spec.hidden_layers,
+                targets=spec.targets,
+                skip=_UNUSED,
+            )
+            fill(place, columns_of(block, spec.temperature))
 
     def _collate(self, plans: list[_Plan]) -> Iterator[MicroBatch]:
         packed = self.spec.packed
@@ -204,16 +217,11 @@ class _Reader:
                     parts = self._parts(rows, windows)
                     yield collate(parts, packed=packed, num_positions=plan.num_positions)
                 else:
-                    self._no_rows = self._no_rows or self._empty_columns()
                     yield without_rows(
                         self._no_rows, packed=packed, num_positions=plan.num_positions
                     )
             for number in [number for number in self._windows if number < plan.windows[-1]]:
                 self._unused_memory.append(self._windows.pop(number).memory)
-
-    def _empty_columns(self) -> Columns:
-        """Names, types and widths are those of any block."""
-        return {name: column[:0].copy() for name, column in self._columns(block=0).items()}
 
     def _parts(self, rows: np.ndarray, windows: np.ndarray) -> list[tuple[Window, np.ndarray]]:
         """The rows by window, once the blocks they are in have been read."""

@@ -302,7 +302,8 @@ def test_a_commit_of_another_cache_or_of_another_day_is_an_error(copy, pristine,
     with pytest.raises(CorruptCache, match=r"commits/00001.json: belongs to shard 1 of cache"):
         open_cache(copy)
     commit = open_cache(pristine).commits[1]
-    stale = replace(commit, file="shards/00001-0123456789abcdef.arrow")
+    digest = "0123456789abcdef" * 2
+    stale = replace(commit, file=f"shards/00001-{digest[:16]}.arrow", xxh3_128=digest)
     (copy / commit_name(1)).write_bytes(stale.to_json())
     with pytest.raises(CorruptCache, match=r"00001-0123456789abcdef.arrow: this shard is missing"):
         values_of(copy)

@@ -188,6 +188,26 @@ def test_hidden_states_and_targets_are_read_only_when_asked_for(cache):
     bare = cache.read_block(1, targets=False)
     assert bare.target is bare.entropy is bare.label_logprob is None
     assert bare.log_partition_ratio == {}
+    skipped = cache.read_block(1, skip=("label_logprob",))
+    assert skipped.label_logprob is None
+    np.testing.assert_array_equal(skipped.entropy, cache.read_block(1).entropy)
+
+
+def test_an_empty_block_has_the_columns_of_any_other(cache):
+    empty, block = cache.empty_block(hidden_layers=(0,)), cache.read_block(1, hidden_layers=(0,))
+    for found, expected in (
+        (empty.row_ids, block.row_ids),
+        (empty.input_ids, block.input_ids),
+        (empty.positions, block.positions),
+        (empty.entropy, block.entropy),
+        (empty.target.ids, block.target.ids),
+        (empty.target.logprobs, block.target.logprobs),
+        (empty.target.log_tail, block.target.log_tail),
+        (empty.hidden[0], block.hidden[0]),
+    ):
+        assert found.dtype == expected.dtype
+        assert found.shape == (0, *expected.shape[1:])
+    assert empty.log_partition_ratio.keys() == block.log_partition_ratio.keys()
 
 
 def test_packed_rows_predict_inside_each_document_only(capture, model, expected_rows):

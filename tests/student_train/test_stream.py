@@ -11,6 +11,7 @@ import torch
 
 from shared.blocks import Block
 from shared.codec import Target
+from student_train.collate import Window, fill
 from student_train.order import Order, OrderSpec, split
 from student_train.stream import BatchStream, StreamSpec, _Background
 
@@ -37,21 +38,30 @@ class FakeCache:
         self.packed, self.labels, self.targets = packed, labels, targets
         self.reads: list[int] = []
 
-    def read_block(self, block, *, hidden_layers=(), targets=True):
+    def read_block(self, block, *, hidden_layers=(), targets=True, skip=()):
         self.reads.append(block)
-        rows = range(self.block_starts[block], self.block_starts[block] + self.block_rows[block])
+        start = self.block_starts[block]
+        return self._block(range(start, start + self.block_rows[block]), hidden_layers, targets)
+
+    def empty_block(self, *, hidden_layers=(), targets=True):
+        return self._block(range(0), hidden_layers, targets)
+
+    def _block(self, rows, hidden_layers, targets):
         row = np.repeat(rows, self.row_positions[rows])
-        positions = np.concatenate([self.positions[r] for r in rows]).astype(np.int32)
+        none = np.zeros(0, np.int32)
+        positions = np.concatenate([none, *(self.positions[r] for r in rows)]).astype(np.int32)
         decoded = Block(
             row_ids=np.array([row_id(r) for r in rows], np.uint64),
             num_tokens=self.row_tokens[rows],
             num_positions=self.row_positions[rows],
-            input_ids=np.concatenate([token(r, np.arange(self.row_tokens[r])) for r in rows]),
+            input_ids=np.concatenate(
+                [none, *(token(r, np.arange(self.row_tokens[r])) for r in rows)]
+            ),
             positions=positions,
             labels=7 * token(row, positions) if self.labels else None,
         )
         if self.packed:
-            decoded.segments = np.concatenate([self.segments[r] for r in rows])
+            decoded.segments = np.concatenate([none, *(self.segments[r] for r in rows)])
             decoded.num_segments = np.array([len(self.segments[r]) for r in rows], np.int32)
         if self.targets and targets:
             code = token(row, positions)
@@ -336,6 +346,16 @@ def test_each_iteration_asks_where_to_start():
     assert_same(list(stream), whole[3:])
     assert_same(list(stream), whole[5:])
     assert len(stream) == 25
+
+
+def test_a_block_goes_to_its_place_in_the_window():
+    window_rows, lengths = np.arange(3), np.array([2, 3, 4])
+    no_rows = {"row_ids": np.zeros(0, np.int64), "target_ids": np.zeros((0, K), np.int32)}
+    window = Window(window_rows, lengths + 1, lengths, no_rows, {})
+    columns = {"row_ids": np.array([8, 9]), "target_ids": np.full((7, K), 7, np.int32)}
+    fill(window.place(1, 2), columns)
+    assert window.columns["row_ids"][1:].tolist() == [8, 9]
+    assert (window.columns["target_ids"][2:] == 7).all()
 
 
 class FailingCache(FakeCache):
