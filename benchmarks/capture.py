@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from shared.codec import TargetSpec
-from teacher_cache.capture import select_chunks
+from teacher_cache.targets import select
 from teacher_cache.teacher import Teacher, TeacherBatch
 
 VARIANTS = ("ours", "naive", "bare")
@@ -136,8 +136,10 @@ def make_problem(args: argparse.Namespace) -> Problem:
 
 def ours(problem: Problem) -> list[Tensor]:
     output = problem.teacher.forward(problem.batch, chunk_positions=problem.chunk_positions)
-    chosen = select_chunks(output.chunks, problem.spec, problem.labels_N)
-    return [selected.logprobs for _, selected in chosen]
+    return [
+        select(logits_nV, problem.spec, problem.labels_N[here]).logprobs
+        for here, logits_nV in output.chunks
+    ]
 
 
 def naive(problem: Problem) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 
 from shared import codec, frames, hidden
 from shared.codec import ClassRanks, Target
+from shared.errors import CorruptCache
 from shared.manifest import Manifest
 from shared.schema import layout
 
@@ -85,6 +86,7 @@ def from_planes(
     segments = num_segments = None
     if "segments.0" in values:
         segments, num_segments = _joined(values, "segments"), _unsigned(values["num_segments.0"])
+        _check_segments(segments, num_segments, num_tokens, num_positions)
     if "positions.0" in values:
         positions = _joined(values, "positions")
     else:
@@ -99,6 +101,15 @@ def from_planes(
         num_segments=num_segments,
         labels=_joined(values, "labels") if "labels.0" in values else None,
     )
+    for name, found_T, limit in (
+        ("input_ids", block.input_ids, manifest.tokenizer.num_ids),
+        ("labels", block.labels, spec.num_classes),
+    ):
+        if found_T is not None and found_T.max(initial=0) >= limit:
+            raise CorruptCache(
+                f"{name}: found {found_T.max()}, expected below {limit}. "
+                "Run cache-teacher verify CACHE --drop-bad, then run again."
+            )
     if "target_codes.0" in values:
         block.target = codec.decode(values, count, spec, ranks)
     if "label_logprob.0" in values:
@@ -113,6 +124,28 @@ def from_planes(
         if parts := _parts(values, f"hidden.{layer}"):
             block.hidden[layer] = hidden.decode_bf16(parts, width)
     return block
+
+
+def _check_segments(
+    segments: np.ndarray,
+    num_segments: np.ndarray,
+    num_tokens: np.ndarray,
+    num_positions: np.ndarray,
+) -> None:
+    """Each has a token at least, and they add up to their rows; the last token has no target."""
+    ends = np.cumsum(num_segments)
+    sums = np.diff(np.concatenate([[0], np.cumsum(segments)])[np.concatenate([[0], ends])])
+    fits = len(segments) == ends[-1] if len(ends) else not len(segments)
+    if (
+        not fits
+        or segments.min(initial=1) < 1
+        or not np.array_equal(sums, num_tokens)
+        or not np.array_equal(num_tokens - num_segments, num_positions)
+    ):
+        raise CorruptCache(
+            "segments: found lengths that do not add up to the rows that the commit lists. "
+            "Run cache-teacher verify CACHE --drop-bad, then run again."
+        )
 
 
 def _whole(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -32,7 +32,9 @@ BUILT_KINDS: tuple[TargetKind, ...] = ("topk", "none")
 ValueBits = Literal[7, 8, 16]
 
 NO_CLASS = 255  # the code of an entry with probability 0
-_DECODED_ENTRIES = 1 << 17  # decoded in one go: half is 5 % slower, a million up to 2 times
+# Decoded in one go. Twice as many are 5 % faster where the allocator keeps memory, and half as fast
+# where it gives it back to the system and has to get it anew.
+_DECODED_ENTRIES = 1 << 16
 LEVELS: dict[int, int] = {7: 127, 8: 254}  # M: codes 0..M
 
 # Ranges 0 and 1/16 nat * 2**(b/16), b = 1..255: up to 3,922 nats, each 4.4 % above the one before.
@@ -160,27 +162,21 @@ def decode(
 ) -> Target:
     """The target, scaled at T = 1 so that entries and tail sum to 1 in float32 (within 2e-6)."""
     shape = (num_positions, spec.num_entries)
-    target = Target(np.empty(shape, np.int32), np.empty(shape, np.float32), np.empty(0, np.float32))
-    tail_P = join_planes([planes["target_tail.0"], planes["target_tail.1"]], np.uint16)
-    target.log_tail = LOG_TAIL.take(tail_P)
-    log_kept_P = LOG_KEPT.take(tail_P)
+    target = Target(
+        ids=np.empty(shape, np.int32),
+        logprobs=np.empty(shape, np.float32),
+        log_tail=np.empty(num_positions, np.float32),
+    )
+    position_bytes = plane_sizes(spec, 1)
     step = max(1, _DECODED_ENTRIES // spec.num_entries)
     for start in range(0, num_positions, step):
-        part = slice(start, start + step)
-        entries = slice(start * spec.num_entries, (start + step) * spec.num_entries)
-        id_planes = [planes[f"target_ids.{plane}"][entries] for plane in range(_id_planes(spec))]
-        _decode_ids(id_planes, ranks, out_PK=target.ids[part])
-        logprob_PK = target.logprobs[part]
-        if spec.value_bits == 16:
-            code_planes = [planes["target_codes.0"][entries], planes["target_codes.1"][entries]]
-            half_PK = join_planes(code_planes, np.uint16).view(np.float16).reshape(logprob_PK.shape)
-            np.negative(half_PK, out=logprob_PK)
-        else:
-            range_P = RANGES.take(planes["target_range.0"][part])
-            code_PK = planes["target_codes.0"][entries].reshape(logprob_PK.shape)
-            _curve_values(code_PK, range_P, LEVELS[spec.value_bits], out_PK=logprob_PK)
-        weight_P = np.einsum("pk->p", np.exp(logprob_PK))  # no BLAS: it would start threads
-        logprob_PK += (log_kept_P[part] - np.log(weight_P))[:, None]
+        some = slice(start, start + step)
+        part = {
+            name: planes[name][start * size : (start + step) * size]
+            for name, size in position_bytes.items()
+        }
+        room = Target(target.ids[some], target.logprobs[some], target.log_tail[some])
+        _decode_part(part, spec, ranks, out=room)
     return target
 
 
@@ -293,6 +289,40 @@ def _curve_values(code_PK: Plane, range_P: Floats, levels: int, *, out_PK: Float
         out_PK[code_PK == NO_CLASS] = -np.inf
 
 
+def _decode_part(
+    planes: Mapping[str, Plane], spec: TargetSpec, ranks: ClassRanks, *, out: Target
+) -> None:
+    """Log-probabilities come first: the room of the ids then serves for their exponentials.
+
+    Large new arrays are worth avoiding: allocators return such memory to the system, and to get it
+    back, page by page, can take longer than all that is calculated here.
+    """
+    tail_P = join_planes([planes["target_tail.0"], planes["target_tail.1"]], np.uint16)
+    out.log_tail[:] = LOG_TAIL.take(tail_P)
+    _decode_drops(planes, spec, out_PK=out.logprobs)
+    weight_PK = np.exp(out.logprobs, out=out.ids.view(np.float32))
+    weight_P = np.einsum("pk->p", weight_PK)  # no BLAS: it would start threads
+    if not weight_P.all():
+        raise CorruptCache(
+            "target_codes: found a position without any class, expected at least one. "
+            "Run cache-teacher verify CACHE --drop-bad, then run again."
+        )
+    out.logprobs += (LOG_KEPT.take(tail_P) - np.log(weight_P))[:, None]
+    id_planes = [planes[f"target_ids.{plane}"] for plane in range(_id_planes(spec))]
+    _decode_ids(id_planes, ranks, out_PK=out.ids)
+
+
+def _decode_drops(planes: Mapping[str, Plane], spec: TargetSpec, *, out_PK: Floats) -> None:
+    """Minus the drop [P, K]."""
+    code_PK = planes["target_codes.0"].reshape(out_PK.shape)
+    if spec.value_bits == 16:
+        high_PK = planes["target_codes.1"].reshape(out_PK.shape)
+        np.negative(join_planes([code_PK, high_PK], np.uint16).view(np.float16), out=out_PK)
+    else:
+        range_P = RANGES.take(planes["target_range.0"])
+        _curve_values(code_PK, range_P, LEVELS[spec.value_bits], out_PK=out_PK)
+
+
 def _tail_codes(log_tail_P: Floats, drop_PK: Floats) -> npt.NDArray[np.uint16]:
     """Codes of ln(tail / kept mass) [P], both relative to the likeliest entry.
 
@@ -313,15 +343,16 @@ def _decode_ids(
     One sum runs over all positions: summing each alone takes half as long again. So the first gap
     of a position also takes back the rank at which the position before it ended.
     """
-    gap_PK = join_planes(planes, np.uint32).view(np.int32).reshape(out_PK.shape)
-    last_P = np.einsum("pk->p", gap_PK)
+    shaped = [plane.reshape(out_PK.shape) for plane in planes]
+    join_planes(shaped, np.uint32, out=out_PK.view(np.uint32))  # the gaps, for now
+    last_P = np.einsum("pk->p", out_PK)
     largest = int(last_P.max(initial=0))
     if largest >= ranks.classes.size or last_P.min(initial=0) < 0:
         raise CorruptCache(
             f"target_ids: found rank {largest}, expected below {ranks.classes.size}. "
             "Run cache-teacher verify CACHE --drop-bad, then run again."
         )
-    gap_PK[1:, 0] -= last_P[:-1]
-    rank_PK = np.cumsum(gap_PK, dtype=np.intp).reshape(out_PK.shape)
+    out_PK[1:, 0] -= last_P[:-1]
+    rank_PK = np.cumsum(out_PK, dtype=np.intp).reshape(out_PK.shape)
     # All ranks are in range; of the modes with `out`, "wrap" is faster than "clip" by a third.
     np.take(ranks.classes.view(np.int32), rank_PK, mode="wrap", out=out_PK)

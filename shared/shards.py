@@ -383,6 +383,11 @@ class ShardReader:
             per_item = plane.item_bytes
             if plane.per == "segment":
                 size = int(values["num_segments.0"].view(np.uint32).sum())
+                if size > sizes["token"]:
+                    raise CorruptCache(
+                        f"{where}: block {block}: found {size:,} segments, expected at most "
+                        f"{sizes['token']:,}, the tokens. {_REPAIR}"
+                    )
             else:
                 size = sizes[plane.per]
             values[name] = frames.decompress(
@@ -409,7 +414,11 @@ class ShardReader:
             self._wanted[asked] = [p for p in self._planes if _wanted(p.column, *asked)]
         values = self.read_planes(block, self._wanted[asked])
         rows = slice(self._row_starts[block], self._row_starts[block + 1])
-        return from_planes(values, self._tokens[rows], self._positions[rows], self.manifest, ranks)
+        lengths = self._tokens[rows], self._positions[rows]
+        try:
+            return from_planes(values, *lengths, self.manifest, ranks)
+        except CorruptCache as error:
+            raise CorruptCache(f"{self.path}: block {block}, column {error}") from None
 
 
 def empty_block(

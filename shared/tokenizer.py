@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from shared.errors import CorruptCache
 from shared.manifest import TokenizerInfo
 from shared.storage import Storage
 
@@ -28,7 +29,13 @@ def load_cached_tokenizer(storage: Storage) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     folder = str(storage.path("tokenizer"))
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise CorruptCache(
+            f"{folder}: no tokenizer can be loaded from these files ({error!r}); restore them from "
+            "a copy."
+        ) from error
 
 
 def content_hash(tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -4,15 +4,14 @@ Rows of similar length run together; the results are put back where their rows s
 order on disk is the order of the corpus. N positions of the window, K entries, D channels.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from shared.blocks import Block
-from shared.codec import Target, TargetSpec
+from shared.codec import Target
 from shared.manifest import Manifest
 from teacher_cache.batches import ForwardBatch, forward_batches
 from teacher_cache.rows import Row
@@ -84,25 +83,6 @@ class WindowTargets:
         }
 
 
-def select_chunks(
-    chunks: Iterable[tuple[slice, Tensor]], spec: TargetSpec, labels_N: Tensor
-) -> list[tuple[slice, Selected]]:
-    """The targets of every chunk of logits.
-
-    On a CPU a chunk's selection, whose many small steps keep one core busy, runs beside the next
-    chunk's head; on a GPU kernels are queued anyway.
-    """
-    if labels_N.device.type != "cpu":
-        return [(part, select(logits_nV, spec, labels_N[part])) for part, logits_nV in chunks]
-    chosen: list[tuple[slice, Future[Selected]]] = []
-    with ThreadPoolExecutor(1, thread_name_prefix="select") as pool:
-        for part, logits_nV in chunks:
-            if len(chosen) > 1:  # two chunks of logits in memory, not all
-                chosen[-2][1].result()
-            chosen.append((part, pool.submit(select, logits_nV, spec, labels_N[part])))
-        return [(part, selected.result()) for part, selected in chosen]
-
-
 def capture_window(
     teacher: Teacher, manifest: Manifest, window: Sequence[Row], check_stop: Callable[[], None]
 ) -> WindowTargets:
@@ -116,7 +96,9 @@ def capture_window(
             batch.inputs, manifest.hidden.layers, chunk_positions=manifest.plan.chunk_positions
         )
         labels = batch.labels.to(teacher.device)
-        chosen = select_chunks(output.chunks, manifest.targets, labels)
+        chosen = [
+            (part, select(logits, manifest.targets, labels[part])) for part, logits in output.chunks
+        ]
         if waiting is not None:
             targets.store(*waiting)
         waiting = batch, chosen, output.hidden

@@ -15,6 +15,7 @@ import numpy as np
 from shared import manifest as manifests
 from shared.cache import (
     Cache,
+    check_side_files,
     class_ranks,
     committed_shards,
     open_cache,
@@ -149,13 +150,7 @@ def verify(config: VerifyConfig) -> Verification:
     """Reads every byte of every committed shard; --drop-bad removes the commits of bad ones."""
     storage = Storage(config.cache)
     manifest, cache_id = manifests.read(storage)
-    for name, digest in manifest.side_files.items():
-        path = storage.path(name)
-        if not path.is_file() or file_hash(path) != digest:
-            raise CorruptCache(
-                f"{path}: missing, or not the file that the manifest names. Restore it from a "
-                "copy: without it no shard can be read."
-            )
+    check_side_files(storage, manifest)
     found = Verification(num_shards=manifest.plan.num_shards)
     numbers = committed_shards(storage)
     with Progress("verify", total=len(numbers), unit="shards") as progress:

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FINAL = -1  # the layer after the last norm
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of logits, counted as float32
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of logits, counted as float32
 CHUNK_MULTIPLE = 16  # matrix products like whole tiles
 # What a config says of how it was loaded, not of the model.
 UNHASHED = {"transformers_version", "_name_or_path", "dtype", "use_cache", "return_dict"}

@@ -4,6 +4,7 @@ What a file says is changed in two ways: as bytes, which mostly breaks its synta
 its JSON, which reaches the code behind the parser.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ FEW = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-MANY = settings(FEW, max_examples=2500)
+MANY = settings(FEW, max_examples=1500)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def with_value(raw, place, value, *, remove=False):
     if remove:
         del raw[last]
     else:
-        raw[last] = value
+        raw[last] = copy.deepcopy(value)  # a list from an example must not change for the next
     return raw
 
 
