@@ -13,13 +13,14 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers and datasets are imported
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="teacher-cache-tests-")
 os.environ["NO_COLOR"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # several test processes share the machine; children inherit it
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-torch.set_num_threads(1)  # several test processes share the machine
+torch.set_num_threads(1)
 
 WORDS = """
 the a of and to in is it you that he was for on are with as his they be at one have this
