@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from shared.codec import TargetSpec
+from shared.target import TargetSpec
 from teacher_cache.targets import select
 from teacher_cache.teacher import Teacher, TeacherBatch
 

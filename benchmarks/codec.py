@@ -30,8 +30,8 @@ import zstandard
 from safetensors import safe_open
 
 from shared import codec, frames
-from shared.codec import ClassRanks, Target, TargetSpec
 from shared.schema import MIN_BLOCK_POSITIONS
+from shared.target import ClassRanks, Target, TargetSpec
 
 Doubles = npt.NDArray[np.float64]
 SYNTHETIC_CLASSES = 151_936
@@ -168,7 +168,7 @@ def encode(target: Target, spec: TargetSpec, ranks: ClassRanks) -> dict[str, byt
 
 def unpack(block: dict[str, bytes], rows: int, spec: TargetSpec) -> dict[str, frames.Plane]:
     """Planes by name."""
-    sizes = codec.plane_sizes(spec, rows)
+    sizes = {shape.name: shape.item_bytes * rows for shape in codec.plane_shapes(spec)}
     return {
         name: frames.decompress(frame, block=0, column=number, size=sizes[name], where="memory")
         for number, (name, frame) in enumerate(block.items())

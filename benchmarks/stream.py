@@ -34,7 +34,6 @@ from safetensors.numpy import load_file
 from shared import manifest as manifests
 from shared.blocks import Block
 from shared.cache import Cache, open_cache
-from shared.codec import ClassRanks, Target, TargetSpec
 from shared.manifest import (
     BatchPlan,
     CorpusInfo,
@@ -46,6 +45,7 @@ from shared.manifest import (
 from shared.schema import MIN_BLOCK_POSITIONS, optional_columns
 from shared.shards import ShardWriter, encode_block
 from shared.storage import Storage
+from shared.target import ClassRanks, Target, TargetSpec
 from student_train.order import Order, OrderSpec
 from student_train.stream import BatchStream, StreamSpec
 

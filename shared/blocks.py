@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shared import codec, frames, hidden
-from shared.codec import ClassRanks, Target
 from shared.errors import CorruptCache
 from shared.manifest import Manifest
 from shared.schema import layout
+from shared.target import ClassRanks, Target
 
 
 @dataclass(slots=True)

@@ -13,7 +13,6 @@ from safetensors.numpy import load as load_safetensors
 
 from shared import manifest as manifests
 from shared.blocks import Block
-from shared.codec import ClassRanks
 from shared.errors import CorruptCache, IncompleteCache
 from shared.manifest import MAX_SHARD_ROWS, Manifest
 from shared.shards import (
@@ -27,6 +26,7 @@ from shared.shards import (
     shard_name,
 )
 from shared.storage import Storage
+from shared.target import ClassRanks
 
 _OPEN_SHARDS = 64  # memory maps kept; a map costs address space and little else
 _MAX_SIDE_FILE_BYTES = 256 << 20

@@ -16,20 +16,26 @@ larger where some do, and a third slower to decode.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from shared.errors import ConfigError, CorruptCache
+from shared import ragged
 from shared.frames import Plane, join_planes, split_planes
-
-Floats: TypeAlias = npt.NDArray[np.float32]
-
-TargetKind = Literal["topk", "adaptive", "sample", "dense", "none"]
-BUILT_KINDS: tuple[TargetKind, ...] = ("topk", "none")
-ValueBits = Literal[7, 8, 16]
+from shared.planes import (
+    LOG_KEPT,
+    LOG_TAIL,
+    NO_TAIL,
+    PlaneShape,
+    beyond_classes,
+    bits_per_rank,
+    id_planes,
+    named,
+    no_class_left,
+    tail_codes,
+)
+from shared.target import ClassRanks, Floats, Target, TargetSpec
 
 NO_CLASS = 255  # the code of an entry with probability 0
 # Decoded in one go. Twice as many are 5 % faster where the allocator keeps memory, and half as fast
@@ -41,142 +47,93 @@ LEVELS: dict[int, int] = {7: 127, 8: 254}  # M: codes 0..M
 # fp16 hi and lo cost 2.5 bytes a position more, and lower KL by 2-4 %: scaling replaces hi anyway.
 RANGES: Floats = np.concatenate([[0.0], 2.0 ** (np.arange(1, 256) / 16 - 4)]).astype(np.float32)
 
-TAIL_MIN, TAIL_MAX = -14.0, 17.0  # ln(tail / kept); kept >= K / C, so 17 holds any C below 2**24
-TAIL_STEPS = 65_534
-NO_TAIL = 65_535  # nothing is left: the tail is exactly 0
-_RATIOS = np.append(np.linspace(TAIL_MIN, TAIL_MAX, TAIL_STEPS + 1), -np.inf)
-LOG_KEPT: Floats = (-np.logaddexp(0, _RATIOS)).astype(np.float32)  # of each code
-LOG_TAIL: Floats = (-np.logaddexp(0, -_RATIOS)).astype(np.float32)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetSpec:
-    """What a cache keeps of each target; part of the manifest."""
-
-    kind: TargetKind
-    num_classes: int
-    top_k: int = 32
-    value_bits: ValueBits = 7
-    temperatures: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.kind not in BUILT_KINDS:
-            raise ConfigError(f"targets={self.kind}: this version writes {', '.join(BUILT_KINDS)}.")
-        if not 2 <= self.num_classes < 2**31:
-            raise ConfigError(f"num_classes={self.num_classes}: expected 2 to 2**31 - 1.")
-        if self.top_k < 1:
-            raise ConfigError(f"top_k={self.top_k}: expected at least 1.")
-        if self.value_bits not in (7, 8, 16):
-            raise ConfigError(f"value_bits={self.value_bits}: expected 7, 8 or 16.")
-        if any(t <= 0 or t == 1 for t in self.temperatures):
-            raise ConfigError(f"temperatures={self.temperatures}: expected positive, and not 1.")
-        if list(self.temperatures) != sorted(set(self.temperatures)):
-            raise ConfigError(f"temperatures={self.temperatures}: expected ascending, each once.")
-
-    @property
-    def num_entries(self) -> int:
-        """K."""
-        return min(self.top_k, self.num_classes)
-
-
-@dataclass(slots=True)
-class Target:
-    """The teacher's distributions at P positions.
-
-    `ids` are distinct classes within a position, in any order before encoding, by ascending rank
-    after decoding. An entry whose logprob is -inf has probability 0 and only fills its slot.
-    """
-
-    ids: npt.NDArray[np.int32]  # [P, K]
-    logprobs: Floats  # [P, K], nats, T = 1
-    log_tail: Floats  # [P], ln of the mass of all classes not kept; -inf: exactly 0
-    counts: npt.NDArray[np.uint8] | None = None  # [P], entries in use, ragged kinds only
-
-
-@dataclass(frozen=True, slots=True)
-class ClassRanks:
-    """A permutation of the classes, often kept ones first, so that gaps between ranks are small."""
-
-    ranks: npt.NDArray[np.uint32]  # [C] of each class
-    classes: npt.NDArray[np.uint32]  # [C] at each rank
-
-    @classmethod
-    def from_counts(cls, counts: npt.NDArray[np.integer]) -> "ClassRanks":
-        """Descending count [C], ties to the smaller class."""
-        return cls.from_classes(np.argsort(-counts.astype(np.int64), kind="stable"))
-
-    @classmethod
-    def from_classes(cls, classes: npt.NDArray[np.integer]) -> "ClassRanks":
-        """From the classes in the order of their ranks, as `classes` of a saved one."""
-        if not np.array_equal(np.sort(classes), np.arange(classes.size)):
-            raise ValueError(f"class ranks: expected each of 0..{classes.size - 1} exactly once")
-        ranks = np.empty(classes.size, np.uint32)
-        ranks[classes] = np.arange(classes.size, dtype=np.uint32)
-        return cls(ranks, classes.astype(np.uint32))
-
-
-def plane_sizes(spec: TargetSpec, num_positions: int) -> dict[str, int]:
-    """Name and exact size in bytes of every plane, in the order of the columns."""
+def plane_shapes(spec: TargetSpec) -> list[PlaneShape]:
+    """Every plane of the targets, in the order of the columns."""
     if spec.kind == "none":
-        return {}
-    entries = num_positions * spec.num_entries
-    sizes = {f"target_ids.{plane}": entries for plane in range(_id_planes(spec))}
-    if spec.value_bits == 16:
-        sizes |= {"target_codes.0": entries, "target_codes.1": entries}
-    else:
-        sizes |= {"target_codes.0": entries, "target_range.0": num_positions}
-    return sizes | {"target_tail.0": num_positions, "target_tail.1": num_positions}
+        return []
+    if spec.ragged:
+        return ragged.plane_shapes(spec)
+    entries = spec.num_entries
+    if spec.kind == "dense":
+        return [PlaneShape(f"target_codes.{plane}", "position", entries) for plane in range(2)]
+    ids = [f"target_ids.{plane}" for plane in range(id_planes(spec.num_classes))]
+    codes = ["target_codes.0", "target_codes.1"] if spec.value_bits == 16 else ["target_codes.0"]
+    each = ["target_tail.0", "target_tail.1"]
+    if spec.value_bits != 16:
+        each.insert(0, "target_range.0")
+    return [
+        *(PlaneShape(name, "position", entries) for name in (*ids, *codes)),
+        *(PlaneShape(name, "position", 1) for name in each),
+    ]
 
 
 def encode(target: Target, spec: TargetSpec, ranks: ClassRanks) -> dict[str, Plane]:
-    """Every plane of plane_sizes.
+    """Every plane of plane_shapes.
 
     Rounding moves a drop by at most R (sqrt(drop / R) / M + 1 / 4 M**2), R the coded range, at 16
     bits by 2**-11 of itself, and ln(tail / kept mass) by 2.4e-4 inside its limits. An entry of -inf
     says that no class with probability was left out, so the tail of its position is 0, as it is
     where every class is kept. An entry 3,922 nats below the likeliest counts as -inf.
     """
+    if spec.ragged:
+        return ragged.encode(target, spec, ranks)
     hi_P = _row_max(target.logprobs)
     _check(target, spec, hi_P)
     drop_PK = hi_P[:, None] - target.logprobs
     missing_PK = drop_PK > RANGES[-1]
     drop_PK[missing_PK] = np.inf
-    tail_P = _tail_codes(target.log_tail - hi_P, drop_PK)
+    if spec.kind == "dense":
+        return named("target_codes", [p.reshape(-1) for p in split_planes(_halves(drop_PK), 2)])
+    log_ratio_P = target.log_tail - hi_P - np.log(np.einsum("pk->p", np.exp(-drop_PK)))
+    tail_P = tail_codes(log_ratio_P, target.log_tail)
     tail_P[np.nonzero(missing_PK)[0]] = NO_TAIL
-    if spec.num_entries == spec.num_classes:
+    if spec.complete:
         tail_P[:] = NO_TAIL
-    planes = _named("target_tail", split_planes(tail_P, 2))
+    planes = named("target_tail", split_planes(tail_P, 2))
     code_PK: npt.NDArray[Any]
     if spec.value_bits == 16:
-        code_PK = drop_PK.astype(np.float16).view(np.uint16)
+        code_PK = _halves(drop_PK)
     else:
         code_PK, planes["target_range.0"] = _curve_codes(drop_PK, LEVELS[spec.value_bits])
     gap_PK, code_PK = _sort_by_rank(target.ids, code_PK, ranks)
-    planes |= _named("target_ids", split_planes(gap_PK, _id_planes(spec)))
-    planes |= _named("target_codes", split_planes(code_PK, code_PK.itemsize))
-    return {name: planes[name].reshape(-1) for name in plane_sizes(spec, hi_P.size)}
+    planes |= named("target_ids", split_planes(gap_PK, id_planes(spec.num_classes)))
+    planes |= named("target_codes", split_planes(code_PK, code_PK.itemsize))
+    return {shape.name: planes[shape.name].reshape(-1) for shape in plane_shapes(spec)}
 
 
 def decode(
     planes: Mapping[str, Plane], num_positions: int, spec: TargetSpec, ranks: ClassRanks
 ) -> Target:
-    """The target, scaled at T = 1 so that entries and tail sum to 1 in float32 (within 2e-6)."""
+    """The target, scaled at T = 1 so that entries and tail sum to 1 in float32 (within 2e-6).
+
+    The weights of a sample are as they were drawn. `ids` of a dense target may not be written to.
+    """
+    if spec.ragged:
+        return ragged.decode(planes, spec, ranks)
     shape = (num_positions, spec.num_entries)
+    dense = spec.kind == "dense"
+    every_class = np.arange(spec.num_entries, dtype=np.int32)
     target = Target(
-        ids=np.empty(shape, np.int32),
+        ids=np.broadcast_to(every_class, shape) if dense else np.empty(shape, np.int32),
         logprobs=np.empty(shape, np.float32),
-        log_tail=np.empty(num_positions, np.float32),
+        log_tail=np.full(num_positions, -np.inf, np.float32),
     )
-    position_bytes = plane_sizes(spec, 1)
+    shapes = plane_shapes(spec)
     step = max(1, _DECODED_ENTRIES // spec.num_entries)
     for start in range(0, num_positions, step):
         some = slice(start, start + step)
         part = {
-            name: planes[name][start * size : (start + step) * size]
-            for name, size in position_bytes.items()
+            shape.name: planes[shape.name][
+                start * shape.item_bytes : (start + step) * shape.item_bytes
+            ]
+            for shape in shapes
         }
-        room = Target(target.ids[some], target.logprobs[some], target.log_tail[some])
-        _decode_part(part, spec, ranks, out=room)
+        if dense:
+            _decode_dense(part, out_PK=target.logprobs[some])
+        else:
+            room = Target(target.ids[some], target.logprobs[some], target.log_tail[some])
+            _decode_part(part, spec, ranks, out=room)
     return target
 
 
@@ -217,14 +174,6 @@ def decode_label_logprob(planes: Sequence[Plane]) -> Floats:
     return join_planes(planes, np.uint16).view(np.float16).astype(np.float32)
 
 
-def _id_planes(spec: TargetSpec) -> int:
-    return ((spec.num_classes - 1).bit_length() + 7) // 8
-
-
-def _named(name: str, planes: Sequence[Plane]) -> dict[str, Plane]:
-    return {f"{name}.{number}": plane for number, plane in enumerate(planes)}
-
-
 def _check(target: Target, spec: TargetSpec, hi_P: Floats) -> None:
     """What a caller can get wrong and no decoder could notice."""
     if target.ids.shape != target.logprobs.shape or target.ids.shape[1] != spec.num_entries:
@@ -249,7 +198,7 @@ def _sort_by_rank(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Gaps between ascending ranks [P, K] and the codes in that order, by one integer sort."""
     code_bits = 8 * code_PK.itemsize
-    rank_bits = (ranks.ranks.size - 1).bit_length()
+    rank_bits = bits_per_rank(ranks.ranks.size)
     key_type = np.uint32 if rank_bits + code_bits <= 32 else np.uint64
     key_PK: npt.NDArray[Any] = np.take(ranks.ranks, ids_PK, mode="clip").astype(
         key_type, copy=False
@@ -265,6 +214,10 @@ def _sort_by_rank(
     if not gap_PK[:, 1:].all():
         raise ValueError("target: a class appears twice in one position")
     return gap_PK, sorted_code_PK
+
+
+def _halves(drop_PK: Floats) -> npt.NDArray[np.uint16]:
+    return drop_PK.astype(np.float16).view(np.uint16)
 
 
 def _curve_codes(drop_PK: Floats, levels: int) -> tuple[Plane, Plane]:
@@ -303,13 +256,19 @@ def _decode_part(
     weight_PK = np.exp(out.logprobs, out=out.ids.view(np.float32))
     weight_P = np.einsum("pk->p", weight_PK)  # no BLAS: it would start threads
     if not weight_P.all():
-        raise CorruptCache(
-            "target_codes: found a position without any class, expected at least one. "
-            "Run cache-teacher verify CACHE --drop-bad, then run again."
-        )
+        raise no_class_left("target_codes")
     out.logprobs += (LOG_KEPT.take(tail_P) - np.log(weight_P))[:, None]
-    id_planes = [planes[f"target_ids.{plane}"] for plane in range(_id_planes(spec))]
-    _decode_ids(id_planes, ranks, out_PK=out.ids)
+    count = id_planes(spec.num_classes)
+    _decode_ids([planes[f"target_ids.{plane}"] for plane in range(count)], ranks, out_PK=out.ids)
+
+
+def _decode_dense(planes: Mapping[str, Plane], *, out_PK: Floats) -> None:
+    code_PK, high_PK = (planes[f"target_codes.{n}"].reshape(out_PK.shape) for n in range(2))
+    np.negative(join_planes([code_PK, high_PK], np.uint16).view(np.float16), out=out_PK)
+    weight_P = np.exp(out_PK).sum(axis=1)
+    if not weight_P.all():
+        raise no_class_left("target_codes")
+    out_PK -= np.log(weight_P)[:, None]
 
 
 def _decode_drops(planes: Mapping[str, Plane], spec: TargetSpec, *, out_PK: Floats) -> None:
@@ -321,18 +280,6 @@ def _decode_drops(planes: Mapping[str, Plane], spec: TargetSpec, *, out_PK: Floa
     else:
         range_P = RANGES.take(planes["target_range.0"])
         _curve_values(code_PK, range_P, LEVELS[spec.value_bits], out_PK=out_PK)
-
-
-def _tail_codes(log_tail_P: Floats, drop_PK: Floats) -> npt.NDArray[np.uint16]:
-    """Codes of ln(tail / kept mass) [P], both relative to the likeliest entry.
-
-    Their ratio is exact where the tail is nearly 1 as well, where 1 - tail is not.
-    """
-    ratio_P = log_tail_P - np.log(np.einsum("pk->p", np.exp(-drop_PK)))
-    step = (TAIL_MAX - TAIL_MIN) / TAIL_STEPS
-    code_P = np.rint((ratio_P - TAIL_MIN) / step).clip(0, TAIL_STEPS).astype(np.uint16)
-    code_P[log_tail_P == -np.inf] = NO_TAIL
-    return code_P
 
 
 def _decode_ids(
@@ -348,10 +295,7 @@ def _decode_ids(
     last_P = np.einsum("pk->p", out_PK)
     largest = int(last_P.max(initial=0))
     if largest >= ranks.classes.size or last_P.min(initial=0) < 0:
-        raise CorruptCache(
-            f"target_ids: found rank {largest}, expected below {ranks.classes.size}. "
-            "Run cache-teacher verify CACHE --drop-bad, then run again."
-        )
+        raise beyond_classes(largest, ranks.classes.size)
     out_PK[1:, 0] -= last_P[:-1]
     rank_PK = np.cumsum(out_PK, dtype=np.intp).reshape(out_PK.shape)
     # All ranks are in range; of the modes with `out`, "wrap" is faster than "clip" by a third.

@@ -3,8 +3,9 @@
 It holds what was asked for, what the teacher, the tokenizer and the corpus were, and what
 calibration fixed; no clock, no host and no absolute path, so that two runs of the same job publish
 the same bytes. Read strictly: an unknown format version is refused, a missing or ill-typed field is
-an error that names it, unknown fields are ignored (a newer writer may add some). Every number that
-sizes follow from has limits, checked before anything is allocated.
+an error that names it, unknown fields are ignored (a newer writer may add some), and one marked
+`added` has its default in manifests of before. Every number that sizes follow from has limits,
+checked before anything is allocated.
 """
 
 import hashlib
@@ -18,9 +19,9 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from shared.codec import TargetSpec
 from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCache
 from shared.storage import Storage
+from shared.target import TargetSpec
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -218,6 +219,8 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
         yield f"targets.temperatures: found {_short(temperatures)}, expected up to 32 numbers"
     if len(layers) != len(manifest.hidden.widths) or not len(layers) == len(set(layers)) <= 1024:
         yield f"hidden: found layers {_short(layers)}, expected each once, with one width each"
+    if manifest.targets.ragged and not manifest.targets.threshold:
+        yield "targets.threshold: found 0, expected what calibration found"
     if manifest.hidden.codec != "bf16":
         yield f"hidden.codec: found {_short(manifest.hidden.codec)}, expected bf16"
     if len(manifest.side_files) > 64:
@@ -272,12 +275,15 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise _wrong(where, value, "an object")
         hints = typing.get_type_hints(kind)
-        missing = [field.name for field in fields(kind) if field.name not in value]
+        added = {field.name for field in fields(kind) if field.metadata.get("added")}
+        missing = {field.name for field in fields(kind)} - value.keys() - added
         if missing:
-            raise CorruptCache(f"{where}: the field {missing[0]!r} is missing")
+            raise CorruptCache(f"{where}: the field {min(missing)!r} is missing")
         make: Any = kind
         values = {
-            f.name: _build(hints[f.name], value[f.name], f"{where}: {f.name}") for f in fields(kind)
+            f.name: _build(hints[f.name], value[f.name], f"{where}: {f.name}")
+            for f in fields(kind)
+            if f.name in value
         }
         try:
             return make(**values)

@@ -12,15 +12,13 @@ the expected byte count of every plane follows from them.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-from shared.codec import plane_sizes
+from shared.codec import plane_shapes
 from shared.manifest import Manifest
+from shared.planes import Per
 
 MIN_BLOCK_POSITIONS = 4096  # 1,024 cost a fifth of the reading speed: benchmarks/README.md
 ROW_CHUNK_BITS = 24  # row id = first document << 24 | chunk
-
-Per = Literal["row", "segment", "token", "position"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("target_codes", 17, "uint16", "position", "code", "log-probabilities of the entries"),
     Column("target_range", 18, "uint8", "position", "log step", "range of the log-probabilities"),
     Column("target_tail", 20, "uint16", "position", "31/65534 nats", "ln(tail mass / kept mass)"),
-    Column("target_counts", 21, "uint8", "position", "entries", "entries of a ragged target"),
+    Column("target_counts", 21, "uint8", "position", "entries", "entries, where they differ"),
     Column("label_logprob", 24, "float16", "position", "nats", "the teacher's, of the hard label"),
     Column("entropy", 25, "uint8", "position", "ln(C)/255 nats", "over all classes, T=1"),
     Column("log_partition_ratio", 32, "uint16", "position", "(1-1/T) ln(C)/65535 nats", "per T"),
@@ -61,7 +59,7 @@ _WHOLE_NUMBERS = {"row_ids": 8, "num_tokens": 4, "num_positions": 4, "num_segmen
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """One Arrow column: a byte plane of a column, and its bytes for each row, token or position."""
+    """One Arrow column: a byte plane of a column, and its bytes for each row, token, entry, ..."""
 
     column: str
     plane: int
@@ -105,9 +103,9 @@ def layout(manifest: Manifest) -> tuple[Plane, ...]:
             add(name, per, 1, number, _WHOLE_NUMBERS[name])
         else:
             add(name, per, widths[name], number)
-    for name, item_bytes in plane_sizes(manifest.targets, 1).items():
-        column, _, plane = name.rpartition(".")
-        planes.append(Plane(column, int(plane), _NUMBERS[column], "position", item_bytes))
+    for shape in plane_shapes(manifest.targets):
+        column, _, plane = shape.name.rpartition(".")
+        planes.append(Plane(column, int(plane), _NUMBERS[column], shape.per, shape.item_bytes))
     for index, temperature in enumerate(manifest.targets.temperatures):
         number = _NUMBERS["log_partition_ratio"] + index
         add(f"log_partition_ratio.{temperature:g}", "position", 2, number)

@@ -25,11 +25,11 @@ import xxhash
 
 from shared import frames
 from shared.blocks import Block, from_planes, to_planes
-from shared.codec import ClassRanks
 from shared.errors import CorruptCache
 from shared.manifest import FORMAT_VERSION, MAX_SHARD_ROWS, Manifest, build, parse_json
 from shared.schema import Plane, layout
 from shared.storage import Storage, crash_point
+from shared.target import ClassRanks
 
 MAX_COMMIT_BYTES = 16 << 20
 _MAX_METADATA_BYTES = 4 << 20  # of Arrow, in one message or in the footer; ours have a few KB
@@ -349,20 +349,24 @@ class ShardReader:
 
     def _check_expansion(self, index: int, columns: "_Columns") -> None:
         """Refuses blocks that take far more memory than any of their size on disk needs."""
-        item_bytes = dict.fromkeys(("row", "token", "position", "segment"), 0)
+        item_bytes = dict.fromkeys(("row", "token", "position", "segment", "entry"), 0)
         for plane in self._planes:
             item_bytes[plane.per] += plane.item_bytes
         item_bytes["token"] += item_bytes.pop("segment")  # a segment has at least one token
+        del item_bytes["entry"]  # their number is in a frame: see read_planes
         frame_bytes = sum(np.diff(offsets) for offsets, _ in columns.values())
         first = int(self._batch_starts[index])
         for row, stored in enumerate(np.asarray(frame_bytes).tolist()):
             sizes = self._sizes[first + row]
             size = sum(sizes[per] * count for per, count in item_bytes.items())
             if size > _FREE_BLOCK_BYTES + _MOST_EXPANSION * stored:
-                raise CorruptCache(
-                    f"{self.path}: block {first + row}: found {stored:,} bytes in frames, which "
-                    f"its commit says expand to {size:,}. {_REPAIR}"
-                )
+                raise self._expands_too_far(first + row, stored, size)
+
+    def _expands_too_far(self, block: int, stored: int, size: int) -> CorruptCache:
+        return CorruptCache(
+            f"{self.path}: block {block}: found {stored:,} bytes in frames, which its commit says "
+            f"expand to {size:,}. {_REPAIR}"
+        )
 
     def check_structure(self) -> None:
         """Every frame is there and decodes; used before a shard gets its name."""
@@ -388,6 +392,11 @@ class ShardReader:
                         f"{where}: block {block}: found {size:,} segments, expected at most "
                         f"{sizes['token']:,}, the tokens. {_REPAIR}"
                     )
+            elif plane.per == "entry":
+                size = int(values["target_counts.0"].sum(dtype=np.int64))
+                stored = int(offsets[row + 1] - offsets[row])
+                if size > _FREE_BLOCK_BYTES // 8 + _MOST_EXPANSION * stored:
+                    raise self._expands_too_far(block, stored, size)
             else:
                 size = sizes[plane.per]
             values[name] = frames.decompress(

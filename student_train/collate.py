@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from student_train.order import ranges
+from shared.arrays import ranges
 
 if TYPE_CHECKING:
     from shared.blocks import Block

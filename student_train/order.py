@@ -15,6 +15,8 @@ from itertools import count
 
 import numpy as np
 
+from shared.arrays import ranges
+
 _CHUNK = 1 << 16  # rows ordered in one go: a temporary of half a megabyte stays in the CPU's cache
 _ROUNDS = 4  # two for each half; fewer leave neighbours together (Luby and Rackoff 1988)
 
@@ -178,12 +180,6 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
             part[outside] = walked
             outside = outside[walked >= n]
     return flat.astype(np.int64).reshape(index.shape)
-
-
-def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """start, start + 1, ... (count numbers) for each start, joined; i64 [sum of counts]."""
-    before = np.cumsum(counts) - counts
-    return np.repeat(starts - before, counts) + np.arange(counts.sum())
 
 
 def _step(number: int, pieces: list[tuple[np.ndarray, np.ndarray]]) -> Step:

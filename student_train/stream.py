@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shared.arrays import ranges
 from student_train.collate import (
     Columns,
     MicroBatch,
@@ -27,7 +28,7 @@ from student_train.collate import (
     fill,
     without_rows,
 )
-from student_train.order import Order, Step, ranges, split
+from student_train.order import Order, Step, split
 
 if TYPE_CHECKING:
     from shared.cache import Cache

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from shared.blocks import Block
-from shared.codec import Target
 from shared.manifest import Manifest
+from shared.target import Target
 from teacher_cache.batches import ForwardBatch, forward_batches
 from teacher_cache.rows import Row
 from teacher_cache.targets import Selected, select

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from shared import frames
-from shared.codec import ClassRanks, Target, TargetSpec, encode
+from shared.codec import encode
 from shared.schema import MIN_BLOCK_POSITIONS, bytes_for
+from shared.target import ClassRanks, Target, TargetSpec
 from teacher_cache import plan
 from teacher_cache.batches import forward_batches
 from teacher_cache.config import PlanConfig

@@ -17,7 +17,6 @@ import torch
 
 from shared.blocks import Block
 from shared.cache import class_ranks, committed_shards, read_commits
-from shared.codec import ClassRanks
 from shared.errors import DiskFull, NonFiniteTargets, Stopped, TeacherCacheError
 from shared.manifest import Manifest
 from shared.options import write_resolved
@@ -25,6 +24,7 @@ from shared.progress import Progress, WaitClock
 from shared.schema import MIN_BLOCK_POSITIONS, ROW_CHUNK_BITS
 from shared.shards import EncodedBlock, ShardWriter, commit_name, encode_block
 from shared.storage import Storage
+from shared.target import ClassRanks
 from teacher_cache import rows
 from teacher_cache.capture import WindowTargets, capture_window
 from teacher_cache.config import CaptureConfig

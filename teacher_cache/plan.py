@@ -23,7 +23,6 @@ import xxhash
 from safetensors.numpy import save as save_safetensors
 
 from shared import manifest as manifests
-from shared.codec import ClassRanks, TargetSpec
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
 from shared.hidden import ChannelStatistics
 from shared.manifest import (
@@ -36,6 +35,7 @@ from shared.manifest import (
 )
 from shared.schema import optional_columns
 from shared.storage import Storage
+from shared.target import ClassRanks, TargetSpec
 from shared.tokenizer import describe
 from teacher_cache import rows
 from teacher_cache.batches import forward_batches

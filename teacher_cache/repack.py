@@ -19,13 +19,13 @@ import numpy as np
 from shared import manifest as manifests
 from shared.blocks import Block
 from shared.cache import Cache, class_ranks, open_cache
-from shared.codec import Target, TargetSpec
 from shared.errors import CacheMismatch, ConfigError
 from shared.manifest import HiddenSpec, Manifest, differences
 from shared.progress import Progress
 from shared.schema import ROW_CHUNK_BITS
 from shared.shards import ShardWriter, commit_name, encode_block
 from shared.storage import Storage
+from shared.target import Target, TargetSpec
 from teacher_cache.config import RepackConfig
 from teacher_cache.statistics import block_sums
 

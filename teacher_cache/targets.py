@@ -1,9 +1,10 @@
-"""Turns a teacher's logits into targets: the k largest classes and a few sums over all classes.
+"""Turns a teacher's logits into targets: the classes to keep, and a few sums over all classes.
 
 Plain torch, any device, any float dtype in, every sum accumulated in float32; the caller's logits
 are never written to. On a CPU no bit depends on how the positions were cut into chunks.
 
-N positions, V logit width, C classes (the first C columns), K entries, G groups of 64 classes.
+N positions, V logit width, C classes (the first C columns), K entries of each or E of all
+positions, G groups of 64 classes.
 """
 
 import math
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.codec import TargetSpec
+from shared.ragged import drawn_logprob
+from shared.target import TargetSpec
+from teacher_cache.ragged_entries import GROUP, BlockWeights, Entries, choose
 
-GROUP = 64  # classes per group of the two-stage top-k
 BLOCK_BYTES = 4 << 20  # of float32 logits in work at once on a CPU; 0.5 to 32 MiB tried
 SUM_PARTS = 8  # a sum over classes is cut in 8, so one row alone is added up like a row among many
 LOG2_E = float(torch.tensor(math.log2(math.e), dtype=torch.float32))  # exactly what kernels use
@@ -26,8 +28,9 @@ NO_CLASS = torch.iinfo(torch.int64).min  # sorts below the key of every class
 class Selected:
     """Targets of N positions at T = 1; of a row marked in `bad_N` only the ids are valid."""
 
-    ids: Tensor  # int64 [N, K], best first
-    logprobs: Tensor  # float32 [N, K], over all C classes
+    ids: Tensor  # int64 [N, K], best first; of a ragged kind [E], by position and class
+    logprobs: Tensor  # float32, the same shape, over all C classes; of a drawn entry its weight's
+    counts: Tensor | None  # int64 [N], entries of each position of a ragged kind
     log_tail: Tensor  # float32 [N], ln of the mass of all other classes, -inf where it is 0
     entropy: Tensor  # float32 [N], nats, over all C classes
     log_partition: Tensor  # float32 [N], logsumexp of the logits
@@ -36,11 +39,18 @@ class Selected:
     log_partition_ratio: dict[float, Tensor]  # T -> float32 [N], logsumexp(logprobs of all C / T)
 
 
-def select(logits_NV: Tensor, spec: TargetSpec, labels_N: Tensor | None = None) -> Selected:
-    """The exact `spec.top_k` best classes of each position: larger logit first, then smaller id.
+def select(
+    logits_NV: Tensor,
+    spec: TargetSpec,
+    labels_N: Tensor | None = None,
+    offset_N: Tensor | None = None,
+) -> Selected:
+    """The classes that `spec` keeps of each position.
 
-    Minus infinity is a legal logit (a masked class) and becomes an entry only where fewer than K
-    classes are finite. Columns at or beyond C do not exist for any result.
+    Of `topk` exactly the best ones: larger logit first, then smaller id. `sample` needs offset_N,
+    float64 in [0, 1), that says where each position's grid begins. Minus infinity is a legal logit
+    (a masked class) and becomes an entry only where a topk has fewer finite classes, or all are
+    kept. Columns at or beyond C do not exist for any result.
     """
     if logits_NV.shape[1] < spec.num_classes:
         raise ValueError(
@@ -52,20 +62,22 @@ def select(logits_NV: Tensor, spec: TargetSpec, labels_N: Tensor | None = None) 
     maximum_N = maxima_NG.amax(dim=1).float()
     bad_N = ~maximum_N.isfinite()
     shift_N = torch.where(bad_N, 0.0, maximum_N * LOG2_E)
-    ids_NK, values_NK = _top_k(logits_NC, maxima_NG, spec.num_entries)
-    sums = _sum_classes(logits_NC, shift_N, ids_NK, spec.temperatures, areas)
+    kept, sums = _kept_and_sums(logits_NC, spec, maxima_NG, shift_N, bad_N, offset_N, areas)
 
     # float64 from here on: a few numbers per position, each rounded once when it is stored
-    kept_N = torch.exp2(values_NK * LOG2_E - shift_N[:, None]).sum(dim=1)
-    mass_N = kept_N + sums.tail_N
+    mass_N = kept.sum(torch.exp2(kept.values * LOG2_E - kept.spread(shift_N))) + sums.tail_N
     log_mass_N = mass_N.log()
     log_partition_N = shift_N.double() / LOG2_E + log_mass_N
     label_logprob = None
     if labels_N is not None:
         label_logprob = (_label_values(logits_NC, labels_N) - log_partition_N).float()
+    logprobs = (kept.values - kept.spread(log_partition_N)).float()
+    if kept.drawn is not None:
+        logprobs.masked_fill_(kept.drawn, float(drawn_logprob(spec)))
     return Selected(
-        ids=ids_NK,
-        logprobs=(values_NK - log_partition_N[:, None]).float(),
+        ids=kept.ids,
+        logprobs=logprobs,
+        counts=kept.counts,
         log_tail=(sums.tail_N.log() - log_mass_N).float(),
         entropy=(log_mass_N - sums.moment_N / LOG2_E / mass_N).clamp_(min=0.0).float(),
         log_partition=log_partition_N.float(),
@@ -76,6 +88,76 @@ def select(logits_NV: Tensor, spec: TargetSpec, labels_N: Tensor | None = None) 
             for temperature, sum_N in sums.tempered_N.items()
         },
     )
+
+
+@dataclass(slots=True)
+class _Kept:
+    """The entries: [N, K], or [E] with the position of each."""
+
+    ids: Tensor
+    values: Tensor  # float64, logits
+    rows: Tensor | None = None  # int64 [E]
+    counts: Tensor | None = None  # int64 [N]
+    drawn: Tensor | None = None  # bool [E]
+
+    def spread(self, of_position_N: Tensor) -> Tensor:
+        """What holds for a position at each of its entries."""
+        return of_position_N[:, None] if self.rows is None else of_position_N[self.rows]
+
+    def sum(self, of_entry: Tensor) -> Tensor:
+        """Sums over the entries of each position, [N]."""
+        if self.counts is None:
+            return of_entry.sum(dim=1)
+        return torch.segment_reduce(of_entry, "sum", lengths=self.counts, unsafe=True)
+
+
+def _kept_and_sums(
+    logits_NC: Tensor,
+    spec: TargetSpec,
+    maxima_NG: Tensor,
+    shift_N: Tensor,
+    bad_N: Tensor,
+    offset_N: Tensor | None,
+    areas: "_WorkAreas",
+) -> "tuple[_Kept, _ClassSums]":
+    """The entries of each position, and the sums over classes, whose tail leaves them out.
+
+    Which classes are above a threshold is only known once a position's weights are summed, so a
+    ragged kind chooses block by block, while the weights are at hand.
+    """
+    if not spec.ragged:
+        ids_NK, values_NK = _best(logits_NC, maxima_NG, spec)
+
+        def leave_out(block: slice, weights_NC: Tensor) -> None:
+            weights_NC.scatter_(1, ids_NK[block], 0.0)
+
+        sums = _sum_classes(logits_NC, shift_N, leave_out, spec.temperatures, areas)
+        return _Kept(ids_NK, values_NK), sums
+    none = torch.zeros(0, dtype=torch.long, device=logits_NC.device)
+    found = [Entries(none, none, none.bool())]
+
+    def choose_and_leave_out(block: slice, weights_NC: Tensor) -> None:
+        maxima = torch.exp2(maxima_NG[block].float() * LOG2_E - shift_N[block, None])
+        mass = _row_sums(areas.weights[: len(weights_NC)], torch.sum)
+        weights = BlockWeights(weights_NC, mass, maxima, bad_N[block])
+        entries = choose(weights, spec, None if offset_N is None else offset_N[block])
+        weights_NC[entries.rows, entries.ids] = 0.0
+        found.append(Entries(entries.rows + block.start, entries.ids, entries.drawn))
+
+    sums = _sum_classes(logits_NC, shift_N, choose_and_leave_out, spec.temperatures, areas)
+    rows = torch.cat([entries.rows for entries in found])
+    ids = torch.cat([entries.ids for entries in found])
+    drawn = torch.cat([entries.drawn for entries in found])
+    counts = torch.bincount(rows, minlength=len(logits_NC))
+    return _Kept(ids, logits_NC[rows, ids].double(), rows, counts, drawn), sums
+
+
+def _best(logits_NC: Tensor, maxima_NG: Tensor, spec: TargetSpec) -> tuple[Tensor, Tensor]:
+    """Ids and float64 logits of the entries, the same number at every position."""
+    if spec.kind == "dense":
+        every_C = torch.arange(spec.num_classes, device=logits_NC.device)
+        return every_C.expand(logits_NC.shape), logits_NC.double()
+    return _top_k(logits_NC, maxima_NG, spec.num_entries)
 
 
 @dataclass(slots=True)
@@ -111,11 +193,11 @@ class _ClassSums:
 def _sum_classes(
     logits_NC: Tensor,
     shift_N: Tensor,
-    ids_NK: Tensor,
+    leave_out: Callable[[slice, Tensor], None],
     temperatures: tuple[float, ...],
     areas: _WorkAreas,
 ) -> _ClassSums:
-    """Entries are zeroed before the tail is summed, so it is never a difference of near-equals.
+    """`leave_out` zeroes the weights of entries, so the tail is no difference of near-equals.
 
     Powers of 2 because exp2 takes a third of exp's time on a CPU.
     """
@@ -132,7 +214,7 @@ def _sum_classes(
         torch.exp2(scaled_NC, out=weights_NC)
         torch.mul(scaled_NC, weights_NC, out=scaled_NC)
         sums[1, block] = _row_sums(scaled, torch.nansum)  # NaN: a masked class, -inf * 0
-        weights_NC.scatter_(1, ids_NK[block], 0.0)
+        leave_out(block, weights_NC)
         sums[0, block] = _row_sums(weights, torch.sum)
     return _ClassSums(sums[0], sums[1], dict(zip(temperatures, sums[2:], strict=True)))
 

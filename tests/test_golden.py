@@ -20,11 +20,11 @@ from safetensors.numpy import save as save_safetensors
 import shared
 from shared import manifest as manifests
 from shared import open_cache
-from shared.codec import TargetSpec
 from shared.errors import CacheMismatch, CorruptCache
 from shared.schema import COLUMNS, layout
 from shared.shards import ShardWriter, encode_block
 from shared.storage import Storage
+from shared.target import TargetSpec
 from teacher_cache.config import VerifyConfig
 from teacher_cache.inspection import verify
 from tests import plain_reader

@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 import pytest
 
 from shared import manifest as manifests
-from shared.codec import TargetSpec
 from shared.errors import CacheMismatch, CorruptCache, IncompleteCache
 from shared.manifest import (
     BatchPlan,
@@ -23,6 +22,7 @@ from shared.manifest import (
 )
 from shared.schema import optional_columns
 from shared.storage import Storage
+from shared.target import TargetSpec
 
 TOKENIZER = TokenizerInfo(
     hash="aa", num_ids=300, bos_token_id=None, eos_token_id=0, template_hash="bb"
@@ -160,6 +160,7 @@ def paths_of(value, path=()):
 
 
 EVERY_FIELD = list(paths_of(json.loads(make_manifest().to_json())))
+ADDED = [("targets", "mean_entries"), ("targets", "threshold")]
 
 
 def at(raw, path):
@@ -168,7 +169,13 @@ def at(raw, path):
     return raw
 
 
-@pytest.mark.parametrize("path", EVERY_FIELD, ids=".".join)
+@pytest.mark.parametrize("path", ADDED, ids=".".join)
+def test_a_field_that_was_added_later_has_its_default(tmp_path, path):
+    storage = forged(tmp_path, lambda raw: at(raw, path[:-1]).pop(path[-1]))
+    assert manifests.read(storage)[0] == make_manifest()
+
+
+@pytest.mark.parametrize("path", [p for p in EVERY_FIELD if p not in ADDED], ids=".".join)
 def test_a_missing_field_is_named(tmp_path, path):
     storage = forged(tmp_path, lambda raw: at(raw, path[:-1]).pop(path[-1]))
     with pytest.raises(CorruptCache, match=f"manifest.json.*'{path[-1]}' is missing"):

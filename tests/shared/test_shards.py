@@ -13,7 +13,6 @@ import pytest
 
 from shared import shards as shard_module
 from shared.blocks import Block, from_planes, to_planes
-from shared.codec import ClassRanks, Target, TargetSpec
 from shared.errors import CorruptCache, DiskFull
 from shared.manifest import HiddenSpec
 from shared.schema import COLUMNS, layout, optional_columns
@@ -27,6 +26,7 @@ from shared.shards import (
     parse_commit,
 )
 from shared.storage import Storage, temporary_files
+from shared.target import ClassRanks, Target, TargetSpec
 from tests.shared.test_manifest import PREPROCESSING, make_manifest
 from tests.shared.test_storage import file_size_limit, tree
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shared.blocks import Block
-from shared.codec import Target
+from shared.target import Target
 from student_train.collate import Window, fill
 from student_train.order import Order, OrderSpec, split
 from student_train.stream import BatchStream, StreamSpec, _Background

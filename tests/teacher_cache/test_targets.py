@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.codec import TargetSpec
+from shared.target import TargetSpec
 from teacher_cache import targets
 from teacher_cache.targets import Selected, select
 

@@ -1,0 +1,218 @@
+"""Targets whose positions differ in their number of entries: `adaptive` and `sample` <-> planes.
+
+Shapes: P positions, E entries of all positions one after another, C classes.
+
+Counts 1 to 255 entries of each position, one byte.
+Ids    Ranks ascend within a position; the gaps between them are kept, as in `codec`.
+Values q = rint(M sqrt(drop / R)), drop = -ln p, with one R for the whole cache: -ln threshold for
+       `adaptive`, whose decoder scales entries and tail to a sum of 1, and RANGE_BEYOND nats more
+       for `sample`, so that the largest class is kept as it is in flat positions too. Code 0 of a
+       sample means drawn: its weight is the threshold. At 16 bits, drop in fp16; 65535: drawn.
+Tail   As in `codec`; a sample has none.
+
+The probabilities of a sample are rounded to one of the two nearest codes at random, so that their
+mean is exact: nearest rounding would be a bias that no number of draws averages out.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.arrays import mixed_bits
+from shared.frames import Plane, join_planes, split_planes
+from shared.planes import (
+    LOG_KEPT,
+    LOG_TAIL,
+    PlaneShape,
+    beyond_classes,
+    bits_per_rank,
+    id_planes,
+    named,
+    no_class_left,
+    tail_codes,
+)
+from shared.target import MAX_ENTRIES, ClassRanks, Floats, Target, TargetSpec
+
+RANGE_BEYOND = 3.0  # nats below the spacing that the largest class of a sample may be
+LEVELS: dict[int, int] = {7: 127, 8: 255}  # M
+DRAWN = {7: 0, 8: 0, 16: 65_535}  # code of a drawn entry
+
+
+def plane_shapes(spec: TargetSpec) -> list[PlaneShape]:
+    """Every plane, counts first: they say how long the others are."""
+    codes = range(2 if spec.value_bits == 16 else 1)
+    tails = range(2 if spec.kind == "adaptive" else 0)
+    return [
+        PlaneShape("target_counts.0", "position", 1),
+        *(PlaneShape(f"target_ids.{n}", "entry", 1) for n in range(id_planes(spec.num_classes))),
+        *(PlaneShape(f"target_codes.{n}", "entry", 1) for n in codes),
+        *(PlaneShape(f"target_tail.{n}", "position", 1) for n in tails),
+    ]
+
+
+def value_range(spec: TargetSpec) -> float:
+    """R, nats."""
+    beyond = RANGE_BEYOND if spec.kind == "sample" else 0.0
+    return beyond - math.log(spec.threshold)
+
+
+def drawn_logprob(spec: TargetSpec) -> np.float32:
+    """What stands for a drawn entry of a sample: ln of its weight."""
+    return np.float32(math.log(spec.threshold))
+
+
+def encode(target: Target, spec: TargetSpec, ranks: ClassRanks) -> dict[str, Plane]:
+    """Every plane of plane_shapes; a logprob equal to `drawn_logprob` is a drawn entry."""
+    _check(target, spec)
+    assert target.counts is not None  # _check
+    starts = np.cumsum(target.counts) - target.counts
+    planes = {"target_counts.0": target.counts.astype(np.uint8)}
+    if spec.kind == "sample":
+        code_E = _sample_codes(target, spec)
+    else:
+        code_E = _adaptive_codes(target.logprobs, spec)
+        log_kept_P = np.log(np.add.reduceat(np.exp(target.logprobs, dtype=np.float64), starts))
+        tail_P = tail_codes(target.log_tail - log_kept_P, target.log_tail)
+        planes |= named("target_tail", split_planes(tail_P, 2))
+    gap_E, code_E = _sort_by_rank(target.ids, code_E, target.counts, starts, ranks)
+    planes |= named("target_ids", split_planes(gap_E, id_planes(spec.num_classes)))
+    planes |= named("target_codes", split_planes(code_E, code_E.itemsize))
+    return {shape.name: planes[shape.name] for shape in plane_shapes(spec)}
+
+
+def decode(planes: Mapping[str, Plane], spec: TargetSpec, ranks: ClassRanks) -> Target:
+    """The target: entries and tail of `adaptive` sum to 1, those of `sample` are as drawn."""
+    counts = planes["target_counts.0"].astype(np.int32)
+    if not counts.all():
+        raise no_class_left("target_counts")
+    starts = np.cumsum(counts) - counts
+    ids = _decode_ids(planes, starts, spec, ranks)
+    log_tail = np.full(len(counts), -np.inf, np.float32)
+    logprobs = _decode_values(planes, spec)
+    if spec.kind == "adaptive" and len(counts):
+        tail_P = join_planes([planes["target_tail.0"], planes["target_tail.1"]], np.uint16)
+        log_tail = LOG_TAIL.take(tail_P)
+        weight_P = np.add.reduceat(np.exp(logprobs), starts)
+        if not weight_P.all():
+            raise no_class_left("target_codes")
+        logprobs += np.repeat(LOG_KEPT.take(tail_P) - np.log(weight_P), counts)
+    return Target(ids, logprobs, log_tail, counts)
+
+
+def _check(target: Target, spec: TargetSpec) -> None:
+    """What a caller can get wrong and no decoder could notice."""
+    counts, ids, logprobs = target.counts, target.ids, target.logprobs
+    if counts is None or not ids.shape == logprobs.shape == (counts.sum(),):
+        raise ValueError(f"target: ids {ids.shape}, logprobs {logprobs.shape}, expected [entries]")
+    if counts.min(initial=1) < 1 or counts.max(initial=1) > MAX_ENTRIES:
+        raise ValueError(f"target: found {counts.min()} to {counts.max()} entries, expected 1..255")
+    if ids.min(initial=0) < 0 or ids.max(initial=0) >= spec.num_classes:
+        raise ValueError(f"target: ids beyond the {spec.num_classes} classes")
+    if not np.isfinite(logprobs).all() or np.isnan(target.log_tail).any():
+        raise ValueError("target: NaN, or an entry with probability 0")
+    if spec.kind == "sample" and target.random_bits is None:
+        raise ValueError("target: a sample is rounded at random and needs random_bits")
+
+
+def _adaptive_codes(logprobs: Floats, spec: TargetSpec) -> npt.NDArray[Any]:
+    if spec.value_bits == 16:
+        return (-logprobs).clip(0).astype(np.float16).view(np.uint16)
+    M = LEVELS[spec.value_bits]
+    root_E = np.sqrt(logprobs.clip(max=0) * np.float32(-(M**2) / value_range(spec)))
+    return np.rint(root_E).clip(0, M).astype(np.uint8)
+
+
+def _sample_codes(target: Target, spec: TargetSpec) -> npt.NDArray[Any]:
+    """Codes of the mean p: between two codes, each with the probability that its distance gives."""
+    assert target.random_bits is not None  # _check
+    assert target.counts is not None
+    drawn_E = target.logprobs == drawn_logprob(spec)
+    if spec.value_bits == 16:
+        code_E = (-target.logprobs).clip(0).astype(np.float16).view(np.uint16)
+        code_E[drawn_E] = DRAWN[16]
+        return code_E
+    weights = np.exp(_value_table(spec)[1:].astype(np.float64))  # of codes 1..M, descending
+    M, p_E = LEVELS[spec.value_bits], np.exp(target.logprobs.astype(np.float64))
+    root_E = np.sqrt(target.logprobs.clip(max=0).astype(np.float64) / -value_range(spec))
+    lower_E = np.floor(root_E * (M - 1)).clip(0, M - 2).astype(np.intp)
+    high_E, low_E = weights[lower_E], weights[lower_E + 1]
+    bits_E = mixed_bits(np.repeat(target.random_bits, target.counts), target.ids.astype(np.uint64))
+    up_E = (bits_E >> np.uint64(11)) * 2.0**-53 * (high_E - low_E) >= p_E - low_E
+    code_E = (1 + lower_E + up_E).astype(np.uint8)
+    code_E[drawn_E] = DRAWN[spec.value_bits]
+    return code_E
+
+
+@lru_cache(maxsize=64)
+def _value_table(spec: TargetSpec) -> Floats:
+    """ln of the weight of each code, before any scaling; f32 [256]."""
+    M, R = LEVELS[spec.value_bits], value_range(spec)
+    if spec.kind == "adaptive":
+        table = -R * (np.arange(256) / M) ** 2
+    else:
+        table = -R * ((np.arange(256) - 1) / (M - 1)) ** 2
+        table[0] = drawn_logprob(spec)
+    return table.astype(np.float32)
+
+
+def _decode_values(planes: Mapping[str, Plane], spec: TargetSpec) -> Floats:
+    """ln of the weight of each entry, [E]."""
+    code_E = planes["target_codes.0"]
+    if spec.value_bits != 16:
+        return _value_table(spec).take(code_E)
+    half_E = join_planes([code_E, planes["target_codes.1"]], np.uint16)
+    logprobs = -half_E.view(np.float16).astype(np.float32)
+    if spec.kind == "sample":
+        logprobs[half_E == DRAWN[16]] = drawn_logprob(spec)
+    return logprobs
+
+
+def _sort_by_rank(
+    ids: npt.NDArray[np.int32],
+    code_E: npt.NDArray[Any],
+    counts: npt.NDArray[np.int32],
+    starts: npt.NDArray[np.intp],
+    ranks: ClassRanks,
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Gaps between the ascending ranks of each position, and the codes in that order."""
+    code_bits = np.uint64(8 * code_E.itemsize)
+    rank_bits = np.uint64(bits_per_rank(ranks.ranks.size))
+    key_E = np.repeat(np.arange(len(counts), dtype=np.uint64), counts) << rank_bits
+    key_E = (key_E | ranks.ranks[ids]) << code_bits | code_E
+    key_E.sort()
+    sorted_code_E = key_E.astype(code_E.dtype)  # the low bits
+    rank_E = (key_E >> code_bits & np.uint64((1 << int(rank_bits)) - 1)).astype(np.int64)
+    gap_E = np.diff(rank_E, prepend=np.int64(0))
+    gap_E[starts] = rank_E[starts]
+    gap_E[starts] += 1  # so that 0 is a class that appears twice, here and below
+    if not gap_E.all():
+        raise ValueError("target: a class appears twice in one position")
+    gap_E[starts] -= 1
+    return gap_E.astype(np.uint32), sorted_code_E
+
+
+def _decode_ids(
+    planes: Mapping[str, Plane],
+    starts: npt.NDArray[np.intp],
+    spec: TargetSpec,
+    ranks: ClassRanks,
+) -> npt.NDArray[np.int32]:
+    """As in `codec`: one sum over all positions, where a first gap takes back what was before."""
+    count = id_planes(spec.num_classes)
+    joined_E = join_planes([planes[f"target_ids.{n}"] for n in range(count)], np.uint32)
+    gap_E: npt.NDArray[np.int32] = joined_E.view(np.int32)
+    if not len(starts):
+        return gap_E
+    last_P = np.add.reduceat(gap_E, starts)
+    largest = int(last_P.max())
+    if largest >= ranks.classes.size or last_P.min() < 0:
+        raise beyond_classes(largest, ranks.classes.size)
+    gap_E[starts[1:]] -= last_P[:-1]
+    rank_E = np.cumsum(gap_E, dtype=np.intp)
+    # All ranks are in range; of the modes with `out`, "wrap" is faster than "clip" by a third.
+    np.take(ranks.classes.view(np.int32), rank_E, mode="wrap", out=gap_E)
+    return gap_E
