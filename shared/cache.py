@@ -35,7 +35,10 @@ _ROWS_ON_TRUST = 1 << 22  # more of them must be backed by as many bytes of shar
 
 @dataclass(frozen=True, slots=True)
 class RowTargets:
-    """Targets of one row: P positions, K entries. `ids` i64, the rest float32."""
+    """Targets of one row: P positions, K entries. `ids` i64 [P, K], the rest float32.
+
+    With `counts`, i64 [P], ids and logprobs are [E]: the entries of all positions in turn.
+    """
 
     ids: torch.Tensor
     logprobs: torch.Tensor
@@ -316,10 +319,14 @@ def _row(block: Block, index: int) -> Row:
         labels = input_ids[at + 1]
     targets = None
     if block.target is not None:
+        target = block.target.at(np.arange(start, end))
         targets = RowTargets(
-            ids=torch.from_numpy(block.target.ids[start:end].astype(np.int64)),
-            logprobs=torch.from_numpy(np.ascontiguousarray(block.target.logprobs[start:end])),
-            tail_mass=torch.from_numpy(np.exp(block.target.log_tail[start:end])),
+            ids=torch.from_numpy(target.ids.astype(np.int64)),
+            logprobs=torch.from_numpy(target.logprobs),
+            tail_mass=torch.from_numpy(np.exp(target.log_tail)),
+            counts=None
+            if target.counts is None
+            else torch.from_numpy(target.counts.astype(np.int64)),
         )
     hidden = {
         layer: torch.from_numpy(states[start:end].copy()).view(torch.bfloat16)

@@ -1,7 +1,8 @@
 """The teacher over a window of rows: every target on the host, in row order.
 
 Rows of similar length run together; the results are put back where their rows stand, so that the
-order on disk is the order of the corpus. N positions of the window, K entries, D channels.
+order on disk is the order of the corpus. N positions of the window, K entries of each or E of all,
+D channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.arrays import mixed_bits, ranges
 from shared.blocks import Block
 from shared.manifest import Manifest
 from shared.target import Target
@@ -25,9 +27,9 @@ class WindowTargets:
     def __init__(self, manifest: Manifest, window: Sequence[Row]) -> None:
         spec, hidden = manifest.targets, manifest.hidden
         self.starts = np.cumsum([0, *(row.num_positions for row in window)])
-        n, k = int(self.starts[-1]), spec.num_entries
-        self.ids = torch.empty(n, k, dtype=torch.int32)
-        self.logprobs = torch.empty(n, k)
+        n = int(self.starts[-1])
+        self.entries = _RaggedEntries(n) if spec.ragged else _EqualEntries(n, spec.num_entries)
+        self.random_bits = _random_bits(manifest.seed, window) if spec.kind == "sample" else None
         self.log_tail, self.entropy, self.label_logprob = (torch.empty(n) for _ in range(3))
         self.ratios = {temperature: torch.empty(n) for temperature in spec.temperatures}
         self.bad = torch.zeros(n, dtype=torch.bool)
@@ -45,8 +47,7 @@ class WindowTargets:
         """Copies one forward's results to the host."""
         for part, selected in chosen:
             at = batch.window_index[part]
-            self.ids[at] = selected.ids.to("cpu", torch.int32)
-            self.logprobs[at] = selected.logprobs.cpu()
+            self.entries.store(at, selected)
             self.log_tail[at] = selected.log_tail.cpu()
             self.entropy[at] = selected.entropy.cpu()
             self.bad[at] |= selected.bad_N.cpu()
@@ -57,6 +58,12 @@ class WindowTargets:
         for layer, states in hidden.items():
             self.hidden[layer][batch.window_index] = states.to("cpu", torch.bfloat16)
             self.bad[batch.window_index] |= ~states.isfinite().all(dim=-1).cpu()
+
+    def offsets(self, at: Tensor) -> Tensor | None:
+        """Where the grids of these positions begin, for a sample; float64 in [0, 1)."""
+        if self.random_bits is None:
+            return None
+        return torch.from_numpy((self.random_bits[at.numpy()] >> np.uint64(11)) * 2.0**-53)
 
     def bad_rows(self) -> dict[int, int]:
         """Index of each row with a NaN or infinity -> its first such position."""
@@ -70,17 +77,66 @@ class WindowTargets:
         """Gives a block the targets of the rows it consists of."""
         places = [np.arange(self.starts[row], self.starts[row + 1]) for row in rows]
         at = torch.from_numpy(np.concatenate(places))
-        block.target = Target(
-            ids=self.ids[at].numpy(),
-            logprobs=self.logprobs[at].numpy(),
-            log_tail=self.log_tail[at].numpy(),
-        )
+        block.target = self.entries.target(at, self.log_tail[at].numpy())
+        if self.random_bits is not None:
+            block.target.random_bits = self.random_bits[at.numpy()]
         block.label_logprob = self.label_logprob[at].numpy()
         block.entropy = self.entropy[at].numpy()
         block.log_partition_ratio = {t: ratio[at].numpy() for t, ratio in self.ratios.items()}
         block.hidden = {
             layer: states[at].view(torch.uint16).numpy() for layer, states in self.hidden.items()
         }
+
+
+class _EqualEntries:
+    """Entries of a kind that keeps the same number of them at every position."""
+
+    def __init__(self, positions: int, entries: int) -> None:
+        self._ids = torch.empty(positions, entries, dtype=torch.int32)
+        self._logprobs = torch.empty(positions, entries)
+
+    def store(self, at: Tensor, selected: Selected) -> None:
+        self._ids[at] = selected.ids.to("cpu", torch.int32)
+        self._logprobs[at] = selected.logprobs.cpu()
+
+    def target(self, at: Tensor, log_tail: np.ndarray) -> Target:
+        return Target(self._ids[at].numpy(), self._logprobs[at].numpy(), log_tail)
+
+
+class _RaggedEntries:
+    """Entries as they came, one position after another, and where those of each begin."""
+
+    def __init__(self, positions: int) -> None:
+        self._ids: list[np.ndarray] = []
+        self._logprobs: list[np.ndarray] = []
+        self._starts = np.zeros(positions, np.int64)
+        self._counts = np.zeros(positions, np.int32)
+        self._stored = 0
+
+    def store(self, at: Tensor, selected: Selected) -> None:
+        assert selected.counts is not None  # a ragged kind has them
+        counts = selected.counts.cpu().numpy()
+        self._counts[at.numpy()] = counts
+        self._starts[at.numpy()] = self._stored + np.cumsum(counts) - counts
+        self._ids.append(selected.ids.to("cpu", torch.int32).numpy())
+        self._logprobs.append(selected.logprobs.cpu().numpy())
+        self._stored += len(selected.ids)
+
+    def target(self, at: Tensor, log_tail: np.ndarray) -> Target:
+        if len(self._ids) > 1:
+            self._ids, self._logprobs = [
+                [np.concatenate(parts)] for parts in (self._ids, self._logprobs)
+            ]
+        counts = self._counts[at.numpy()]
+        entries = ranges(self._starts[at.numpy()], counts)
+        return Target(self._ids[0][entries], self._logprobs[0][entries], log_tail, counts)
+
+
+def _random_bits(seed: int, window: Sequence[Row]) -> np.ndarray:
+    """64 bits for each position, a function of seed, row and position; u64 [N]."""
+    sizes = [row.num_positions for row in window]
+    row_ids = np.repeat(np.array([row.row_id for row in window], np.uint64), sizes)
+    return mixed_bits(seed, row_ids, ranges(np.zeros(len(sizes), np.int64), np.array(sizes)))
 
 
 def capture_window(
@@ -97,7 +153,8 @@ def capture_window(
         )
         labels = batch.labels.to(teacher.device)
         chosen = [
-            (part, select(logits, manifest.targets, labels[part])) for part, logits in output.chunks
+            (part, _selected(targets, manifest, logits, labels[part], batch.window_index[part]))
+            for part, logits in output.chunks
         ]
         if waiting is not None:
             targets.store(*waiting)
@@ -105,3 +162,12 @@ def capture_window(
     if waiting is not None:
         targets.store(*waiting)
     return targets
+
+
+def _selected(
+    targets: WindowTargets, manifest: Manifest, logits: Tensor, labels: Tensor, at: Tensor
+) -> Selected:
+    offset = targets.offsets(at)
+    return select(
+        logits, manifest.targets, labels, None if offset is None else offset.to(logits.device)
+    )

@@ -8,7 +8,7 @@ from shared.errors import ConfigError
 from shared.options import Option, check_bounds
 from shared.tasks import TaskName
 
-Targets = Literal["auto", "topk", "none"]
+Targets = Literal["auto", "topk", "adaptive", "sample", "dense", "none"]
 _NOT_LIKE = {"like": (None,)}  # with --like these come from that cache
 
 
@@ -55,15 +55,35 @@ class CaptureConfig:
     targets: Annotated[
         Targets,
         Option(
-            help="What to keep of each distribution; none: hard labels only.", read_when=_NOT_LIKE
+            help="What to keep of each distribution: the k largest classes, all above a threshold, "
+            "an unbiased sample, or every class; none: hard labels only.",
+            read_when=_NOT_LIKE,
         ),
     ] = "auto"
     top_k: Annotated[
-        int, Option(help="Entries kept at each position.", min=1, max=255, read_when=_NOT_LIKE)
+        int,
+        Option(
+            help="Entries kept at each position.",
+            min=1,
+            max=255,
+            read_when=_NOT_LIKE | {"targets": ("auto", "topk")},
+        ),
     ] = 32
+    mean_entries: Annotated[
+        float,
+        Option(
+            help="Entries kept at a position on average.",
+            min=1,
+            max=255,
+            read_when=_NOT_LIKE | {"targets": ("adaptive", "sample")},
+        ),
+    ] = 16.0
     value_bits: Annotated[
         Literal[7, 8, 16],
-        Option(help="Bits of a log-probability; 16 is fp16.", read_when=_NOT_LIKE),
+        Option(
+            help="Bits of a log-probability; 16 is fp16.",
+            read_when=_NOT_LIKE | {"targets": ("auto", "topk", "adaptive", "sample")},
+        ),
     ] = 7
     temperature: Annotated[
         tuple[float, ...],

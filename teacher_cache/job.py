@@ -181,7 +181,7 @@ def _captured(job: Job, window: list[list[Row]], statistics: Counter[str]) -> It
         kept = [index for index in range(start, start + len(block)) if index not in bad]
         if kept:
             assembled = _assemble(flat, kept, targets, packed=job.manifest.preprocessing.pack)
-            statistics.update(block_sums(assembled))
+            statistics.update(block_sums(assembled, job.manifest.targets))
             yield assembled
         start += len(block)
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import xxhash
 from safetensors.numpy import save as save_safetensors
+from torch import Tensor
 
 from shared import manifest as manifests
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
@@ -35,7 +36,7 @@ from shared.manifest import (
 )
 from shared.schema import optional_columns
 from shared.storage import Storage
-from shared.target import ClassRanks, TargetSpec
+from shared.target import MAX_ENTRIES, RAGGED_KINDS, ClassRanks, TargetKind, TargetSpec
 from shared.tokenizer import describe
 from teacher_cache import rows
 from teacher_cache.batches import forward_batches
@@ -49,6 +50,7 @@ from teacher_cache.teacher import (
     logit_width_of,
     weights_digest,
 )
+from teacher_cache.thresholds import find_threshold, inclusion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +62,7 @@ _SAMPLE_TOKENS = 1 << 20  # the sample stops here even if few documents were rea
 _LEARN_TOKENS = 1 << 14  # tokens the teacher runs over to learn the order of the classes
 _MIN_SHARD_TOKENS = 1 << 15  # smaller shards are all overhead, however small the corpus
 _SHARDS_WANTED = 64  # so that a few workers can share even a small corpus
+AUTO_DENSE_CLASSES = 256  # 512 bytes a position, and every loss at every temperature is exact
 _FORWARD_TOKENS = {"cpu": 4096, "cuda": 32768}  # tried first; halved until it fits the memory
 
 
@@ -86,13 +89,18 @@ class Draft:
             "tokenizer": asdict(self.tokenizer_info),
             "corpus": asdict(self.corpus.info),
             "preprocessing": asdict(self.preprocessing),
-            "targets": asdict(self.targets),
+            "targets": _asked_targets(asdict(self.targets)),
             "hidden": asdict(self.hidden),
             "seed": self.config.seed,
             "nonfinite": self.config.nonfinite,
             "shard_tokens": self.config.shard_tokens,
             "forward_tokens": self.config.forward_tokens,
         }
+
+
+def _asked_targets(targets: dict[str, Any]) -> dict[str, Any]:
+    """Of a target spec what was asked for: the threshold was found."""
+    return {name: value for name, value in targets.items() if name != "threshold"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +150,14 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
 
 def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
     """The options with those of --like's cache that decide whether two caches train together."""
+    targets = old.targets
     return replace(
         config,
         like=None,
-        targets="none" if old.targets.kind == "none" else "topk",
-        top_k=old.targets.top_k if old.targets.kind == "topk" else config.top_k,
-        value_bits=old.targets.value_bits,
+        targets=targets.kind,
+        mean_entries=targets.mean_entries if targets.ragged else config.mean_entries,
+        top_k=targets.top_k if targets.kind == "topk" else config.top_k,
+        value_bits=config.value_bits if targets.kind in ("dense", "none") else targets.value_bits,
         temperature=old.targets.temperatures,
         hidden_layers=old.hidden.layers,
         max_length=old.preprocessing.max_length,
@@ -159,6 +169,7 @@ def _like(draft: Draft, old: Storage) -> Draft:
     """Refuses another teacher or tokenizer than the old cache's, and takes over what it learnt."""
     manifest, _ = manifests.read(old)
     fields = asdict(manifest)
+    fields["targets"] = _asked_targets(fields["targets"])
     names = ("teacher", "tokenizer", "targets", "hidden")
     asked = {name: value for name, value in draft.asked().items() if name in names}
     lines = list(manifests.differences({name: fields[name] for name in names}, asked))
@@ -168,7 +179,8 @@ def _like(draft: Draft, old: Storage) -> Draft:
             f"{'; '.join(lines)}."
         )
     names_learnt = [name for name in manifest.side_files if name.startswith("learnt-")]
-    return replace(draft, learnt=old.read(names_learnt[0]) if names_learnt else None)
+    learnt = old.read(names_learnt[0]) if names_learnt else None
+    return replace(draft, targets=manifest.targets, learnt=learnt)
 
 
 def _load_teacher(config: CaptureConfig) -> Teacher:
@@ -230,8 +242,12 @@ def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
 
 
 def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
-    kind = "topk" if config.targets == "auto" else config.targets
-    if kind != "none" and config.top_k > num_classes:
+    kind: TargetKind
+    if config.targets == "auto":
+        kind = "dense" if num_classes <= AUTO_DENSE_CLASSES else "topk"
+    else:
+        kind = config.targets
+    if kind == "topk" and config.top_k > num_classes:
         raise ConfigError(
             f"--top-k {config.top_k} exceeds the teacher's {num_classes} classes; "
             f"use --top-k {num_classes} to keep them all"
@@ -239,9 +255,13 @@ def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
     return TargetSpec(
         kind=kind,
         num_classes=num_classes,
-        top_k=1 if kind == "none" else config.top_k,
-        value_bits=config.value_bits,
-        temperatures=tuple(sorted({t for t in config.temperature if t != 1.0})),
+        top_k=config.top_k if kind == "topk" else 1,
+        mean_entries=config.mean_entries if kind in RAGGED_KINDS else 0.0,
+        value_bits=16 if kind == "dense" else config.value_bits,
+        # Every temperature is exact where every class is there.
+        temperatures=()
+        if kind == "dense"
+        else tuple(sorted({t for t in config.temperature if t != 1.0})),
     )
 
 
@@ -299,7 +319,10 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
     if draft.teacher is not None:
         forward_tokens = _largest_forward(draft.teacher, draft, sample)
         chunk_positions = draft.teacher.chunk_positions
-        learnt = draft.learnt or _learn(draft, draft.teacher, sample, forward_tokens)
+        targets, learnt = draft.targets, draft.learnt
+        if learnt is None:
+            targets, learnt = _learn(draft, draft.teacher, sample, forward_tokens)
+        draft = replace(draft, targets=targets)
         side_files[f"learnt-{xxhash.xxh3_128_hexdigest(learnt)[:16]}.safetensors"] = learnt
     plan = BatchPlan(
         documents_per_shard=per_shard,
@@ -384,18 +407,26 @@ def default_forward_tokens(teacher: Teacher) -> int:
     return _FORWARD_TOKENS.get(teacher.device.type, _FORWARD_TOKENS["cpu"])
 
 
+def _largest_classes(spec: TargetSpec) -> TargetSpec:
+    """As many of the largest classes as any position of this kind keeps."""
+    most = min(spec.num_classes, spec.num_entries if spec.kind == "topk" else MAX_ENTRIES)
+    return TargetSpec(kind="topk", num_classes=spec.num_classes, top_k=most)
+
+
 def _run(
     draft: Draft, teacher: Teacher, chosen: list[rows.Row], forward_tokens: int
-) -> tuple[np.ndarray, dict[int, ChannelStatistics]]:
-    """Counts of the kept classes [C], and statistics of the asked-for layers, over some rows."""
-    kept = torch.zeros(draft.targets.num_classes, dtype=torch.int64)
+) -> tuple[Tensor, Tensor, dict[int, ChannelStatistics]]:
+    """The largest classes of each position and their log-probabilities, [N, K] each, and statistics
+    of the asked-for layers, over some rows."""
+    spec = _largest_classes(draft.targets)
+    found: list[tuple[Tensor, Tensor]] = []
     statistics: dict[int, ChannelStatistics] = {}
     for batch in forward_batches(chosen, forward_tokens, packed=draft.preprocessing.pack):
         output = teacher.forward(batch.inputs, draft.hidden.layers)
         for _, logits in output.chunks:
-            selected = select(logits, draft.targets)
-            ids = selected.ids[~selected.bad_N].cpu().reshape(-1)
-            kept += torch.bincount(ids, minlength=len(kept))
+            selected = select(logits, spec)
+            good = ~selected.bad_N
+            found.append((selected.ids[good].cpu(), selected.logprobs[good].cpu()))
         for layer, states in output.hidden.items():
             finite = states[states.isfinite().all(dim=1)]  # --nonfinite drop leaves out the rest
             bits = finite.to("cpu", torch.bfloat16).view(torch.uint16).numpy()
@@ -404,11 +435,15 @@ def _run(
             statistics[layer] = (
                 batch_statistics if before is None else before.merge(batch_statistics)
             )
-    return kept.numpy(), statistics
+    ids_NK, logprobs_NK = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return ids_NK, logprobs_NK, statistics
 
 
-def _learn(draft: Draft, teacher: Teacher, sample: Sample, forward_tokens: int) -> bytes:
-    """The learnt side file: classes in order of how often they are kept, channel statistics."""
+def _learn(
+    draft: Draft, teacher: Teacher, sample: Sample, forward_tokens: int
+) -> tuple[TargetSpec, bytes]:
+    """The targets with their threshold, and the learnt side file: classes in order of how often
+    they are kept, channel statistics."""
     chosen: list[rows.Row] = []
     tokens = 0
     for row in sample.rows:
@@ -416,14 +451,20 @@ def _learn(draft: Draft, teacher: Teacher, sample: Sample, forward_tokens: int) 
         tokens += len(row.input_ids)
         if tokens >= _LEARN_TOKENS:
             break
-    kept, statistics = _run(draft, teacher, chosen, forward_tokens)
+    ids_NK, logprobs_NK, statistics = _run(draft, teacher, chosen, forward_tokens)
+    targets = draft.targets
+    share_NK = torch.ones_like(logprobs_NK)
+    if targets.ragged:
+        targets = replace(targets, threshold=find_threshold(logprobs_NK, targets))
+        share_NK, _ = inclusion(logprobs_NK, targets.kind, targets.threshold)
+    kept = np.bincount(ids_NK.flatten(), share_NK.flatten().double(), targets.num_classes)
     seen = sample.token_counts[: len(kept)]
     kept[: len(seen)] += seen
-    arrays = {"class_by_rank": ClassRanks.from_counts(kept).classes}
+    arrays = {"class_by_rank": ClassRanks.from_counts(np.rint(kept * 16)).classes}
     for layer, channel in statistics.items():
         arrays[f"hidden.{layer}.mean"] = channel.mean.astype(np.float32)
         arrays[f"hidden.{layer}.std"] = channel.std.astype(np.float32)
-    return save_safetensors(arrays)
+    return targets, save_safetensors(arrays)
 
 
 def publish_or_adopt(draft: Draft, storage: Storage) -> tuple[Manifest, str]:
@@ -454,6 +495,7 @@ def check_asked(draft: Draft, manifest: Manifest, storage: Storage) -> None:
     """Refuses to go on with a cache that was started for something else, field by field."""
     fields = asdict(manifest)
     found = {key: fields.get(key) for key in draft.asked()}
+    found["targets"] = _asked_targets(fields["targets"])
     found["shard_tokens"] = manifest.plan.asked_shard_tokens
     found["forward_tokens"] = manifest.plan.asked_forward_tokens
     lines = list(manifests.differences(found, draft.asked()))

@@ -46,7 +46,7 @@ def repack(config: RepackConfig) -> None:
                 with ShardWriter(storage, manifest, cache_id, commit.shard) as writer:
                     blocks = _blocks(source, manifest, index, documents, statistics)
                     for number, block in enumerate(blocks):
-                        statistics.update(block_sums(block))
+                        statistics.update(block_sums(block, manifest.targets))
                         writer.write(encode_block(block, number, manifest, ranks))
                     writer.statistics = dict(statistics)
             progress.advance(1)
@@ -146,9 +146,7 @@ def only_rows(block: Block, kept_R: np.ndarray) -> Block:
         segments=None if segments is None else at(block.segments, segments),
         num_segments=at(block.num_segments, kept_R),
         labels=at(block.labels, positions),
-        target=None
-        if target is None
-        else Target(target.ids[positions], target.logprobs[positions], target.log_tail[positions]),
+        target=None if target is None else target.at(np.flatnonzero(positions)),
         label_logprob=at(block.label_logprob, positions),
         entropy=at(block.entropy, positions),
         log_partition_ratio={t: r[positions] for t, r in block.log_partition_ratio.items()},

@@ -125,9 +125,10 @@ def capture(
             "out": tmp_path_factory.mktemp("captured") / "cache",
             "max_length": 64,
             "shard_tokens": 3000,
-            "top_k": 8,
             "device": "cpu",
         }
+        if "targets" not in options:
+            defaults["top_k"] = 8
         config = CaptureConfig(**defaults | options)
         run(config)
         return config.out

@@ -79,8 +79,9 @@ def test_no_usable_document_says_what_was_looked_at(options, tmp_path):
 def test_top_k_above_the_classes_names_the_largest_that_works(options, tmp_path, tokenizer_dir):
     torch.manual_seed(0)
     LlamaForCausalLM(llama_config(vocab_size=50)).save_pretrained(tmp_path / "narrow")
-    narrow = {"teacher": str(tmp_path / "narrow"), "tokenizer": str(tokenizer_dir), "top_k": 51}
-    message = refusal(options | narrow, ConfigError)
+    narrow = {"teacher": str(tmp_path / "narrow"), "tokenizer": str(tokenizer_dir)}
+    asked = {"targets": "topk", "top_k": 51}
+    message = refusal(options | narrow | asked, ConfigError)
     assert message == "--top-k 51 exceeds the teacher's 50 classes; use --top-k 50 to keep them all"
     assert not options["out"].exists()
 
@@ -91,7 +92,7 @@ def test_a_missing_teacher_shows_both_ways(options):
 
 
 def test_label_only_needs_a_tokenizer_and_nothing_of_a_teacher(options):
-    label_only = options | {"targets": "none", "teacher": None}
+    label_only = options | {"targets": "none", "teacher": None, "top_k": 32}
     with pytest.raises(ConfigError, match="--targets none needs --tokenizer"):
         CaptureConfig(**label_only)
     for extra in ({"temperature": (2.0,)}, {"hidden_layers": (-1,)}):
@@ -369,7 +370,8 @@ def test_the_table_of_bytes_grows_with_k_and_holds_the_asked_one(options):
 
 
 def test_label_only_costs_no_target_bytes(options, tokenizer_dir):
-    numbers = plan_of(options, teacher=None, tokenizer=str(tokenizer_dir), targets="none")
+    label_only = {"teacher": None, "targets": "none", "top_k": 32}
+    numbers = plan_of(options, tokenizer=str(tokenizer_dir), **label_only)
     assert numbers["target_bytes_per_position"] == {}
     assert (numbers["targets"], numbers["top_k"]) == ("none", 0)
     assert 0 < numbers["bytes"] < 10 * numbers["positions"]

@@ -1,4 +1,4 @@
-"""Adaptive, sampled and dense targets against what their definitions say, one position at a time."""
+"""Adaptive, sampled and dense targets against their definitions, one position at a time."""
 
 import math
 
@@ -131,9 +131,7 @@ def test_no_bit_depends_on_the_chunk(kind, monkeypatch):
     spec = spec_for(kind, 4990, 0.01)
     whole = select(logits_NV, spec, offset_N=u_N)
     monkeypatch.setattr(targets, "BLOCK_BYTES", 2 * 20_000)
-    parts = [
-        select(logits_NV[a:b], spec, offset_N=u_N[a:b]) for a, b in ((0, 1), (1, 6), (6, 9))
-    ]
+    parts = [select(logits_NV[a:b], spec, offset_N=u_N[a:b]) for a, b in ((0, 1), (1, 6), (6, 9))]
     for name in ("ids", "logprobs", "counts", "log_tail", "entropy", "log_partition"):
         joined = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(joined, getattr(whole, name)), name

@@ -1,0 +1,54 @@
+"""The threshold that gives a ragged kind its number of entries, found on a sample of the corpus.
+
+N positions, K of the largest classes of each, descending: MAX_ENTRIES of them, or all there are.
+"""
+
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from shared.target import MIN_SPACING, TargetKind, TargetSpec
+
+log = logging.getLogger(__name__)
+
+_LOWEST = 1e-7  # of adaptive: far below what a byte of entries can reach
+_DIGITS = 4  # kept of the result, so that a person can read it
+
+
+def find_threshold(logprobs_NK: Tensor, spec: TargetSpec) -> float:
+    """The threshold with `spec.mean_entries` entries of a position on average."""
+    low, high = (MIN_SPACING if spec.kind == "sample" else _LOWEST), 0.9
+    if (most := mean_entries(logprobs_NK, spec.kind, low)) < spec.mean_entries:
+        log.warning(
+            "--mean-entries %g: this teacher has %.1f at the lowest threshold there is, %.2g, "
+            "which is used",
+            *(spec.mean_entries, most, low),
+        )
+        return low
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        if mean_entries(logprobs_NK, spec.kind, middle) > spec.mean_entries:
+            low = middle
+        else:
+            high = middle
+    return max(low, float(f"{high:.{_DIGITS}g}"))
+
+
+def mean_entries(logprobs_NK: Tensor, kind: TargetKind, threshold: float) -> float:
+    """Entries of a position on average: how many are expected, for a sample."""
+    share_NK, beyond_N = inclusion(logprobs_NK, kind, threshold)
+    return float((share_NK.sum(dim=1) + beyond_N).mean())
+
+
+def inclusion(logprobs_NK: Tensor, kind: TargetKind, threshold: float) -> tuple[Tensor, Tensor]:
+    """With which probability each class becomes an entry [N, K], and entries beyond these [N]."""
+    p_NK = logprobs_NK.exp()
+    kept_NK = p_NK >= threshold
+    kept_NK[:, 0] = True
+    if kind == "adaptive":
+        return kept_NK.float(), torch.zeros(len(p_NK))
+    drawn_NK = (p_NK / threshold).masked_fill(kept_NK, 1.0)
+    beyond_N = (1 - p_NK.sum(dim=1)).clamp(min=0.0) / threshold
+    return drawn_NK, beyond_N
