@@ -52,7 +52,7 @@ def compare_command(config: CompareConfig) -> None:
 
 
 def _evaluation_text(numbers: dict[str, object]) -> str:
-    names = ("loss", "perplexity", "kl_bucketed", "agreement", "teacher_loss", "positions")
+    names = ("loss", "perplexity", "kl", "kl_bucketed", "agreement", "teacher_loss", "positions")
     return "\n".join(f"{name:<14}{_number(numbers[name])}" for name in names if name in numbers)
 
 

@@ -1,9 +1,10 @@
 """Decoded blocks -> the columns of one window -> micro-batches, with no Python work per row.
 
 R rows, B sequences, T tokens of the longest, P and N positions, K entries, D hidden. A column is an
-array whose first axis runs over the rows, the tokens or the positions of many rows.
+array whose first axis runs over the rows, the tokens, the positions or the entries of many rows.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 Columns = dict[str, np.ndarray]
 MicroBatch = dict[str, torch.Tensor]
-Per = Literal["row", "token", "position"]
+Per = Literal["row", "token", "position", "entry"]
 
 _NOT_PER_POSITION: dict[str, Per] = {
     "row_ids": "row",
@@ -26,6 +27,7 @@ _NOT_PER_POSITION: dict[str, Per] = {
     "input_ids": "token",
     "position_ids": "token",
 }
+_OF_ENTRIES = ("target_ids", "target_logprobs")  # where positions differ in their entries
 _NO_ROW = -1  # row id of the one token in a micro-batch without rows
 
 
@@ -33,9 +35,10 @@ class Window:
     """The columns of all rows of some blocks; threads fill it block by block.
 
     `rows` are global row numbers and ascend; their lengths say where everything goes before
-    anything is read, and `no_rows`, columns of length 0, of what type it is. `memory` is that of an
-    earlier window, or empty: pages that are new to the process cost as much time as what is copied
-    into them.
+    anything is read, and `no_rows`, columns of length 0, of what type it is. Only entries of ragged
+    targets have no length before they are read: they go behind those of the blocks that came
+    before. `memory` is that of an earlier window, or empty: pages that are new to the process cost
+    as much time as what is copied into them.
     """
 
     def __init__(
@@ -53,16 +56,40 @@ class Window:
             "position": np.concatenate([[0], np.cumsum(row_positions, dtype=np.int64)]),
         }
         self.memory = memory
-        self.columns = {name: self._room(name, column) for name, column in no_rows.items()}
+        self.ragged = "target_counts" in no_rows
+        fixed = {n: c for n, c in no_rows.items() if not (self.ragged and n in _OF_ENTRIES)}
+        self.columns = {name: self._room(name, column) for name, column in fixed.items()}
+        if self.ragged:
+            self.columns["entry_starts"] = self._room("entry_starts", np.zeros(0, np.int64))
+            for name in _OF_ENTRIES:
+                memory.setdefault(name, np.empty(0, no_rows[name].dtype))
+        self._num_entries = 0
+        self._lock = threading.Lock()
 
-    def place(self, first_row: int, num_rows: int) -> Columns:
-        """Where the columns of the block go whose first row is global row `first_row`: views."""
+    def fill(self, first_row: int, num_rows: int, columns: Columns) -> None:
+        """Copies the columns of the block whose first row is global row `first_row`."""
         begin = int(np.searchsorted(self.rows, first_row))
-        place = {}
+        if self.ragged:
+            counts, entries = columns["target_counts"], [columns[name] for name in _OF_ENTRIES]
+            starts = self._add_entries(entries) + np.cumsum(counts, dtype=np.int64) - counts
+            columns = columns | {"entry_starts": starts}
         for name, column in self.columns.items():
             starts = self.starts[_per(name)]
-            place[name] = column[starts[begin] : starts[begin + num_rows]]
-        return place
+            column[starts[begin] : starts[begin + num_rows]] = columns[name]
+
+    def _add_entries(self, entries: Sequence[np.ndarray]) -> int:
+        """Where the entries of a block begin. Who took the arrays before they grew may use them
+        on: what was there is in both."""
+        with self._lock:
+            begin, end = self._num_entries, self._num_entries + len(entries[0])
+            for name, values in zip(_OF_ENTRIES, entries, strict=True):
+                if len(self.memory[name]) < end:
+                    grown = np.empty(end + end // 2, values.dtype)
+                    grown[:begin] = self.memory[name][:begin]
+                    self.memory[name] = grown
+                self.memory[name][begin:end] = values
+            self._num_entries = end
+            return begin
 
     def _room(self, name: str, like: np.ndarray) -> np.ndarray:
         size = int(self.starts[_per(name)][-1])
@@ -77,16 +104,14 @@ class Window:
             kind: ranges(starts[at], starts[at + 1] - starts[at])
             for kind, starts in self.starts.items()
         }
-        return {
+        taken = {
             name: np.take(column, index[_per(name)], axis=0)
             for name, column in self.columns.items()
         }
-
-
-def fill(place: Columns, columns: Columns) -> None:
-    """Copies the columns of a block to their place in the window."""
-    for name, column in columns.items():
-        place[name][:] = column
+        if self.ragged:
+            entries = ranges(taken.pop("entry_starts"), taken["target_counts"])
+            taken |= {name: np.take(self.memory[name], entries) for name in _OF_ENTRIES}
+        return taken
 
 
 def columns_of(block: "Block", temperature: float) -> Columns:
@@ -110,7 +135,9 @@ def columns_of(block: "Block", temperature: float) -> Columns:
         columns["target_ids"] = block.target.ids
         columns["target_logprobs"] = block.target.logprobs
         columns["target_log_tail"] = block.target.log_tail
-        if temperature != 1:
+        if block.target.counts is not None:
+            columns["target_counts"] = block.target.counts
+        if temperature in block.log_partition_ratio:
             columns["log_partition_ratio"] = block.log_partition_ratio[temperature]
     if block.entropy is not None:
         columns["entropy"] = block.entropy

@@ -9,7 +9,7 @@ from shared.options import Option, check_bounds
 from student_train.loss_spec import HiddenLoss, LossSpec, SoftLoss, Tail
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
-EvalMetric = Literal["loss", "kl_bucketed"]
+EvalMetric = Literal["loss", "kl"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

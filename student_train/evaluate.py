@@ -23,15 +23,17 @@ from student_train.student import build_student, check_fit, load_config
 def evaluate(student: nn.Module, cache: Cache, *, batch_tokens: int) -> dict[str, Any]:
     """The student's numbers over every row of a cache, at T = 1.
 
-    `loss`: mean cross-entropy on the hard labels, nats. `kl_bucketed`: KL(teacher || student) over
-    the kept classes and one cell for all others. `agreement`: share of positions where student and
-    teacher have the same most probable class. The last two only where the cache has targets.
+    `loss`: mean cross-entropy on the hard labels, nats. `kl`: KL(teacher || student), if the cache
+    knows all of it (`dense`; `sample` on average), else `kl_bucketed`, over the kept classes and
+    one cell for all others. `agreement`: share of positions where student and teacher have the same
+    most probable class. The last two only where the cache has targets.
     """
     manifest = cache.manifest
     has_targets = manifest.targets.kind != "none"
     objective = Objective(
         spec=LossSpec(),
         num_classes=manifest.targets.num_classes,
+        target_kind=manifest.targets.kind,
         soft_weight=1.0 if has_targets else 0.0,
         hard_weight=1.0,
     )
@@ -74,8 +76,9 @@ def _numbers(sums: dict[str, float], cache: Cache) -> dict[str, Any]:
     targets = cache.manifest.targets
     if targets.kind != "none":
         statistics = [commit.statistics for commit in cache.commits]
-        numbers["kl_bucketed"] = sums["soft"] / positions
-        numbers["targets"] = f"{targets.kind} {targets.top_k}"
+        whole = targets.complete or targets.kind == "sample"
+        numbers["kl" if whole else "kl_bucketed"] = sums["soft"] / positions
+        numbers["targets"] = targets.text
         numbers["agreement"] = sums["agreement"] / positions
         numbers["teacher_loss"] = -sum(s["sum_label_logprob"] for s in statistics) / positions
         numbers["teacher_entropy"] = sum(s["sum_entropy"] for s in statistics) / positions

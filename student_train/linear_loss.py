@@ -27,6 +27,7 @@ from student_train.losses import (
     log_cells,
     merge_repeats,
     prepare_target,
+    sampled_rows,
     soft_rows,
     teacher_cells,
 )
@@ -75,8 +76,10 @@ def linear_loss(
     float32 at least.
     """
     head = _Head(num_classes, logit_scale, softcap, _matmul_dtype(weight_VD))
-    terms = _terms(hidden_ND, _wide(head.dtype), target, labels_N, spec, with_entropy)
-    terms = replace(terms, soft_scale=soft_scale, hard_scale=hard_scale)
+    apart = spec.temperature != 1 and (labels_N is not None or with_entropy)
+    wide = _wide(head.dtype)
+    weights = _Weights(spec, wide, with_entropy, apart, soft_scale, hard_scale)
+    terms = _terms(hidden_ND, target, labels_N, weights)
     inputs = (hidden_ND, weight_VD, bias_V)
     # Inside the Function autograd is off and its `needs_input_grad` does not know of no_grad.
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
@@ -95,16 +98,17 @@ def logits_loss(
     with_entropy: bool = False,
 ) -> LinearLossOutput:
     """The same from a student's own logits by plain autograd: for label spaces and odd heads."""
-    terms = _terms(logits_NV, _wide(logits_NV.dtype), target, labels_N, spec, with_entropy)
-    terms = replace(terms, soft_scale=soft_scale, hard_scale=hard_scale)
-    logits_NC = logits_NV[:, :num_classes].to(terms.dtype).clamp_min(MASKED_LOGIT)
+    wide = _wide(logits_NV.dtype)
+    weights = _Weights(spec, wide, with_entropy, False, soft_scale, hard_scale)
+    terms = _terms(logits_NV, target, labels_N, weights).at(slice(None))
+    logits_NC = logits_NV[:, :num_classes].to(wide).clamp_min(MASKED_LOGIT)
     log_all_N = torch.logsumexp(logits_NC, dim=-1)
-    label_logit_N1 = logits_NC.gather(1, terms.labels_N1.clamp_min(0))
-    tempered_NC = logits_NC / terms.spec.temperature
+    label_logit_N1 = logits_NC.gather(1, terms.labels_n1.clamp_min(0))
+    tempered_NC = logits_NC / terms.weights.spec.temperature
     rest_NC = tempered_NC.detach().clone()
     entries = _mask_entries(rest_NC, terms)
     rest_NC = tempered_NC.masked_fill(rest_NC == MASKED_LOGIT, MASKED_LOGIT)
-    entry_NK = tempered_NC.gather(1, terms.ids_NK)
+    entry_NK = tempered_NC.gather(1, terms.ids_nK)
     entry_NK = entry_NK.masked_fill(entries.logprobs_nK == -math.inf, MASKED_LOGIT)
     variables = (entry_NK, torch.logsumexp(rest_NC, dim=-1), label_logit_N1, log_all_N)
     soft, hard = _soft_and_hard(variables, entries.logprobs_nK, terms)
@@ -125,62 +129,70 @@ class _Head:
 
 
 @dataclass(frozen=True, slots=True)
-class _Terms:
-    """What is compared at each position and with which weight; temperature and tail are applied."""
+class _Weights:
+    """How the terms are added up, and what else is asked for."""
 
-    ids_NK: Tensor  # int64
-    logprobs_NK: Tensor
-    log_tail_N: Tensor
-    top_ids_N1: Tensor  # the teacher's most probable class; negative: none
-    labels_N1: Tensor  # int64; negative: none
     spec: LossSpec
     dtype: torch.dtype  # of logits and row losses
     with_entropy: bool
     apart: bool  # T is not 1, so that hard loss or entropy need a softmax of their own
-    soft_scale: float | Tensor = 1.0
-    hard_scale: float | Tensor = 1.0
+    soft_scale: float | Tensor
+    hard_scale: float | Tensor
 
-    def at(self, rows: slice) -> "_Terms":
-        return replace(
-            self,
-            ids_NK=self.ids_NK[rows],
-            logprobs_NK=self.logprobs_NK[rows],
-            log_tail_N=self.log_tail_N[rows],
-            top_ids_N1=self.top_ids_N1[rows],
-            labels_N1=self.labels_N1[rows],
+
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """What is compared at all positions, as it was cached."""
+
+    target: SoftTarget
+    labels_N1: Tensor  # int64; negative: none
+    weights: _Weights
+
+    def at(self, rows: slice) -> "_RowTerms":
+        """Of a chunk: ragged entries padded, temperature and tail applied."""
+        labels_n1, dtype = self.labels_N1[rows], self.weights.dtype
+        target = self.target.at(rows)
+        prepared = prepare_target(target, labels_n1[:, 0], self.weights.spec)
+        return _RowTerms(
+            ids_nK=prepared.ids.long(),
+            logprobs_nK=prepared.logprobs.to(dtype),
+            log_tail_n=prepared.log_tail.to(dtype),
+            top_ids_n1=_top_ids(target),
+            labels_n1=labels_n1,
+            sampled=target.kind == "sample",
+            weights=self.weights,
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _RowTerms:
+    """What is compared at the positions of a chunk."""
+
+    ids_nK: Tensor  # int64
+    logprobs_nK: Tensor
+    log_tail_n: Tensor
+    top_ids_n1: Tensor  # the teacher's most probable class; negative: none
+    labels_n1: Tensor  # int64; negative: none
+    sampled: bool
+    weights: _Weights
+
+
 def _terms(
-    student: Tensor,
-    dtype: torch.dtype,
-    target: SoftTarget | None,
-    labels_N: Tensor | None,
-    spec: LossSpec,
-    with_entropy: bool,
+    student: Tensor, target: SoftTarget | None, labels_N: Tensor | None, weights: _Weights
 ) -> _Terms:
     """No target is one without entries and tail, which any loss takes for 0; likewise no labels."""
     N = len(student)
     if target is None:
-        spec = LossSpec()
-        empty_N0 = student.new_empty(N, 0, dtype=dtype)
+        weights = replace(weights, spec=LossSpec(), apart=False)
+        empty_N0 = student.new_empty(N, 0, dtype=weights.dtype)
         target = SoftTarget(empty_N0.long(), empty_N0, student.new_full((N,), -math.inf))
     none_N1 = student.new_full((N, 1), -1, dtype=torch.long)
-    prepared = prepare_target(target, labels_N, spec)
-    return _Terms(
-        ids_NK=prepared.ids.long(),
-        logprobs_NK=prepared.logprobs.to(dtype),
-        log_tail_N=prepared.log_tail.to(dtype),
-        top_ids_N1=_top_ids(target) if target.ids.shape[1] else none_N1,
-        labels_N1=none_N1 if labels_N is None else labels_N.long()[:, None],
-        spec=spec,
-        dtype=dtype,
-        with_entropy=with_entropy,
-        apart=spec.temperature != 1 and (labels_N is not None or with_entropy),
-    )
+    return _Terms(target, none_N1 if labels_N is None else labels_N.long()[:, None], weights)
 
 
 def _top_ids(target: SoftTarget) -> Tensor:
+    if not target.ids.shape[1]:
+        return target.ids.new_full((len(target.ids), 1), -1, dtype=torch.long)
     top_N1, slot_N1 = target.logprobs.max(dim=-1, keepdim=True)
     return target.ids.gather(1, slot_N1).long().masked_fill(top_N1 == -math.inf, -1)
 
@@ -200,7 +212,7 @@ class _LinearLoss(torch.autograd.Function):
         inputs, C = (hidden_ND, weight_VD, bias_V), head.num_classes
         gradients = _Gradients.allocate(inputs, needs, head)
         weight_CD = weight_VD[:C].to(head.dtype)
-        sums_4 = weight_VD.new_zeros(4, dtype=terms.dtype)
+        sums_4 = weight_VD.new_zeros(4, dtype=terms.weights.dtype)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for rows, chunk in _chunks(weight_CD, len(hidden_ND), terms, chunk_rows):
                 hidden_nD = (hidden_ND[rows] * head.scale).to(head.dtype)
@@ -214,7 +226,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx.gradients = gradients.finished(inputs)
         soft, hard, agreement, entropy = sums_4.clone().unbind()
         ctx.mark_non_differentiable(soft, hard, agreement, entropy)
-        loss = terms.soft_scale * soft + terms.hard_scale * hard
+        loss = terms.weights.soft_scale * soft + terms.weights.hard_scale * hard
         return loss, soft, hard, agreement, entropy
 
     @staticmethod
@@ -303,7 +315,8 @@ def _chunks(
     weight_CD: Tensor, N: int, terms: _Terms, chunk_rows: int | None
 ) -> Iterator[tuple[slice, _Chunk]]:
     C, narrow = len(weight_CD), weight_CD.dtype
-    dtypes = [terms.dtype] * (3 if terms.apart else 2) + [narrow] * (narrow != terms.dtype)
+    wide, apart = terms.weights.dtype, terms.weights.apart
+    dtypes = [wide] * (3 if apart else 2) + [narrow] * (narrow != wide)
     if chunk_rows is None:
         row_bytes = C * sum(dtype.itemsize for dtype in dtypes)
         chunk_rows = _auto_rows(row_bytes, weight_CD.device.type)
@@ -311,8 +324,8 @@ def _chunks(
     for first in range(0, N, chunk_rows):
         n = min(chunk_rows, N - first)
         logits_nC, probs_nC, *others = (buffer[:n] for buffer in buffers)
-        hard_probs_nC = others[0] if terms.apart else probs_nC
-        matmul_nC = others[-1] if narrow != terms.dtype else logits_nC
+        hard_probs_nC = others[0] if apart else probs_nC
+        matmul_nC = others[-1] if narrow != wide else logits_nC
         yield slice(first, first + n), _Chunk(logits_nC, probs_nC, hard_probs_nC, matmul_nC)
 
 
@@ -333,18 +346,18 @@ class _Entries:
     top_logit_n1: Tensor  # the student's logit of the teacher's most probable class
 
 
-def _mask_entries(logits_nC: Tensor, terms: _Terms) -> _Entries:
+def _mask_entries(logits_nC: Tensor, terms: _RowTerms) -> _Entries:
     """Takes the entries out of the logits, in place, so that a logsumexp over them is the rest's.
 
     The slot numbers are first written where the entries stand and read back, which names one slot
     for every id, however often it is repeated.
     """
-    ids_nK, K = terms.ids_NK, terms.ids_NK.shape[1]
+    ids_nK, K = terms.ids_nK, terms.ids_nK.shape[1]
     raw_nK = logits_nC.gather(1, ids_nK)
-    top_logit_n1 = logits_nC.gather(1, terms.top_ids_N1.clamp_min(0))
+    top_logit_n1 = logits_nC.gather(1, terms.top_ids_n1.clamp_min(0))
     slots_nK = torch.arange(K, dtype=logits_nC.dtype, device=logits_nC.device).expand_as(ids_nK)
     owner_nK = logits_nC.scatter_(1, ids_nK, slots_nK).gather(1, ids_nK).long()
-    logprobs_nK = merge_repeats(terms.logprobs_NK, owner_nK)
+    logprobs_nK = merge_repeats(terms.logprobs_nK, owner_nK)
     kept_nK = logprobs_nK > -math.inf
     id_kept_nK = kept_nK.gather(1, owner_nK)
     logits_nC.scatter_(1, ids_nK, raw_nK.masked_fill(id_kept_nK, MASKED_LOGIT))
@@ -352,30 +365,30 @@ def _mask_entries(logits_nC: Tensor, terms: _Terms) -> _Entries:
     return _Entries(raw_nK, logits_nK, logprobs_nK, top_logit_n1)
 
 
-def _chunk_sums(chunk: _Chunk, terms: _Terms, softcap: float | None, gradient: bool) -> Tensor:
+def _chunk_sums(chunk: _Chunk, terms: _RowTerms, softcap: float | None, gradient: bool) -> Tensor:
     """Soft, hard, agreement and entropy sums; turns `probs_nC` into the gradient of the logits."""
     logits_nC = chunk.logits_nC
     if softcap is not None:
         logits_nC.div_(softcap).tanh_().mul_(softcap)
-    label_logit_n1 = logits_nC.gather(1, terms.labels_N1.clamp_min(0))
+    label_logit_n1 = logits_nC.gather(1, terms.labels_n1.clamp_min(0))
     log_all, entropy = [], logits_nC.new_zeros(())
-    if terms.apart:
+    if terms.weights.apart:
         log_all_n, _ = _softmax(logits_nC, chunk.hard_probs_nC)
         log_all = [log_all_n]
-        if terms.with_entropy:
+        if terms.weights.with_entropy:
             entropy = _entropy_sum(logits_nC, chunk.hard_probs_nC, log_all_n[:, None])
-    if terms.spec.temperature != 1:
-        logits_nC.div_(terms.spec.temperature)
+    if terms.weights.spec.temperature != 1:
+        logits_nC.div_(terms.weights.spec.temperature)
     entries = _mask_entries(logits_nC, terms)
     log_rest_n, highest_rest_n = _softmax(logits_nC, chunk.probs_nC)
-    if terms.with_entropy and not terms.apart:
+    if terms.weights.with_entropy and not terms.weights.apart:
         cells_nJ = torch.cat((entries.logits_nK, log_rest_n[:, None]), dim=-1)
         entropy = _entropy_sum(logits_nC, chunk.probs_nC, cells_nJ)
     with torch.set_grad_enabled(gradient):
         variables = [entries.logits_nK, log_rest_n, label_logit_n1, *log_all]
         variables = [variable.detach().requires_grad_(gradient) for variable in variables]
         soft, hard = _soft_and_hard(variables, entries.logprobs_nK, terms)
-        loss = terms.soft_scale * soft + terms.hard_scale * hard
+        loss = terms.weights.soft_scale * soft + terms.weights.hard_scale * hard
     if gradient:
         slopes = torch.autograd.grad(loss, variables)
         _set_logits_gradient(chunk, slopes, entries, terms, softcap)
@@ -405,47 +418,50 @@ def _entropy_sum(logits_nC: Tensor, probs_nC: Tensor, cells_nJ: Tensor) -> Tenso
 
 
 def _soft_and_hard(
-    variables: Sequence[Tensor], logprobs_nK: Tensor, terms: _Terms
+    variables: Sequence[Tensor], logprobs_nK: Tensor, terms: _RowTerms
 ) -> tuple[Tensor, Tensor]:
     """The two sums over a chunk, as functions of what `_chunk_sums` differentiates them by."""
     entry_nK, log_rest_n, label_logit_n1, *log_all = variables
-    soft_n = soft_rows(
-        log_cells(entry_nK, log_rest_n), teacher_cells(logprobs_nK, terms.log_tail_N), terms.spec
-    )
+    student_nJ = log_cells(entry_nK, log_rest_n)
+    teacher_nJ = teacher_cells(logprobs_nK, terms.log_tail_n)
+    if terms.sampled:
+        soft_n = sampled_rows(student_nJ, teacher_nJ)
+    else:
+        soft_n = soft_rows(student_nJ, teacher_nJ, terms.weights.spec)
     cells_nJ = torch.cat((entry_nK, log_rest_n[:, None]), dim=-1)
     log_all_n = log_all[0] if log_all else torch.logsumexp(cells_nJ, dim=-1)
     return soft_n.sum(), _hard_sum(label_logit_n1, log_all_n, terms)
 
 
-def _hard_sum(label_logit_n1: Tensor, log_all_n: Tensor, terms: _Terms) -> Tensor:
+def _hard_sum(label_logit_n1: Tensor, log_all_n: Tensor, terms: _RowTerms) -> Tensor:
     logprob_n1 = (label_logit_n1 - log_all_n[:, None]).clamp_min(LOG_FLOOR)
-    return -logprob_n1.masked_fill(terms.labels_N1 < 0, 0.0).sum()
+    return -logprob_n1.masked_fill(terms.labels_n1 < 0, 0.0).sum()
 
 
 def _set_logits_gradient(
     chunk: _Chunk,
     slopes: Sequence[Tensor],
     entries: _Entries,
-    terms: _Terms,
+    terms: _RowTerms,
     softcap: float | None,
 ) -> None:
     entry_nK, log_rest_n, label_logit_n1, *log_all = slopes
-    T = terms.spec.temperature
+    T = terms.weights.spec.temperature
     gradient_nC = chunk.probs_nC.mul_(log_rest_n[:, None] / T)
-    gradient_nC.scatter_add_(1, terms.ids_NK, entry_nK / T)
+    gradient_nC.scatter_add_(1, terms.ids_nK, entry_nK / T)
     if log_all:
         gradient_nC.addcmul_(chunk.hard_probs_nC, log_all[0][:, None])
-    gradient_nC.scatter_add_(1, terms.labels_N1.clamp_min(0), label_logit_n1)
+    gradient_nC.scatter_add_(1, terms.labels_n1.clamp_min(0), label_logit_n1)
     if softcap is not None:  # d cap tanh(z / cap) / dz = 1 - (capped / cap)^2
-        ratio_nC = chunk.logits_nC.scatter_(1, terms.ids_NK, entries.raw_nK).mul_(T / softcap)
+        ratio_nC = chunk.logits_nC.scatter_(1, terms.ids_nK, entries.raw_nK).mul_(T / softcap)
         gradient_nC.addcmul_(gradient_nC, ratio_nC.square_(), value=-1)
 
 
-def _agreement(entries: _Entries, highest_rest_n: Tensor, terms: _Terms) -> Tensor:
+def _agreement(entries: _Entries, highest_rest_n: Tensor, terms: _RowTerms) -> Tensor:
     """A count in the dtype of the logits, to be stacked with the other sums."""
     rivals_nJ = torch.cat((entries.logits_nK, highest_rest_n[:, None]), dim=-1)
     agrees_n1 = entries.top_logit_n1 >= rivals_nJ.amax(dim=-1, keepdim=True)
-    return (agrees_n1 & (terms.top_ids_N1 >= 0)).sum(dtype=highest_rest_n.dtype)
+    return (agrees_n1 & (terms.top_ids_n1 >= 0)).sum(dtype=highest_rest_n.dtype)
 
 
 def _matmul_dtype(weight_VD: Tensor) -> torch.dtype:

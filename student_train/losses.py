@@ -4,18 +4,20 @@ A row loss compares two distributions over the K entries and one last cell, the 
 log-probabilities come from `log_cells`, the teacher's from `teacher_cells`. Where those come from
 (chunks of a head, or full logits) is linear_loss.py's matter. Everything here is a pure function.
 
-Shapes: N positions with a target, K entries, J = K + 1 cells (entries, then tail), D hidden.
+Shapes: N positions with a target, K entries of each, E of all, J = K + 1 cells (entries, then
+tail), D hidden.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shared.errors import ConfigError
+from shared.target import TargetKind
 from student_train.loss_spec import HiddenLoss, LossSpec, SoftLoss
 
 LOG_FLOOR = -1e4  # stands for log 0: exp gives exactly 0, and 0 * LOG_FLOOR is 0, not NaN
@@ -27,12 +29,42 @@ MIN_RELATIVE_DEVIATION = 1e-2  # a dead channel counts at most 1e4 times the typ
 
 @dataclass(slots=True)
 class SoftTarget:
-    """What the teacher says at N positions, all at T = 1; a log-probability of -inf is no entry."""
+    """What the teacher says at N positions, all at T = 1; a log-probability of -inf is no entry.
+
+    With `counts` ids and logprobs are [E], the entries of one position after another. In a sample
+    (kind) the logprobs are ln of the weights.
+    """
 
     ids: Tensor  # int32 or int64 [N, K]
     logprobs: Tensor  # float32 [N, K]
     log_tail: Tensor  # float32 [N]; -inf where the tail is exactly 0
     log_partition_ratio: Tensor | None = None  # float32 [N]: logsumexp(lp / T), lp over all classes
+    counts: Tensor | None = None  # int [N], entries of each position
+    kind: TargetKind = "topk"
+
+    def at(self, rows: slice) -> "SoftTarget":
+        """The targets of some positions, [n, K]; missing entries are class 0 with -inf."""
+        ratio = self.log_partition_ratio
+        part = replace(
+            self,
+            log_tail=self.log_tail[rows],
+            log_partition_ratio=None if ratio is None else ratio[rows],
+            counts=None,
+        )
+        if self.counts is None:
+            return replace(part, ids=self.ids[rows], logprobs=self.logprobs[rows])
+        counts_n = self.counts[rows].long()
+        starts_n = (self.counts.cumsum(0) - self.counts)[rows]
+        # A number that a GPU has to be waited for once, not for every chunk.
+        widest = counts_n if counts_n.device.type == "cpu" else self.counts
+        slots_K = torch.arange(int(widest.max()) if len(widest) else 0, device=counts_n.device)
+        there_nK = slots_K < counts_n[:, None]
+        entry_nK = torch.where(there_nK, starts_n[:, None] + slots_K, 0)
+        return replace(
+            part,
+            ids=torch.where(there_nK, self.ids[entry_nK], 0),
+            logprobs=self.logprobs[entry_nK].masked_fill(~there_nK, -math.inf),
+        )
 
 
 def prepare_target(target: SoftTarget, labels_N: Tensor | None, spec: LossSpec) -> SoftTarget:
@@ -43,11 +75,11 @@ def prepare_target(target: SoftTarget, labels_N: Tensor | None, spec: LossSpec) 
     """
     target = _temper(target, spec.temperature)
     if spec.tail == "none":
-        return SoftTarget(target.ids, target.logprobs, _no_tail(target.log_tail))
+        return replace(target, log_tail=_no_tail(target.log_tail))
     if spec.tail == "renormalise":
         log_mass_N1 = torch.logsumexp(target.logprobs, dim=-1, keepdim=True)
         logprobs_NK = target.logprobs - log_mass_N1.clamp_min(LOG_FLOOR)
-        return SoftTarget(target.ids, logprobs_NK, _no_tail(target.log_tail))
+        return replace(target, logprobs=logprobs_NK, log_tail=_no_tail(target.log_tail))
     if spec.tail == "label":
         if labels_N is None:
             raise ConfigError("--tail label needs hard labels, and there are none: use bucket")
@@ -89,6 +121,15 @@ def soft_rows(student_NJ: Tensor, teacher_NJ: Tensor, spec: LossSpec) -> Tensor:
     """
     loss = SOFT_LOSSES[spec.soft_loss]
     return loss.rows(student_NJ, teacher_NJ, spec) * spec.temperature**loss.temperature_power
+
+
+def sampled_rows(student_NJ: Tensor, teacher_NJ: Tensor) -> Tensor:
+    """-sum w log q per position, [N], for the weights w of a sample of the teacher's classes.
+
+    Its mean over the draws is the cross-entropy to the whole of the teacher's distribution: KL, but
+    for the teacher's entropy. Neither value nor gradient has a bias.
+    """
+    return -(teacher_NJ.exp() * student_NJ)[:, :-1].sum(dim=-1)
 
 
 def forward_kl(student_NJ: Tensor, teacher_NJ: Tensor, spec: LossSpec) -> Tensor:
@@ -171,6 +212,9 @@ def _temper(target: SoftTarget, temperature: float) -> SoftTarget:
     """p_T = p^(1/T) over the partition the cache stored for T; a tail of exactly 0 stays 0."""
     if temperature == 1:
         return target
+    if target.kind == "dense":
+        logprobs_NC = torch.log_softmax(target.logprobs / temperature, dim=-1)
+        return replace(target, logprobs=logprobs_NC)
     if target.log_partition_ratio is None:
         raise ConfigError(
             f"--temperature {temperature}: the cache's log-partition at this temperature is "
@@ -179,16 +223,17 @@ def _temper(target: SoftTarget, temperature: float) -> SoftTarget:
     logprobs_NK = target.logprobs / temperature - target.log_partition_ratio[:, None]
     log_tail_N = (1 - logprobs_NK.exp().sum(dim=-1)).clamp_min(MIN_TEMPERED_TAIL).log()
     log_tail_N = log_tail_N.masked_fill(target.log_tail == -math.inf, -math.inf)
-    return SoftTarget(target.ids, logprobs_NK, log_tail_N)
+    return replace(target, logprobs=logprobs_NK, log_tail=log_tail_N)
 
 
 def _tail_to_label(target: SoftTarget, labels_N: Tensor) -> SoftTarget:
     labelled_N = labels_N >= 0
     label_logprob_N = target.log_tail.masked_fill(~labelled_N, -math.inf)
-    return SoftTarget(
-        torch.cat((target.ids.long(), labels_N.long().clamp_min(0)[:, None]), dim=-1),
-        torch.cat((target.logprobs, label_logprob_N[:, None]), dim=-1),
-        target.log_tail.masked_fill(labelled_N, -math.inf),
+    return replace(
+        target,
+        ids=torch.cat((target.ids.long(), labels_N.long().clamp_min(0)[:, None]), dim=-1),
+        logprobs=torch.cat((target.logprobs, label_logprob_N[:, None]), dim=-1),
+        log_tail=target.log_tail.masked_fill(labelled_N, -math.inf),
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.target import TargetKind
 from student_train.linear_loss import LinearLossOutput, linear_loss, logits_loss
 from student_train.loss_spec import HiddenLoss, LossSpec
 from student_train.losses import HIDDEN_LOSSES, SoftTarget
@@ -28,6 +29,7 @@ TARGET_KEYS = (
     "target_ids",
     "target_logprobs",
     "target_log_tail",
+    "target_counts",
     "log_partition_ratio",
     "entropy",
     "label_logprob",
@@ -43,6 +45,7 @@ class Objective:
 
     spec: LossSpec
     num_classes: int
+    target_kind: TargetKind = "topk"
     soft_weight: float
     hard_weight: float
     hidden_weight: float = 0.0
@@ -124,7 +127,7 @@ class Attachment:
     def _return_loss(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._targets is None:
             return None
-        targets, self._targets = self._targets, None
+        objective, targets, self._targets = self.objective, self._targets, None
         states, self._states = self._states, None
         layers, self._layers = self._layers, {}
         assert states is not None  # the head was called: every causal model calls it once
@@ -133,15 +136,19 @@ class Attachment:
         result = self._token_loss(output, states_ND, at, targets)
         loss = result.loss
         sums = {"hard": result.hard_sum}
-        if self.objective.with_entropy:
+        if objective.with_entropy:
             sums["student_entropy"] = result.student_entropy_sum
         if "target_ids" in targets:
-            sums |= {"soft": result.soft_sum, "agreement": result.agreement}
-        if self.objective.layer_pairs:
+            soft = result.soft_sum
+            if objective.target_kind == "sample":  # from cross-entropy to KL
+                soft = soft - targets["entropy"].sum()
+                loss = loss + objective.soft_weight * (soft - result.soft_sum) / _count(targets)
+            sums |= {"soft": soft, "agreement": result.agreement}
+        if objective.layer_pairs:
             layers[-1] = states
             hidden = self._hidden_sum(layers, at, targets)
             sums["hidden"] = hidden.detach()
-            loss = loss + hidden * (self.objective.hidden_weight / _count(targets))
+            loss = loss + hidden * (objective.hidden_weight / _count(targets))
         if "entropy" in targets:
             sums["teacher_entropy"] = targets["entropy"].sum()
         return {"loss": loss, **sums}
@@ -157,6 +164,8 @@ class Attachment:
                 targets["target_logprobs"],
                 targets["target_log_tail"],
                 targets.get("log_partition_ratio"),
+                targets.get("target_counts"),
+                objective.target_kind,
             )
         common: dict[str, Any] = {
             "target": target,

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader
 
 from shared.errors import CacheMismatch, ConfigError, IncompleteCache
 from student_train.config import CompareConfig
-from student_train.run_folder import RunFolder
+from student_train.run_folder import RunFolder, kl_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def _student_line(path: Path, result: dict[str, Any]) -> Line:
         path.name,
         result["parameters"],
         numbers["loss"],
-        numbers.get("kl_bucketed"),
+        kl_of(numbers),
         numbers.get("agreement"),
         result["seconds"],
         weights,
@@ -119,8 +119,10 @@ def table(comparison: Comparison) -> str:
 
 def note(comparison: Comparison) -> str:
     """What the numbers are over."""
+    whole = comparison.targets == "dense" or comparison.targets.startswith("sample")
+    over = "all classes, from" if whole else "the cells of"
     return (
-        f"held-out loss in nats over {comparison.positions:,} positions; KL over the cells of "
+        f"held-out loss in nats over {comparison.positions:,} positions; KL over {over} "
         f"{comparison.targets}"
     )
 

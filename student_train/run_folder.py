@@ -150,6 +150,11 @@ class RunFolder:
         self.storage.put("result.json", json.dumps(numbers, indent=1).encode())
 
 
+def kl_of(numbers: Mapping[str, Any]) -> float | None:
+    """The KL to the teacher, whole or over the kept classes; None without targets."""
+    return numbers.get("kl", numbers.get("kl_bucketed"))
+
+
 def is_main_process() -> bool:
     """Rank 0 writes; before the process group exists the launcher's variable says who that is."""
     return os.environ.get("RANK", "0") == "0"

@@ -25,7 +25,6 @@ from student_train.collate import (
     Window,
     collate,
     columns_of,
-    fill,
     without_rows,
 )
 from student_train.order import Order, Step, split
@@ -201,14 +200,14 @@ class _Reader:
     def _read(self, window: Window, blocks: list[int]) -> None:
         spec, starts = self.spec, self.order.block_starts
         for number in blocks:
-            place = window.place(int(starts[number]), int(starts[number + 1] - starts[number]))
             block = self.cache.read_block(
                 number,
                 hidden_layers=spec.hidden_layers,
                 targets=spec.targets,
                 skip=_UNUSED,
             )
-            fill(place, columns_of(block, spec.temperature))
+            first, last = int(starts[number]), int(starts[number + 1])
+            window.fill(first, last - first, columns_of(block, spec.temperature))
 
     def _collate(self, plans: list[_Plan]) -> Iterator[MicroBatch]:
         packed = self.spec.packed

@@ -146,8 +146,11 @@ def check_cache(config: TrainConfig, cache: Cache) -> None:
             f"{cache.path}: holds hard labels only (--targets none). Train with --soft-weight 0 "
             "--hard-weight 1, or cache a teacher."
         )
+    if config.soft_weight and manifest.targets.kind == "sample":
+        _check_sample(config, cache)
     stored = (1.0, *manifest.targets.temperatures)
-    if config.soft_weight and config.temperature not in stored:
+    exact = manifest.targets.kind == "dense" or config.temperature in stored
+    if config.soft_weight and not exact:
         listed = ", ".join(f"{temperature:g}" for temperature in stored)
         raise CacheMismatch(
             f"--temperature {config.temperature:g}: {cache.path} is exact at {listed} only. Use "
@@ -162,6 +165,23 @@ def check_cache(config: TrainConfig, cache: Cache) -> None:
             )
     if cache.num_rows == 0:
         raise CacheMismatch(f"{cache.path}: its committed shards hold no row to train on")
+
+
+def _check_sample(config: TrainConfig, cache: Cache) -> None:
+    """A sample is unbiased for what is linear in the teacher's probabilities, and only for that."""
+    spec = config.loss_spec
+    for option, found, only in (
+        ("--soft-loss", spec.soft_loss, "forward-kl"),
+        ("--tail", spec.tail, "bucket"),
+        ("--temperature", spec.temperature, 1.0),
+    ):
+        if found != only:
+            raise CacheMismatch(
+                f"{option} {found}: {cache.path} holds a sample of each distribution, which is "
+                f"right on average for {option} {only} alone: a drawn class stands for many "
+                "others, so no other function of its probability means anything. Leave the option "
+                "out, or train on adaptive or topk targets."
+            )
 
 
 def add_adapters(student: Any, rank: int) -> Any:

@@ -28,7 +28,7 @@ from student_train.evaluate import evaluate
 from student_train.metrics_log import MetricsLog
 from student_train.objective import PROJECTIONS, Attachment, Objective, attach
 from student_train.order import Order, OrderSpec, accumulation_for
-from student_train.run_folder import RunFolder
+from student_train.run_folder import RunFolder, kl_of
 from student_train.stream import BatchStream, StreamSpec
 from student_train.student import add_adapters, build_student, check_cache, check_fit, load_config
 
@@ -85,6 +85,8 @@ class DistillTrainer(Trainer):
         assert self.validation is not None  # eval_strategy is "no" without one
         numbers = evaluate(self.model, self.validation, batch_tokens=_EVAL_TOKENS)
         logged = {f"eval_{k}": float(v) for k, v in numbers.items() if not isinstance(v, str)}
+        if (kl := kl_of(numbers)) is not None:
+            logged["eval_kl"] = kl
         self.log(dict(logged))
         if self.metrics is not None:
             self.metrics.write("eval", self.state.global_step, numbers)
@@ -177,6 +179,7 @@ def objective_for(config: TrainConfig, caches: CacheSet) -> Objective:
     return Objective(
         spec=config.loss_spec,
         num_classes=caches.manifest.targets.num_classes,
+        target_kind=caches.manifest.targets.kind,
         soft_weight=config.soft_weight,
         hard_weight=config.hard_weight,
         hidden_weight=config.hidden_weight,

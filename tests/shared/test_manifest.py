@@ -202,7 +202,7 @@ def test_a_field_of_another_type_is_named(tmp_path, path):
         (("targets", "temperatures"), ["2"]),
         (("targets", "temperatures"), [10**400]),
         (("targets", "kind"), "everything"),
-        (("targets", "kind"), "dense"),  # a kind of a later version
+        (("targets", "kind"), "adaptive"),  # without what calibration found
         (("targets", "value_bits"), 9),
         (("targets", "num_classes"), 0),
         (("tokenizer", "eos_token_id"), "0"),

@@ -11,7 +11,7 @@ import torch
 
 from shared.blocks import Block
 from shared.target import Target
-from student_train.collate import Window, fill
+from student_train.collate import Window
 from student_train.order import Order, OrderSpec, split
 from student_train.stream import BatchStream, StreamSpec, _Background
 
@@ -22,7 +22,7 @@ JOIN_SECONDS = 20
 class FakeCache:
     """What BatchStream uses of a cache. Every value says which row and which token it is from."""
 
-    def __init__(self, rows: int = 60, *, packed=False, labels=False, targets=True, seed=0):
+    def __init__(self, rows=60, *, packed=False, labels=False, targets=True, ragged=False, seed=0):
         generator = np.random.default_rng(seed)
         cuts = np.flatnonzero(generator.random(rows - 1) < 0.4) + 1
         self.block_rows = np.diff([0, *cuts.tolist(), rows])
@@ -35,7 +35,7 @@ class FakeCache:
         ]
         self.row_tokens = np.array([x.sum() for x in self.segments], np.int32)
         self.row_positions = np.array([len(x) for x in self.positions], np.int32)
-        self.packed, self.labels, self.targets = packed, labels, targets
+        self.packed, self.labels, self.targets, self.ragged = packed, labels, targets, ragged
         self.reads: list[int] = []
 
     def read_block(self, block, *, hidden_layers=(), targets=True, skip=()):
@@ -70,6 +70,13 @@ class FakeCache:
                 logprobs=-(code[:, None] + np.arange(K)).astype(np.float32),
                 log_tail=-code.astype(np.float32),
             )
+            if self.ragged:
+                counts = code % 5 + 1
+                ids = [c * 10 + np.arange(n) for c, n in zip(code, counts, strict=True)]
+                ids = np.concatenate([none, *ids]).astype(np.int32)
+                decoded.target = Target(
+                    ids, -ids.astype(np.float32), decoded.target.log_tail, counts
+                )
             decoded.entropy = 2 * code.astype(np.float32)
             decoded.log_partition_ratio = {2.0: 3 * code.astype(np.float32)}
         for layer in hidden_layers:
@@ -353,9 +360,24 @@ def test_a_block_goes_to_its_place_in_the_window():
     no_rows = {"row_ids": np.zeros(0, np.int64), "target_ids": np.zeros((0, K), np.int32)}
     window = Window(window_rows, lengths + 1, lengths, no_rows, {})
     columns = {"row_ids": np.array([8, 9]), "target_ids": np.full((7, K), 7, np.int32)}
-    fill(window.place(1, 2), columns)
+    window.fill(1, 2, columns)
     assert window.columns["row_ids"][1:].tolist() == [8, 9]
     assert (window.columns["target_ids"][2:] == 7).all()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_ragged_entries_stay_with_their_positions(threads):
+    """Windows of 4 blocks, so that entries of many blocks share an array that grows."""
+    batches = list(stream_of(FakeCache(rows=200, ragged=True), threads=threads))
+    assert sum(len(batch["labels"]) for batch in batches) > 500
+    for batch in batches:
+        codes = (-batch["target_log_tail"]).int()
+        assert torch.equal(batch["target_counts"], codes % 5 + 1)
+        ids = [c * 10 + i for c in codes.tolist() for i in range(c % 5 + 1)]
+        assert batch["target_ids"].tolist() == ids
+        assert batch["target_logprobs"].tolist() == [-i for i in ids]
+        tokens = batch["input_ids"].flatten()[batch["position_index"]]
+        assert torch.equal(tokens.int(), codes)
 
 
 class FailingCache(FakeCache):
