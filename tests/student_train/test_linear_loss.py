@@ -50,6 +50,7 @@ class Problem:
     soft_scale: float = 0.7
     hard_scale: float = 0.4
     with_entropy: bool = False
+    counts: list[int] | None = None  # entries of each position, where they differ
 
     def to(self, dtype: torch.dtype) -> "Problem":
         return replace(
@@ -66,6 +67,16 @@ class Problem:
         """Entries and tail by sorting; the tail summed over the classes that are in it."""
         probability, ids = self.teacher.sort(dim=1, descending=True)
         ratio = (self.teacher ** (1 / self.spec.temperature)).sum(dim=1).log()
+        if self.counts is not None:
+            rows = list(enumerate(self.counts))
+            return SoftTarget(
+                torch.cat([ids[n, :k].flip(0) for n, k in rows]).int(),
+                torch.cat([probability[n, :k].flip(0) for n, k in rows]).log(),
+                torch.stack([probability[n, k:].sum() for n, k in rows]).log(),
+                ratio,
+                torch.tensor(self.counts, dtype=torch.int32),
+                "adaptive",
+            )
         return SoftTarget(
             ids[:, : self.top_k].int(),
             probability[:, : self.top_k].log(),
@@ -109,7 +120,8 @@ class Problem:
         p = self.teacher[n] ** (1 / T)
         p = p / p.sum()
         order = self.teacher[n].argsort(descending=True).tolist()
-        kept, others = order[: self.top_k], order[self.top_k :]
+        k = self.top_k if self.counts is None else self.counts[n]
+        kept, others = order[:k], order[k:]
         p_tail, q_tail = p[others].sum(), q[others].sum()
         if T != 1 and others:
             p_tail = p_tail.clamp_min(1e-6)  # DESIGN: what a cache can know of a tempered tail
@@ -375,6 +387,66 @@ def test_repeated_ids_add_up():
         assert_same_gradients(gradients(actual, once), gradients(expected, once), 1e-11)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=name_of)
+@pytest.mark.parametrize("compute", ["chunked", "full"])
+def test_entries_may_differ_in_number(spec, compute):
+    """1 to C - 1 of them, so that chunks differ in their widest position."""
+    counts = [1, 3, 2, 5, 1, 1, C - 1, 4, 2, 7, 1]
+    problem = make_problem(spec=spec, counts=counts)
+    reference = problem.reference()
+    if compute == "chunked":
+        loss = problem.chunked().loss
+    else:
+        loss = logits_loss(
+            problem.logits(),
+            target=problem.target(),
+            labels_N=problem.labels,
+            spec=spec,
+            num_classes=C,
+            soft_scale=problem.soft_scale,
+            hard_scale=problem.hard_scale,
+        ).loss
+    torch.testing.assert_close(loss, reference, rtol=1e-11, atol=1e-12)
+    assert_same_gradients(gradients(loss, problem), gradients(reference, problem), 1e-11)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_a_sample_is_the_cross_entropy_to_its_weights(with_entropy):
+    """Against -sum w log softmax; the weights of a position need not sum to 1."""
+    problem = make_problem(with_entropy=with_entropy)
+    generator = torch.Generator().manual_seed(2)
+    weights_NC = torch.rand(N, C, generator=generator, dtype=torch.float64)
+    weights_NC *= torch.rand(N, C, generator=generator) < 0.3
+    weights_NC[:, 3] = 0.2  # no position without any
+    rows, ids = weights_NC.nonzero(as_tuple=True)
+    target = SoftTarget(
+        ids.int(),
+        weights_NC[rows, ids].log(),
+        torch.full((N,), -math.inf, dtype=torch.float64),
+        counts=torch.bincount(rows),
+        kind="sample",
+    )
+    log_q_NC = problem.logits()[:, :C].log_softmax(dim=1)
+    expected = -problem.soft_scale * (weights_NC * log_q_NC).sum()
+    expected += problem.hard_scale * F.nll_loss(log_q_NC, problem.labels, reduction="sum")
+    loss = problem.chunked(target=target).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-12)
+    assert_same_gradients(gradients(loss, problem), gradients(expected, problem), 1e-11)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.7, 2.5, 20.0])
+def test_a_dense_target_is_exact_at_any_temperature(temperature):
+    problem = make_problem(spec=LossSpec(temperature=temperature), top_k=C)
+    every_C = torch.arange(C).expand(N, C)
+    target = SoftTarget(
+        every_C, problem.teacher.log(), problem.teacher.new_full((N,), -math.inf), kind="dense"
+    )
+    reference = problem.reference()
+    loss = problem.chunked(target=target).loss
+    torch.testing.assert_close(loss, reference, rtol=1e-11, atol=1e-12)
+    assert_same_gradients(gradients(loss, problem), gradients(reference, problem), 1e-11)
+
+
 def test_empty_slots_do_not_matter_wherever_they_point():
     """A slot of probability 0 may hold any class id, an entry's or another's."""
     problem = make_problem()
@@ -392,7 +464,18 @@ def test_empty_slots_do_not_matter_wherever_they_point():
         assert_same_gradients(gradients(actual.loss, problem), expected_gradients, 1e-12)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=name_of)
+EXTREME_SPECS = [
+    *SPECS,
+    *(
+        replace(spec, temperature=temperature)
+        for spec in SPECS
+        if spec.temperature == 2
+        for temperature in (0.05, 0.3, 20.0)
+    ),
+]
+
+
+@pytest.mark.parametrize("spec", EXTREME_SPECS, ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extremes_stay_finite(spec, dtype):
     """PEERS: a finite loss with NaN gradients; 0 times -inf."""
