@@ -4,6 +4,7 @@ one."""
 import json
 import os
 import pickle
+import random
 import resource
 from pathlib import Path
 
@@ -167,6 +168,47 @@ def test_weights_in_several_files_are_all_looked_at(run):
     index.write_text(json.dumps({"weight_map": {"x": "../../model.safetensors"}}))
     with pytest.raises(CorruptCache, match="does not stay inside the folder"):
         check(checkpoint)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_bytes_changed_at_random_end_in_our_errors_only(run, file):
+    """Some changes no structure shows, those of a number for instance; none is a traceback."""
+    path = run / "checkpoint-4" / file
+    before, chance, found = path.read_bytes(), random.Random(7), 0
+    for _ in range(200):
+        data = bytearray(before)
+        for _ in range(chance.randrange(1, 4)):
+            data[chance.randrange(min(len(data), 2000))] = chance.randrange(256)
+        path.write_bytes(data)
+        try:
+            check(run / "checkpoint-4")
+        except TeacherCacheError:
+            found += 1
+    assert found > 20
+
+
+def test_checkpoints_of_adapters_and_of_early_stopping_are_whole(
+    train, teacher_dir, cache_dir, tmp_path
+):
+    """They hold other files, and name the best checkpoint so far; a damaged best one is named."""
+    train(student=str(teacher_dir), lora_rank=2, out=tmp_path / "adapters", **OPTIONS)
+    train(
+        out=tmp_path / "stopping",
+        eval_every=2,
+        early_stopping_patience=3,
+        validation_cache=cache_dir,
+        **OPTIONS,
+    )
+    for run in ("adapters", "stopping"):
+        made = list((tmp_path / run).glob("checkpoint-*"))
+        assert len(made) == 2
+        for checkpoint in made:
+            check(checkpoint)
+    best = json.loads((made[0] / "trainer_state.json").read_text())["best_model_checkpoint"]
+    weights_file = Path(best) / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-1])
+    with pytest.raises(CorruptRun, match=f"{Path(best).name}/model.safetensors: found no readable"):
+        check(made[0])
 
 
 def test_the_numbers_of_a_state_are_not_read(run):

@@ -353,6 +353,7 @@ def test_resume_ignores_shards_committed_since(train, tmp_path, cache_copy, cach
         ({"hidden_weight": 1.0, "hidden_map": ("5:0",)}, "holds hidden layers -1, 0, not 5"),
         ({"settings": ("learning_rate=1",)}, "use --learning-rate"),
         ({"settings": ("adam_bata2=0.9",)}, "did you mean adam_beta2"),
+        ({"settings": ("adam_beta2={",)}, r"--set adam_beta2=\{: '\{' is no YAML value: while"),
     ],
 )
 def test_what_the_cache_or_the_trainer_lacks_is_refused(train, options, message):
