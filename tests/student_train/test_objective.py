@@ -317,3 +317,44 @@ def test_adapters_on_the_trunk_get_the_gradient_of_the_dense_loss(cache_dir):
     for name, parameter in adapters.items():
         assert parameter.grad.any()
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def from_the_live_teacher(teacher: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with what the teacher says now, unrounded, at the ids that were kept."""
+    with torch.no_grad():
+        logits = teacher(batch["input_ids"], batch["attention_mask"]).logits.flatten(0, 1)
+    logp = logits[batch["position_index"]].log_softmax(-1)
+    ids = batch["target_ids"].long()
+    return batch | {
+        "target_logprobs": logp.gather(1, ids),
+        "target_log_tail": logp.scatter(1, ids, -torch.inf).logsumexp(1),
+    }
+
+
+def loss_curve(some: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Soft loss per position of one student after each batch, and where its head ends."""
+    torch.manual_seed(3)
+    student = AutoModelForCausalLM.from_config(llama_config())
+    attach(student, objective(hard_weight=0.0))
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    curve = []
+    for batch in some:
+        loss = student(**batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(loss.detach())
+    return torch.stack(curve), student.lm_head.weight.detach()
+
+
+def test_a_cached_teacher_trains_as_one_in_the_loop(teacher, cache_dir):
+    """The same loss curve within what the codec rounds: a KL of 1e-4 on average."""
+    some = batches(open_cache(cache_dir))[:20]
+    cached, cached_head = loss_curve(some)
+    live, live_head = loss_curve([from_the_live_teacher(teacher, batch) for batch in some])
+    assert not torch.equal(cached, live)
+    assert cached[-5:].mean() < cached[:5].mean() / 1.2
+    torch.testing.assert_close(cached[0], live[0], rtol=0, atol=1e-4)
+    # Steps add what their targets were rounded by.
+    torch.testing.assert_close(cached, live, rtol=0, atol=2e-3)
+    torch.testing.assert_close(cached_head, live_head, rtol=0, atol=2e-3)
