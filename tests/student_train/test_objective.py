@@ -226,7 +226,7 @@ def test_a_micro_batch_without_positions_has_no_loss_and_no_gradient(cache_dir):
     for count in (batch["num_positions"], torch.tensor(0)):
         found = gradients_of(student, [batch | {"num_positions": count}])
         output = student(**batch | {"num_positions": count})
-        assert {name: float(value) for name, value in output.items()} == dict.fromkeys(output, 0.0)
+        assert all(value.detach() == 0 for value in output.values())
         assert "soft" in output
         assert "hidden" in output
         assert any("projections" in name for name in found)
