@@ -16,6 +16,10 @@ class CorruptCache(TeacherCacheError):
     """Bytes of a cache are not what was written; names the file, and block and column if known."""
 
 
+class CorruptRun(TeacherCacheError):
+    """A file of a student's run folder is not what a run wrote; names it and how to go on."""
+
+
 class DiskFull(TeacherCacheError):
     """No space left; names the folder and how much is missing."""
 

@@ -244,14 +244,20 @@ def _short(value: Any) -> str:
     return repr(str(value)[:80])
 
 
-def parse_json(data: bytes, where: str) -> Any:
+def parse_json(
+    data: bytes,
+    where: str,
+    *,
+    max_values: int = _MAX_JSON_VALUES,
+    max_containers: int = _MAX_JSON_CONTAINERS,
+) -> Any:
     """Parsed JSON; anything else, or far more values or nesting than we write, is an error."""
     containers = data.count(b"[") + data.count(b"{")
     values = containers + data.count(b",")
-    if containers > _MAX_JSON_CONTAINERS or values > _MAX_JSON_VALUES:
+    if containers > max_containers or values > max_values:
         raise CorruptCache(
             f"{where}: {values:,} values in {containers:,} lists and objects, expected at most "
-            f"{_MAX_JSON_VALUES:,} in {_MAX_JSON_CONTAINERS}. Restore it from a copy."
+            f"{max_values:,} in {max_containers}. Restore it from a copy."
         )
     try:
         return json.loads(data)

@@ -15,6 +15,8 @@ from student_train.config import TrainConfig
 _MICRO_BATCH_TOKENS_CPU = 4096  # larger ones leave the CPU's cache and are no faster
 _MICRO_BATCH_TOKENS_CUDA = 16384
 
+_TRUE = ("1", "true", "yes", "on", "y", "t")  # as accelerate reads its environment
+
 # Fields that an option of ours decides, or that would break what we promise.
 _OWNED = {
     "output_dir": "--out",
@@ -105,8 +107,19 @@ def refuse_what_breaks(config: TrainConfig) -> None:
             "--nproc-per-node N -m student_train.cli run ..., or choose one GPU with "
             "CUDA_VISIBLE_DEVICES=0."
         )
-    if "fsdp" in _settings(config) and not torch.cuda.is_available():
-        raise Refused("--set fsdp: on a CPU the Trainer silently trains with DDP instead")
+    if not _uses_cuda(config) and _wants_fsdp(config):
+        raise Refused(
+            "FSDP is asked for (--set fsdp, --set fsdp_config or ACCELERATE_USE_FSDP), but this "
+            "run trains on the CPU, where the Trainer silently uses DDP instead. Take it away, "
+            "train on GPUs, or call fully_shard in a script of your own after "
+            "student_train.attach."
+        )
+
+
+def _wants_fsdp(config: TrainConfig) -> bool:
+    settings = _settings(config)
+    by_environment = os.environ.get("ACCELERATE_USE_FSDP", "false").lower()
+    return bool(settings.get("fsdp") or settings.get("fsdp_config")) or by_environment in _TRUE
 
 
 def _uses_cuda(config: TrainConfig) -> bool:
@@ -133,5 +146,9 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(f"--set {key}: TrainingArguments has no such field{hint}")
-        settings[key] = yaml.safe_load(text)
+        try:
+            settings[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            problem = " ".join(str(error).split())
+            raise ConfigError(f"--set {pair}: {text!r} is no YAML value: {problem}") from None
     return settings

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 
+from shared.errors import Refused
 from shared.target import TargetKind
 from student_train.linear_loss import LinearLossOutput, linear_loss, logits_loss
 from student_train.loss_spec import HiddenLoss, LossSpec
@@ -68,6 +70,7 @@ class Attachment:
     """The hooks on one student; `detach` takes them off again."""
 
     def __init__(self, student: Any, objective: Objective) -> None:
+        _refuse_shards(student)
         self.student, self.objective = student, objective
         self.head_module: Any = student.get_output_embeddings()
         self.head = probe_head(student, self.head_module, objective.num_classes)
@@ -178,7 +181,8 @@ class Attachment:
         }
         if not self.head.linear:
             return logits_loss(output.logits.flatten(0, 1).index_select(0, at), **common)
-        weight, bias = self.head_module.weight, getattr(self.head_module, "bias", None)
+        bias = getattr(self.head_module, "bias", None)
+        weight, bias = _whole(self.head_module.weight), None if bias is None else _whole(bias)
         scale, softcap = self.head.scale, self.head.softcap
         return linear_loss(states_ND, weight, bias, logit_scale=scale, softcap=softcap, **common)
 
@@ -203,6 +207,7 @@ def attach(student: nn.Module, objective: Objective) -> Attachment:
 
     Called with such a batch it returns a dict: `loss`, and detached sums over positions (`soft`,
     `hard`, `agreement`, `student_entropy`, ...). Any other call gives the model's usual output.
+    Wrap the student in DDP, or shard it with `fully_shard` (FSDP2), after this and not before.
     """
     return Attachment(student, objective)
 
@@ -238,6 +243,32 @@ def probe_head(student: nn.Module, head: nn.Module | None, num_classes: int) -> 
         if torch.allclose(logits, own, rtol=0, atol=tolerance):
             return Head(linear=True, scale=scale, softcap=softcap)
     return _fall_back("its logits are no scaled linear function of the states in front of the head")
+
+
+def _refuse_shards(student: nn.Module) -> None:
+    for name, parameter in student.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise Refused(
+                f"attach: {name} of this student is sharded (fully_shard, FSDP2) already, and "
+                "what the loss adds to the student would be left out. Call attach on the whole "
+                "student first, then fully_shard."
+            )
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter as one tensor, also where FSDP2 keeps a shard of it on each rank.
+
+    The loss runs after the head's own forward, when a head that was sharded as a group of its own
+    is in shards again. Its gradient does not pass through the hooks of FSDP2, so it is averaged
+    over the ranks here, as those do it.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    whole: Tensor = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
 
 
 def _is_adapted(head: nn.Module) -> bool:

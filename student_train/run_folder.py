@@ -3,7 +3,7 @@
 OUT/run.yaml        the resolved config; a valid --config
 OUT/snapshot.json   cache ids and the hash of every shard this run was started on
 OUT/metrics.jsonl   one line per step, evaluation and speed reading
-OUT/checkpoint-N/   state to go on from, complete when it holds trainer_state.json
+OUT/checkpoint-N/   state to go on from; `checkpoints.py` says when it is whole
 OUT/result.json     numbers of the finished run; beside it the model itself
 """
 
@@ -14,14 +14,22 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from shared.errors import CacheMismatch, CorruptCache
+from shared.errors import CacheMismatch, CorruptCache, CorruptRun
 from shared.manifest import differences
 from shared.options import resolved, write_resolved
 from shared.storage import Storage
 from student_train.cache_set import CacheSet, open_caches
 from student_train.config import TrainConfig
+from student_train.run_files import (
+    CONFIG,
+    METRICS,
+    RESULT,
+    SNAPSHOT,
+    read_metrics,
+    read_options,
+    read_result,
+    read_snapshot,
+)
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +70,13 @@ class RunFolder:
 
         Writes nothing, so that a run which is refused leaves nothing behind.
         """
-        if not self.storage.exists("snapshot.json"):
+        if not self.storage.exists(SNAPSHOT):
             self._check_free()
             return open_caches(config.cache, allow_partial=config.allow_partial)
         self._check_same(config)
-        snapshot = json.loads(self.storage.read("snapshot.json"))["caches"]
+        snapshot = read_snapshot(self.storage)
         caches = open_caches(config.cache, allow_partial=True)
-        before = [each["cache_id"] for each in snapshot]
+        before = [each.cache_id for each in snapshot]
         if caches.cache_ids != before:
             raise CacheMismatch(
                 f"{self.path}: this run was started on cache {_short(before)}, but now named is "
@@ -76,7 +84,7 @@ class RunFolder:
                 "another --out."
             )
         pairs = zip(caches.caches, snapshot, strict=True)
-        return CacheSet([cache.restrict(each["shards"]) for cache, each in pairs])
+        return CacheSet([cache.restrict(each.shards) for cache, each in pairs])
 
     def _check_free(self) -> None:
         if is_main_process() and self.path.is_dir() and any(self.path.iterdir()):
@@ -87,16 +95,15 @@ class RunFolder:
 
     def start(self, config: TrainConfig, caches: CacheSet) -> None:
         """Writes config and snapshot at the first start; a later one changes nothing."""
-        if self.storage.exists("snapshot.json") or not is_main_process():
+        if self.storage.exists(SNAPSHOT) or not is_main_process():
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        write_resolved(config, self.path / "run.yaml")
+        write_resolved(config, self.path / CONFIG)
         snapshot = {"caches": caches.snapshot()}
-        self.storage.put("snapshot.json", json.dumps(snapshot, indent=1).encode())
+        self.storage.put(SNAPSHOT, json.dumps(snapshot, indent=1).encode())
 
     def _check_same(self, config: TrainConfig) -> None:
-        before = yaml.safe_load(self.storage.read("run.yaml")) or {}
-        now = resolved(config)
+        before, now = read_options(self.storage), resolved(config)
         found, asked = (
             {key: value for key, value in options.items() if key not in FREE_TO_CHANGE}
             for options in (before, now)
@@ -110,44 +117,47 @@ class RunFolder:
 
     def result(self, max_steps: int) -> dict[str, Any] | None:
         """The numbers of the run if it is finished, for at least that many steps."""
-        if not self.storage.exists("result.json"):
+        if not self.storage.exists(RESULT):
             return None
-        result = json.loads(self.storage.read("result.json"))
+        result = read_result(self.storage)
         return result if result["max_steps"] >= max_steps else None
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint; one cut short is passed over with a warning."""
-        found = [path for path in self.path.glob("checkpoint-*") if path.name[11:].isdigit()]
+        """The newest whole checkpoint; a damaged one is passed over with a warning."""
+        from student_train import checkpoints  # imports transformers, which `compare` never needs
+
+        found = [path for path in self.path.glob("checkpoint-*") if path.name[11:].isdecimal()]
         for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
-            if _complete(path):
+            try:
+                checkpoints.check(path)
+            except (CorruptRun, CorruptCache) as error:
+                log.warning(
+                    "%s: incomplete or damaged, going back to the one before. %s", path, error
+                )
+            else:
                 return path
-            log.warning("%s: incomplete or damaged, going back to the one before", path)
+        if found:
+            log.warning(
+                "%s: none of its checkpoints can be used, so the run starts again at step 0",
+                self.path,
+            )
         return None
 
     def trim_metrics(self, step: int) -> None:
         """Drops lines of steps after `step`, which will be trained again."""
         kept = [line for line in self.metrics() if line["step"] <= step]
-        self.storage.put(
-            "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in kept).encode()
-        )
+        self.storage.put(METRICS, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line cut short by a crash is left out."""
-        path = self.path / "metrics.jsonl"
-        if not path.is_file():
-            return
-        for line in path.read_text().splitlines():
-            try:
-                yield json.loads(line)
-            except ValueError:
-                log.warning("%s: a broken line is left out", path)
+        return read_metrics(self.path / METRICS)
 
     def seconds(self) -> float:
         """Seconds of training that the log accounts for so far."""
         return sum(line["seconds"] for line in self.metrics() if line["kind"] == "speed")
 
     def save_result(self, numbers: Mapping[str, Any]) -> None:
-        self.storage.put("result.json", json.dumps(numbers, indent=1).encode())
+        self.storage.put(RESULT, json.dumps(numbers, indent=1).encode())
 
 
 def kl_of(numbers: Mapping[str, Any]) -> float | None:
@@ -162,17 +172,3 @@ def is_main_process() -> bool:
 
 def _short(cache_ids: list[str]) -> str:
     return ", ".join(cache_id[:12] for cache_id in cache_ids)
-
-
-def _complete(checkpoint: Path) -> bool:
-    """trainer_state.json is written last; the weights must at least have a readable header."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        for weights in checkpoint.glob("*.safetensors"):
-            with safe_open(weights, framework="pt"):
-                pass
-    except (OSError, ValueError, SafetensorError, CorruptCache):
-        return False
-    return True

@@ -28,7 +28,7 @@ from student_train.evaluate import evaluate
 from student_train.metrics_log import MetricsLog
 from student_train.objective import PROJECTIONS, Attachment, Objective, attach
 from student_train.order import Order, OrderSpec, accumulation_for
-from student_train.run_folder import RunFolder, kl_of
+from student_train.run_folder import RunFolder, is_main_process, kl_of
 from student_train.stream import BatchStream, StreamSpec
 from student_train.student import add_adapters, build_student, check_cache, check_fit, load_config
 
@@ -141,8 +141,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
     student, attachment = _student(config, caches)
     folder.start(config, caches)
     stop = StopOnSignal()
-    trainer = _trainer(config, folder, student, caches, order, max_steps, validation, stop)
     checkpoint = folder.last_checkpoint()
+    done = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    if is_main_process():
+        folder.trim_metrics(done)
+    trainer = _trainer(config, folder, student, caches, order, max_steps, validation, stop)
     if checkpoint is not None:
         log.info("%s: going on from %s", config.out, checkpoint.name)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -212,10 +215,6 @@ def _trainer(
         temperature=config.temperature,
         hidden_layers=tuple(sorted({layer for layer, _ in config.layer_pairs})),
     )
-    checkpoint = folder.last_checkpoint()
-    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-    if arguments.should_save:
-        folder.trim_metrics(step)
     callbacks: list[Any] = [stop]
     if arguments.should_save:
         callbacks.append(ProgressLine(max_steps))

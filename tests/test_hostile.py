@@ -956,9 +956,6 @@ def test_resuming_from_a_tampered_checkpoint_runs_no_code(stopped, tmp_path, fil
         torch.save({"state": Touch(marker)}, checkpoint / file)
     if file == "pytorch_model.bin":
         (checkpoint / "model.safetensors").unlink()
-    if file in ("training_args.bin", "adapter_model.bin"):  # read by nobody
-        go_on(out, 3)
-    else:
-        with pytest.raises((TeacherCacheError, pickle.UnpicklingError)):
-            go_on(out, 3)
+    go_on(out, 3)  # without this checkpoint, or without this file that nobody reads
+    assert json.loads((out / "result.json").read_text())["steps"] == 3
     assert not marker.exists()

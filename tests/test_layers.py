@@ -76,6 +76,11 @@ def imports(nodes: Iterator[ast.AST]) -> set[str]:
     return names
 
 
+def imports_only_an_error(node: ast.AST) -> bool:
+    """`torch.load` raises it, and to catch it nothing else of the module is needed."""
+    return ast.unparse(node) == "from pickle import UnpicklingError"
+
+
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
     for node in all_nodes(path):
         if isinstance(node, ast.Call):
@@ -136,7 +141,8 @@ def test_every_module_says_what_it_is_for(path):
 
 @each_source(SOURCES + BENCHMARKS)
 def test_nothing_that_runs_code_from_a_file_is_imported(path):
-    assert not {name.split(".")[0] for name in imports(all_nodes(path))} & UNSAFE_MODULES
+    nodes = (node for node in all_nodes(path) if not imports_only_an_error(node))
+    assert not {name.split(".")[0] for name in imports(nodes)} & UNSAFE_MODULES
     assert not imports(all_nodes(path)) & {f"yaml.{name}" for name in UNSAFE_YAML}
 
 

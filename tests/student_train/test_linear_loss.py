@@ -5,6 +5,8 @@ Shapes: N positions, V logit width, C classes, K entries, D hidden.
 
 import itertools
 import math
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -588,6 +590,37 @@ def test_no_tensor_is_as_large_as_positions_times_classes(temperature):
     largest = max(math.prod(shape) for shape in seen.sizes)
     assert largest <= max(rows * D, chunk_rows * width, width * D, rows * (K + 1))
     assert largest < rows * C
+
+
+_MEMORY = """
+import resource, torch
+from student_train.linear_loss import linear_loss
+from student_train.loss_spec import LossSpec
+from student_train.losses import SoftTarget
+torch.set_num_threads(1)
+V, D, K = 32000, 16, 4
+weight = torch.randn(V, D, requires_grad=True)
+def peak(N):
+    logprobs = torch.full((N, K), -2.0)
+    target = SoftTarget(torch.arange(K).expand(N, K), logprobs, torch.full((N,), -0.8))
+    hidden = torch.randn(N, D, requires_grad=True)
+    linear_loss(hidden, weight, None, target=target, labels_N=torch.arange(N), spec=LossSpec(),
+        num_classes=V, with_entropy=True).loss.backward()
+    assert hidden.grad.any()
+    weight.grad = None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+print(peak(1024), peak(4096))
+"""
+
+
+def test_four_times_the_positions_take_no_logits_more():
+    """Peak memory from outside: more of [N, D], while [N, V] would grow by 393 MB."""
+    done = subprocess.run(
+        [sys.executable, "-c", _MEMORY], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    few, many = map(int, done.stdout.split())
+    assert many - few < 3072 * 32000 * 4 / 20
 
 
 def test_a_frozen_head_costs_no_weight_gradient():

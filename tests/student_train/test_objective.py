@@ -197,3 +197,164 @@ def test_an_odd_head_falls_back_to_full_logits(cache_dir, caplog):
     assert "full logits are computed" in caplog.text
     output = student(**batch)
     torch.testing.assert_close(output["hard"], hard.sum().detach(), rtol=1e-5, atol=0)
+
+
+def gradients_of(student: Any, some: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Of the summed losses of micro-batches."""
+    student.zero_grad()
+    for batch in some:
+        student(**batch)["loss"].backward()
+    return {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+
+
+def with_hidden(cache: Cache) -> Objective:
+    """An objective with every kind of term."""
+    return objective(
+        hidden_weight=0.25, layer_pairs=((-1, -1),), deviations={-1: cache.channel_deviation(-1)}
+    )
+
+
+def test_a_micro_batch_without_positions_has_no_loss_and_no_gradient(cache_dir):
+    """That of a rank for which a step has no row left; also where no rank has a position."""
+    cache = open_cache(cache_dir)
+    torch.manual_seed(3)
+    student = AutoModelForCausalLM.from_config(llama_config(hidden_size=16))
+    attach(student, with_hidden(cache))
+    batch = batches(cache, batch_tokens=1, world_size=2, rank=1, hidden_layers=(-1,))[0]
+    assert len(batch["position_index"]) == 0
+    assert batch["num_positions"] > 0
+    for count in (batch["num_positions"], torch.tensor(0)):
+        found = gradients_of(student, [batch | {"num_positions": count}])
+        output = student(**batch | {"num_positions": count})
+        assert all(value.detach() == 0 for value in output.values())
+        assert "soft" in output
+        assert "hidden" in output
+        assert any("projections" in name for name in found)
+        assert not any(gradient.any() for gradient in found.values())
+        assert all(gradient.isfinite().all() for gradient in found.values())
+
+
+def test_a_row_without_positions_carries_no_loss(cache_dir):
+    """The gradient is that of the other rows alone."""
+    cache = open_cache(cache_dir)
+    torch.manual_seed(3)
+    student = AutoModelForCausalLM.from_config(llama_config()).eval()
+    attach(student, objective())
+    batch = batches(cache, batch_tokens=400)[0]
+    rows, width = batch["input_ids"].shape
+    assert rows > 1
+    others = batch["position_index"] >= width  # all but those of the first row
+    by_position = {"labels", "position_index", "entropy", *(k for k in batch if "target" in k)}
+    silent = {k: v[others] if k in by_position else v for k, v in batch.items()}
+    assert 0 < len(silent["labels"]) < len(batch["labels"])
+    alone = {
+        k: v[1:] if k in ("input_ids", "attention_mask", "row_ids") else v
+        for k, v in silent.items()
+    }
+    alone["position_index"] = silent["position_index"] - width
+    found, expected = gradients_of(student, [silent]), gradients_of(student, [alone])
+    for name, gradient in expected.items():
+        assert gradient.any()
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_a_step_cut_into_micro_batches_has_the_same_gradient(cache_dir, accumulation, world_size):
+    """Of unequal counts of positions; each divides by the count of the whole step."""
+    cache = open_cache(cache_dir)
+    torch.manual_seed(3)
+    student = AutoModelForCausalLM.from_config(llama_config(hidden_size=16))
+    attach(student, with_hidden(cache))
+    whole = batches(cache, hidden_layers=(-1,))[:1]
+    parts = [
+        batch
+        for rank in range(world_size)
+        for batch in batches(
+            cache,
+            accumulation=accumulation,
+            world_size=world_size,
+            rank=rank,
+            hidden_layers=(-1,),
+        )[:accumulation]
+    ]
+    counts = [len(batch["labels"]) for batch in parts]
+    assert sum(counts) == len(whole[0]["labels"])
+    assert len(set(counts)) > 1
+    found, expected = gradients_of(student, parts), gradients_of(student, whole)
+    for name, gradient in expected.items():
+        # Sums of float32 in another order.
+        largest = float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * largest)
+
+
+def test_adapters_on_the_trunk_get_the_gradient_of_the_dense_loss(cache_dir):
+    """And the frozen head and trunk get none."""
+    from student_train.student import add_adapters
+
+    cache = open_cache(cache_dir)
+    torch.manual_seed(3)
+    student = add_adapters(AutoModelForCausalLM.from_config(llama_config()), 2)
+    adapters = {n: p for n, p in student.named_parameters() if "lora_" in n}
+    for parameter in adapters.values():
+        torch.nn.init.normal_(parameter, std=0.1)  # the second factor starts at 0
+    batch = batches(cache, batch_tokens=300)[0]
+    attachment = attach(student, objective(soft_weight=0.0, hard_weight=1.0))
+    assert attachment.head.linear
+    output = student(**batch)
+    output["loss"].backward()
+    found = {name: parameter.grad.clone() for name, parameter in adapters.items()}
+    frozen = [p for n, p in student.named_parameters() if n not in adapters]
+    assert frozen
+    assert all(parameter.grad is None for parameter in frozen)
+    attachment.detach()
+    student.zero_grad()
+    logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logp = logits.flatten(0, 1)[batch["position_index"]].log_softmax(-1)
+    dense = -logp.gather(1, batch["labels"][:, None]).sum() / int(batch["num_positions"])
+    dense.backward()
+    torch.testing.assert_close(output["loss"].detach(), dense.detach(), rtol=1e-5, atol=0)
+    for name, parameter in adapters.items():
+        assert parameter.grad.any()
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def from_the_live_teacher(teacher: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with what the teacher says now, unrounded, at the ids that were kept."""
+    with torch.no_grad():
+        logits = teacher(batch["input_ids"], batch["attention_mask"]).logits.flatten(0, 1)
+    logp = logits[batch["position_index"]].log_softmax(-1)
+    ids = batch["target_ids"].long()
+    return batch | {
+        "target_logprobs": logp.gather(1, ids),
+        "target_log_tail": logp.scatter(1, ids, -torch.inf).logsumexp(1),
+    }
+
+
+def loss_curve(some: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Soft loss per position of one student after each batch, and where its head ends."""
+    torch.manual_seed(3)
+    student = AutoModelForCausalLM.from_config(llama_config())
+    attach(student, objective(hard_weight=0.0))
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    curve = []
+    for batch in some:
+        loss = student(**batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(loss.detach())
+    return torch.stack(curve), student.lm_head.weight.detach()
+
+
+def test_a_cached_teacher_trains_as_one_in_the_loop(teacher, cache_dir):
+    """The same loss curve within what the codec rounds: a KL of 1e-4 on average."""
+    some = batches(open_cache(cache_dir))[:20]
+    cached, cached_head = loss_curve(some)
+    live, live_head = loss_curve([from_the_live_teacher(teacher, batch) for batch in some])
+    assert not torch.equal(cached, live)
+    assert cached[-5:].mean() < cached[:5].mean() / 1.2
+    torch.testing.assert_close(cached[0], live[0], rtol=0, atol=1e-4)
+    # Steps add what their targets were rounded by.
+    torch.testing.assert_close(cached, live, rtol=0, atol=2e-3)
+    torch.testing.assert_close(cached_head, live_head, rtol=0, atol=2e-3)

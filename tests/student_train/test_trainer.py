@@ -6,16 +6,20 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
-from shared.errors import CacheMismatch, ConfigError, CorruptCache, Stopped
+from shared.cache import Cache, open_cache
+from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCache, Stopped
 from student_train.callbacks import StopOnSignal
+from student_train.order import Order, OrderSpec
 from student_train.trainer import DistillTrainer
 
 
@@ -128,6 +132,90 @@ def test_two_processes_equal_one(train, tmp_path, cache_dir):
         assert float.fromhex(two) == pytest.approx(float.fromhex(one), rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_ranks_and_other_micro_batches(train, tmp_path, cache_dir):
+    """One rank, two, one again, in micro-batches of three sizes: only rounding differs."""
+    student = _without_dropout(tmp_path)
+    common = {"student": student, "max_steps": 9, "save_every": 3, "keep_checkpoints": 3}
+    train(out=tmp_path / "whole", **common)
+    out = tmp_path / "run"
+    train(out=out, micro_batch_tokens=500, **common)
+    options = {
+        "student": student,
+        "cache": cache_dir,
+        "out": out,
+        "max-steps": 9,
+        "save-every": 3,
+        "keep-checkpoints": 3,
+        "batch-tokens": 1000,
+        "learning-rate": 3e-3,
+        "log-every": 2,
+        "device": "cpu",
+    }
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    for ranks, size, last in ((2, "250", 3), (1, "125", 6)):
+        (out / "result.json").unlink()
+        for checkpoint in out.glob("checkpoint-*"):
+            if int(checkpoint.name.rpartition("-")[2]) > last:
+                shutil.rmtree(checkpoint)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        command += ["-m", "student_train.cli", "run", *flags, "--micro-batch-tokens", size]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"going on from checkpoint-{last}" in done.stderr
+        for (_, one), (_, other) in zip(losses(tmp_path / "whole"), losses(out), strict=True):
+            assert float.fromhex(other) == pytest.approx(float.fromhex(one), rel=1e-5)
+        torch.testing.assert_close(weights(out), weights(tmp_path / "whole"), rtol=1e-3, atol=3e-6)
+
+
+def test_a_resumed_run_reads_only_the_blocks_it_still_trains_on(train, cache_dir, monkeypatch):
+    reads: list[int] = []
+    original = Cache.read_block
+
+    def read_block(self: Cache, block: int, **options: Any) -> Any:
+        reads.append(block)
+        return original(self, block, **options)
+
+    options = {"batch_tokens": 500, "save_every": 4, "scheduler": "constant", "warmup_ratio": 0.0}
+    train(max_steps=4, **options)
+    monkeypatch.setattr(Cache, "read_block", read_block)
+    train(max_steps=6, **options)
+    cache = open_cache(cache_dir)
+    order = Order(cache.block_rows, cache.row_tokens, OrderSpec(batch_tokens=500))
+    rows = np.concatenate([step.rows for step in islice(order.steps(4), 2)])
+    needed = np.unique(np.searchsorted(order.block_starts, rows, side="right") - 1)
+    assert sorted(reads) == needed.tolist()
+    assert len(needed) < cache.num_blocks
+
+
+def test_one_batch_can_be_learnt_by_heart(train, cache_dir, capture, tmp_path):
+    """The signal is alive: the KL to the teacher falls to a tenth."""
+    from tests.conftest import llama_config
+
+    llama_config(hidden_size=64).save_pretrained(tmp_path / "wide")
+    few = capture(limit_documents=6)
+    train(
+        student=str(tmp_path / "wide"),
+        cache=(few,),
+        validation_cache=few,
+        max_steps=60,
+        eval_every=60,
+        batch_tokens=5000,
+        learning_rate=1e-2,
+        hard_weight=0.0,
+        out=tmp_path / "run",
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    soft = [line["soft"] for line in lines if line["kind"] == "train"]
+    assert soft[-1] < soft[0] / 10
+    assert next(line["kl_bucketed"] for line in lines if line["kind"] == "eval") < soft[0] / 10
+
+
+def test_all_weights_zero_are_refused(train):
+    with pytest.raises(ConfigError, match="are all 0: nothing to learn from"):
+        train(soft_weight=0.0, hard_weight=0.0)
+
+
 def test_the_student_learns_what_the_teacher_says(train, cache_dir):
     result = train(
         max_steps=60,
@@ -147,7 +235,6 @@ def train_out(result: dict[str, Any]) -> Path:
 
 
 def test_adapters_are_saved_and_reload(train, tmp_path, cache_dir, teacher_dir):
-    from shared.cache import open_cache
     from student_train.evaluate import evaluate
     from student_train.student import build_student
 
@@ -238,6 +325,14 @@ def test_a_shard_gone_since_the_start_is_named(train, tmp_path, cache_copy, monk
         train(cache=(cache_copy,))
 
 
+def test_an_incomplete_cache_is_refused_unless_allowed(train, tmp_path, cache_copy):
+    (cache_copy / "commits" / "00001.json").unlink()
+    with pytest.raises(IncompleteCache, match=r"shard 1 is the first missing one.*--allow-partial"):
+        train(cache=(cache_copy,))
+    assert not (tmp_path / "run").exists()
+    train(cache=(cache_copy,), allow_partial=True)
+
+
 def test_resume_ignores_shards_committed_since(train, tmp_path, cache_copy, cache_dir, monkeypatch):
     hidden = cache_copy / "commits" / "00002.json"
     text = hidden.read_bytes()
@@ -258,6 +353,7 @@ def test_resume_ignores_shards_committed_since(train, tmp_path, cache_copy, cach
         ({"hidden_weight": 1.0, "hidden_map": ("5:0",)}, "holds hidden layers -1, 0, not 5"),
         ({"settings": ("learning_rate=1",)}, "use --learning-rate"),
         ({"settings": ("adam_bata2=0.9",)}, "did you mean adam_beta2"),
+        ({"settings": ("adam_beta2={",)}, r"--set adam_beta2=\{: '\{' is no YAML value: while"),
     ],
 )
 def test_what_the_cache_or_the_trainer_lacks_is_refused(train, options, message):

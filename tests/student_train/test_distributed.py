@@ -1,0 +1,79 @@
+"""A student over two processes against one process with the joined batch: DDP and FSDP2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.cache import open_cache
+from shared.errors import Refused
+from student_train.arguments import refuse_what_breaks
+from student_train.config import TrainConfig
+from tests.student_train.two_ranks import CASES, first_batch, step, student_of
+
+
+@pytest.fixture(scope="module")
+def ranks(cache_dir, tmp_path_factory):
+    """The folder of what two ranks computed."""
+    out = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "tests.student_train.two_ranks", str(cache_dir), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize(("case", "tied"), CASES.items())
+def test_two_ranks_compute_what_one_does(ranks, cache_dir, case, tied):
+    cache = open_cache(cache_dir)
+    alone = step(
+        student_of(cache, tied=tied), first_batch(cache, rank=0, world_size=1), world_size=1
+    )
+    found = [torch.load(ranks / f"{case}-{rank}.pt", weights_only=True) for rank in range(2)]
+    assert sum(each["positions"] for each in found) == alone["positions"]
+    assert found[0]["positions"] != found[1]["positions"]
+    torch.testing.assert_close(sum(each["loss"] for each in found), alone["loss"])
+    assert any("projections" in name for name in alone["gradients"])
+    for what in ("gradients", "weights"):
+        assert found[0][what].keys() == alone[what].keys()
+        for name, expected in alone[what].items():
+            assert torch.equal(found[0][what][name], found[1][what][name]), name
+            largest = float(expected.abs().max())
+            assert largest > 0
+            # Sums of float32 in another order.
+            torch.testing.assert_close(found[0][what][name], expected, rtol=0, atol=1e-5 * largest)
+
+
+def test_a_student_that_is_sharded_already_is_refused(ranks):
+    for rank in range(2):
+        said = (ranks / f"refused-{rank}.txt").read_text()
+        assert "is sharded (fully_shard, FSDP2) already" in said
+        assert "Call attach on the whole student first, then fully_shard." in said
+
+
+def config(**options):
+    return TrainConfig(student="s", cache=(Path("c"),), out=Path("o"), device="cpu", **options)
+
+
+@pytest.mark.parametrize(
+    "settings", [("fsdp=full_shard",), ("fsdp=true",), ("fsdp_config={version: 2}",)]
+)
+def test_fsdp_of_the_trainer_is_refused_on_a_cpu(settings, monkeypatch):
+    """Even where there is a GPU that this run does not use."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(Refused) as error:
+        refuse_what_breaks(config(settings=settings))
+    assert "this run trains on the CPU, where the Trainer silently uses DDP instead" in (
+        str(error.value)
+    )
+    assert "call fully_shard in a script of your own" in str(error.value)
+
+
+def test_fsdp_asked_for_by_the_environment_is_refused_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "True")
+    with pytest.raises(Refused, match="ACCELERATE_USE_FSDP"):
+        refuse_what_breaks(config())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    refuse_what_breaks(config(settings=("fsdp=false",)))
