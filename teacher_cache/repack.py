@@ -2,29 +2,31 @@
 
 Fewer entries, fewer bits, fewer hidden layers, a slice of the documents; shard i of the new cache
 holds what is kept of shard i of the old one, so it resumes and shares work as a capture does. What
-was dropped from a target joins its tail; the values that stay are rounded once more. The manifest
+stays is copied bit by bit. Only where entries or bits are fewer are targets decoded and encoded
+again: what was dropped joins the tail, and the values that stay are rounded once more. The manifest
 says which cache it came from.
 
-P positions, K entries.
+R rows, P positions, K entries.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from shared import codec
 from shared import manifest as manifests
-from shared.blocks import Block
+from shared.blocks import from_planes
 from shared.cache import Cache, class_ranks, open_cache
-from shared.codec import Target, TargetSpec
+from shared.codec import ClassRanks, Target, TargetSpec
 from shared.errors import CacheMismatch, ConfigError
 from shared.manifest import HiddenSpec, Manifest, differences
 from shared.progress import Progress
-from shared.schema import ROW_CHUNK_BITS
-from shared.shards import ShardWriter, commit_name, encode_block
+from shared.schema import ROW_CHUNK_BITS, Per, Plane, layout
+from shared.shards import ShardWriter, commit_name, compress_planes
 from shared.storage import Storage
 from teacher_cache.config import RepackConfig
 from teacher_cache.statistics import block_sums
@@ -44,10 +46,11 @@ def repack(config: RepackConfig) -> None:
             if not storage.exists(commit_name(commit.shard)):
                 statistics: Counter[str] = Counter()
                 with ShardWriter(storage, manifest, cache_id, commit.shard) as writer:
-                    blocks = _blocks(source, manifest, index, documents, statistics)
-                    for number, block in enumerate(blocks):
-                        statistics.update(block_sums(block))
-                        writer.write(encode_block(block, number, manifest, ranks))
+                    parts = _parts(source, manifest, index, documents, statistics)
+                    for number, part in enumerate(parts):
+                        planes = _planes(part, source, manifest, ranks, statistics)
+                        lengths = part.num_tokens, part.num_positions
+                        writer.write(compress_planes(planes, number, manifest, *lengths))
                     writer.statistics = dict(statistics)
             progress.advance(1)
 
@@ -109,51 +112,67 @@ def _publish_or_adopt(storage: Storage, source: Cache, manifest: Manifest) -> tu
     return found, cache_id
 
 
-def _blocks(
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows of a block as planes by name, u8: the items of one row after those of another."""
+
+    planes: dict[str, np.ndarray]
+    num_tokens: np.ndarray  # i32 [R]
+    num_positions: np.ndarray  # i32 [R]
+
+
+def _parts(
     source: Cache, manifest: Manifest, index: int, documents: range, left_out: Counter[str]
-) -> Iterator[Block]:
-    """The blocks of one shard with the rows of these documents, targets and layers cut down."""
-    first, last = source.shard_blocks(index)
-    for number in range(first, last):
-        block = source.read_block(number, hidden_layers=manifest.hidden.layers)
-        document = (block.row_ids >> np.uint64(ROW_CHUNK_BITS)).astype(np.int64)
-        kept = (document >= documents.start) & (document < documents.stop)
-        left_out["rows_left_out"] += int((~kept).sum())
-        if not kept.all():
-            block = only_rows(block, kept)
-        if len(block.row_ids) == 0:
-            continue
-        if block.target is not None:
-            block.target = fewer_entries(block.target, manifest.targets.num_entries)
-        yield block
+) -> Iterator[Part]:
+    """What is left of the blocks of one shard: rows of these documents, planes of these columns."""
+    hidden = [f"hidden.{layer}" for layer in manifest.hidden.layers]
+    planes = [
+        plane
+        for plane in layout(source.manifest)
+        if plane.column in hidden or not plane.column.startswith("hidden.")
+    ]
+    starts = np.concatenate([[0], np.cumsum(source.block_rows)])
+    for number in range(*source.shard_blocks(index)):
+        rows = slice(starts[number], starts[number + 1])
+        values = source.read_planes(number, planes)
+        whole = Part(values, source.row_tokens[rows], source.row_positions[rows])
+        document = (values["row_ids.0"].view(np.uint64) >> np.uint64(ROW_CHUNK_BITS)).astype(int)
+        kept_R = (document >= documents.start) & (document < documents.stop)
+        left_out["rows_left_out"] += int((~kept_R).sum())
+        if kept_R.any():
+            yield only_rows(whole, kept_R, planes)
 
 
-def only_rows(block: Block, kept_R: np.ndarray) -> Block:
-    """The rows of a block where `kept_R` [R] is true."""
-    tokens, positions = (np.repeat(kept_R, n) for n in (block.num_tokens, block.num_positions))
+def only_rows(part: Part, kept_R: np.ndarray, planes: Sequence[Plane]) -> Part:
+    """The rows where `kept_R` [R] is true; bytes are taken as they are."""
+    items_R: dict[Per, Any] = {
+        "row": 1,
+        "token": part.num_tokens,
+        "position": part.num_positions,
+    }
+    if "num_segments.0" in part.planes:
+        items_R["segment"] = part.planes["num_segments.0"].view(np.uint32)
+    kept = {per: np.repeat(kept_R, items) for per, items in items_R.items()}
+    values = {
+        plane.name: part.planes[plane.name].reshape(-1, plane.item_bytes)[kept[plane.per]].ravel()
+        for plane in planes
+    }
+    return Part(values, part.num_tokens[kept_R], part.num_positions[kept_R])
 
-    def at(values: np.ndarray | None, mask: np.ndarray) -> Any:
-        return None if values is None else values[mask]
 
-    segments = None if block.num_segments is None else np.repeat(kept_R, block.num_segments)
-    target = block.target
-    return Block(
-        row_ids=block.row_ids[kept_R],
-        num_tokens=block.num_tokens[kept_R],
-        num_positions=block.num_positions[kept_R],
-        input_ids=block.input_ids[tokens],
-        positions=block.positions[positions],
-        segments=None if segments is None else at(block.segments, segments),
-        num_segments=at(block.num_segments, kept_R),
-        labels=at(block.labels, positions),
-        target=None
-        if target is None
-        else Target(target.ids[positions], target.logprobs[positions], target.log_tail[positions]),
-        label_logprob=at(block.label_logprob, positions),
-        entropy=at(block.entropy, positions),
-        log_partition_ratio={t: r[positions] for t, r in block.log_partition_ratio.items()},
-        hidden={layer: states[positions] for layer, states in block.hidden.items()},
-    )
+def _planes(
+    part: Part, source: Cache, manifest: Manifest, ranks: ClassRanks, statistics: Counter[str]
+) -> dict[str, np.ndarray]:
+    """The planes of a part in the new cache; targets are coded anew only where they change."""
+    light = {n: plane for n, plane in part.planes.items() if not n.startswith("hidden.")}
+    lengths = part.num_tokens, part.num_positions
+    block = from_planes(light, *lengths, source.manifest, source.ranks)
+    changed: dict[str, np.ndarray] = {}
+    if block.target is not None and manifest.targets != source.manifest.targets:
+        block.target = fewer_entries(block.target, manifest.targets.num_entries)
+        changed = codec.encode(block.target, manifest.targets, ranks)
+    statistics.update(block_sums(block))
+    return part.planes | changed
 
 
 def fewer_entries(target: Target, num_entries: int) -> Target:

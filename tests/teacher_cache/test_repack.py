@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from shared.cache import open_cache
+from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError
-from teacher_cache.config import RepackConfig
+from shared.schema import layout
+from teacher_cache.config import RepackConfig, VerifyConfig
+from teacher_cache.inspection import verify
 from teacher_cache.repack import repack
 
 
@@ -50,15 +52,94 @@ def test_layers_can_be_dropped(cache_dir, tmp_path):
     assert set(open_cache(tmp_path / "b")[0].hidden) == set()
 
 
-def test_repacking_to_the_same_rounds_once_more_at_most(cache_dir, tmp_path):
-    repack(RepackConfig(cache=cache_dir, out=tmp_path / "same"))
-    old, new = open_cache(cache_dir), open_cache(tmp_path / "same")
+def planes_by_row(cache: Cache) -> dict[int, dict[str, bytes]]:
+    """Row id -> the bytes of every plane of that row, cut out one row at a time."""
+    found: dict[int, dict[str, bytes]] = {}
+    start = 0
+    for number in range(cache.num_blocks):
+        values = cache.read_planes(number, layout(cache.manifest))
+        at = {"row": 0, "token": 0, "position": 0, "segment": 0}
+        for line, row_id in enumerate(values["row_ids.0"].view(np.uint64).tolist()):
+            items = {"row": 1, "token": int(cache.row_tokens[start + line])}
+            items["position"] = int(cache.row_positions[start + line])
+            if "num_segments.0" in values:
+                items["segment"] = int(values["num_segments.0"].view(np.uint32)[line])
+            found[row_id] = {}
+            for plane in layout(cache.manifest):
+                first, size = at[plane.per] * plane.item_bytes, items[plane.per] * plane.item_bytes
+                found[row_id][plane.name] = values[plane.name][first : first + size].tobytes()
+            for per, count in items.items():
+                at[per] += count
+        start += int(cache.block_rows[number])
+    return found
+
+
+@pytest.fixture(scope="module")
+def kinds(capture, cache_dir, labels_dir):
+    return {"padded": cache_dir, "packed": capture(pack=True), "labels": labels_dir}
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed", "labels"])
+def test_what_stays_is_copied_bit_by_bit(kinds, kind, tmp_path):
+    repack(RepackConfig(cache=kinds[kind], out=tmp_path / "same"))
+    old, new = open_cache(kinds[kind]), open_cache(tmp_path / "same")
+    assert planes_by_row(new) == planes_by_row(old)
     for block in range(old.num_blocks):
-        before, after = old.read_block(block), new.read_block(block)
-        assert np.array_equal(before.target.ids, after.target.ids)
-        # A code is half a step of sqrt off at most; of a range of 5 nats that is 0.04.
-        np.testing.assert_allclose(before.target.logprobs, after.target.logprobs, atol=0.04)
-        assert np.array_equal(before.entropy, after.entropy)
+        before, after = (
+            c.read_block(block, hidden_layers=c.manifest.hidden.layers) for c in (old, new)
+        )
+        for name in ("row_ids", "input_ids", "positions", "entropy", "label_logprob", "segments"):
+            assert np.array_equal(getattr(before, name), getattr(after, name))
+        if old.has_targets:
+            for name in ("ids", "logprobs", "log_tail"):
+                assert np.array_equal(getattr(before.target, name), getattr(after.target, name))
+        for layer, states in before.hidden.items():
+            assert np.array_equal(states, after.hidden[layer])
+    assert verify(VerifyConfig(cache=tmp_path / "same")).sound
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed", "labels"])
+def test_rows_of_a_slice_are_copied_bit_by_bit_into_blocks_of_other_numbers(kinds, kind, tmp_path):
+    repack(RepackConfig(cache=kinds[kind], out=tmp_path / "part", documents="130:310"))
+    old, new = open_cache(kinds[kind]), open_cache(tmp_path / "part")
+    expected = {n: row for n, row in planes_by_row(old).items() if 130 <= n >> 24 < 310}
+    assert 0 < len(expected) < len(old)
+    assert planes_by_row(new) == expected
+    assert verify(VerifyConfig(cache=tmp_path / "part")).sound
+
+
+def test_layers_that_stay_are_copied_bit_by_bit_under_another_number(cache_dir, tmp_path):
+    """Layer 0 is the second of two, and becomes the first of one."""
+    repack(RepackConfig(cache=cache_dir, out=tmp_path / "less", hidden_layers=(0,)))
+    old, new = planes_by_row(open_cache(cache_dir)), planes_by_row(open_cache(tmp_path / "less"))
+    for row_id, planes in new.items():
+        assert "hidden.0.0" in planes
+        assert planes == {name: old[row_id][name] for name in planes}
+        assert {name for name in old[row_id] if name not in planes} == {
+            "hidden.-1.0",
+            "hidden.-1.1",
+        }
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_k": 3}, {"value_bits": 7}, {"top_k": 5, "value_bits": 8}]
+)
+def test_only_targets_that_change_are_coded_anew(capture, tmp_path, options):
+    cache = capture(limit_documents=60, value_bits=16, temperature=(2.0,), hidden_layers=(-1,))
+    repack(RepackConfig(cache=cache, out=tmp_path / "small", **options))
+    old, new = planes_by_row(open_cache(cache)), planes_by_row(open_cache(tmp_path / "small"))
+    assert old.keys() == new.keys()
+    for row_id, planes in new.items():
+        copied = {name for name in planes if not name.startswith("target_")}
+        assert {"input_ids.0", "entropy.0", "hidden.-1.1", "log_partition_ratio.2.0"} <= copied
+        assert all(planes[name] == old[row_id][name] for name in copied)
+    one, other = (open_cache(path).read_block(0) for path in (cache, tmp_path / "small"))
+    best_P = one.target.logprobs.argmax(1)
+    rows = np.arange(len(best_P))
+    found_P = other.target.logprobs.argmax(1)
+    agree = one.target.ids[rows, best_P] == other.target.ids[rows, found_P]
+    assert agree.mean() > 0.99  # codes of 7 bits may tie
+    assert verify(VerifyConfig(cache=tmp_path / "small")).sound
 
 
 def test_run_again_resumes_and_another_wish_is_refused(cache_dir, tmp_path):
