@@ -223,8 +223,10 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
             yield f"{name}: found {found}, expected 1 to {most:,}"
     temperatures, layers = manifest.targets.temperatures, manifest.hidden.layers
     if len(temperatures) > MAX_TEMPERATURES or not all(map(math.isfinite, temperatures)):
-        most = f"up to {MAX_TEMPERATURES} numbers"
-        yield f"targets.temperatures: found {_short(temperatures)}, expected {most}"
+        yield (
+            f"targets.temperatures: found {_short(temperatures)}, expected up to "
+            f"{MAX_TEMPERATURES} numbers"
+        )
     once = len(layers) == len(set(layers)) == len(manifest.hidden.widths)
     if not once or len(layers) > MAX_LAYERS:
         yield (
