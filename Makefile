@@ -12,7 +12,7 @@ test: $(STAMP) lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

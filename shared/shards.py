@@ -298,9 +298,9 @@ class ShardReader:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._schema, self._messages = open_arrow(self._map)
+            self._check_schema(self._schema)
         except (pa.ArrowException, OSError, ValueError, struct.error) as error:
             raise CorruptCache(f"{self.path}: not readable as Arrow: {error}. {_REPAIR}") from None
-        self._check_schema(self._schema)
         found, expected = len(self._messages), len(self.commit.batch_blocks)
         if found != expected:
             raise CorruptCache(
