@@ -31,7 +31,7 @@ def crash_point(point):
         return
     group = torch.distributed.is_available() and torch.distributed.is_initialized()
     (folder / f"start-{start}-rank-{rank}").write_text(f"{seen} shards, process group: {group}")
-    if (start, rank, seen) == ("0", "1", 2):
+    if (start, seen) == ("0", 2):  # whichever rank is first
         os._exit(9)
 
 storage.crash_point = shards.crash_point = crash_point
@@ -62,7 +62,7 @@ def test_torchrun_starts_a_rank_that_died_again_and_the_bytes_are_those_of_a_cal
     assert done.returncode == 0, done.stderr
     assert tree(out) == tree(calm)
     starts = {path.name: path.read_text() for path in seen.iterdir()}
-    assert starts["start-0-rank-1"].startswith("2 shards")
+    assert any(text.startswith("2 shards") for name, text in starts.items() if "start-0" in name)
     assert any(name.startswith("start-1") for name in starts)
     assert all(text.endswith("process group: False") for text in starts.values())
     workers = {path.stem for path in (out / "runs").iterdir()}
