@@ -11,8 +11,9 @@ demo: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
 
+# about 9 minutes on 2 shared cores
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from shared import manifest as manifests
 from shared.blocks import Block
 from shared.errors import CorruptCache, IncompleteCache
 from shared.manifest import MAX_SHARD_ROWS, Manifest
+from shared.schema import Plane
 from shared.shards import (
     MAX_COMMIT_BYTES,
     Commit,
@@ -144,16 +145,26 @@ class Cache(Sequence[Row]):
     ) -> Block:
         """Decodes one block; hidden states are never read unless asked for, columns in `skip`
         never."""
-        if not 0 <= block < self.num_blocks:
-            raise IndexError(f"block {block} of a cache with {self.num_blocks} blocks")
-        shard = int(np.searchsorted(self._block_starts, block, "right")) - 1
-        return self._reader(shard).read_block(
-            block - int(self._block_starts[shard]),
+        reader, number = self._place(block)
+        return reader.read_block(
+            number,
             self.ranks,
             hidden_layers=tuple(hidden_layers),
             targets=targets and self.has_targets,
             skip=skip,
         )
+
+    def read_planes(self, block: int, planes: Iterable[Plane]) -> dict[str, np.ndarray]:
+        """Decompressed planes of one block as they lie on the disk, u8 each, by plane name."""
+        reader, number = self._place(block)
+        return reader.read_planes(number, planes)
+
+    def _place(self, block: int) -> tuple[ShardReader, int]:
+        """The shard of a block, and the number of the block in it."""
+        if not 0 <= block < self.num_blocks:
+            raise IndexError(f"block {block} of a cache with {self.num_blocks} blocks")
+        shard = int(np.searchsorted(self._block_starts, block, "right")) - 1
+        return self._reader(shard), block - int(self._block_starts[shard])
 
     def empty_block(self, *, hidden_layers: Sequence[int] = (), targets: bool = True) -> Block:
         """A block of no rows: which columns, types and widths any block has; reads nothing."""

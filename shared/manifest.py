@@ -30,6 +30,12 @@ MAX_MANIFEST_BYTES = 16 << 20
 MAX_CLASSES = 1 << 24
 MAX_SHARDS = 1_000_000
 MAX_SHARD_ROWS = 1 << 21  # of a shard of 2 million tokens, the default, with two tokens in each row
+MAX_LENGTH = 2**31 - 1
+MAX_WIDTH = 1 << 20
+MAX_TEMPERATURES = 32
+MAX_LAYERS = 1024
+MAX_SIDE_FILES = 64
+_MAX_HASH_BYTES = 1024
 _MAX_JSON_VALUES = 1 << 17  # a commit has one for each block: half a billion positions
 _MAX_JSON_CONTAINERS = 256
 _ALWAYS = ("row_ids", "num_tokens", "num_positions", "input_ids")
@@ -178,7 +184,9 @@ def read(storage: Storage) -> tuple[Manifest, str]:
             f"{storage.root}: {MANIFEST_HASH} is missing, so the start of this cache was cut "
             "short. Run the same cache-teacher run command again."
         )
-    recorded = storage.read(MANIFEST_HASH, max_bytes=1024).decode("utf-8", "replace").split()
+    recorded = (
+        storage.read(MANIFEST_HASH, max_bytes=_MAX_HASH_BYTES).decode("utf-8", "replace").split()
+    )
     if not recorded or recorded[0] != digest:
         raise CorruptCache(
             f"{path}: its sha256 is {digest} but {MANIFEST_HASH} says "
@@ -204,27 +212,34 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
     """What no cache of this version has: sizes that overflow, columns that are not there."""
     limits = [
         ("tokenizer.num_ids", manifest.tokenizer.num_ids, MAX_CLASSES),
-        ("preprocessing.max_length", manifest.preprocessing.max_length, 2**31 - 1),
+        ("preprocessing.max_length", manifest.preprocessing.max_length, MAX_LENGTH),
         ("targets.num_classes", manifest.targets.num_classes, MAX_CLASSES),
         ("targets.top_k", manifest.targets.top_k, MAX_CLASSES),
         ("plan.num_shards", manifest.plan.num_shards, MAX_SHARDS),
         ("plan.documents_per_shard", manifest.plan.documents_per_shard, MAX_SHARD_ROWS),
-        *(("hidden.widths", width, 1 << 20) for width in manifest.hidden.widths),
+        *(("hidden.widths", width, MAX_WIDTH) for width in manifest.hidden.widths),
     ]
     for name, found, most in limits:
         if not 1 <= found <= most:
             yield f"{name}: found {found}, expected 1 to {most:,}"
     temperatures, layers = manifest.targets.temperatures, manifest.hidden.layers
-    if len(temperatures) > 32 or not all(map(math.isfinite, temperatures)):
-        yield f"targets.temperatures: found {_short(temperatures)}, expected up to 32 numbers"
-    if len(layers) != len(manifest.hidden.widths) or not len(layers) == len(set(layers)) <= 1024:
-        yield f"hidden: found layers {_short(layers)}, expected each once, with one width each"
+    if len(temperatures) > MAX_TEMPERATURES or not all(map(math.isfinite, temperatures)):
+        yield (
+            f"targets.temperatures: found {_short(temperatures)}, expected up to "
+            f"{MAX_TEMPERATURES} numbers"
+        )
+    once = len(layers) == len(set(layers)) == len(manifest.hidden.widths)
+    if not once or len(layers) > MAX_LAYERS:
+        yield (
+            f"hidden: found layers {_short(layers)}, expected up to {MAX_LAYERS:,}, each once, "
+            "with one width each"
+        )
     if manifest.targets.ragged and not manifest.targets.threshold:
         yield "targets.threshold: found 0, expected what calibration found"
     if manifest.hidden.codec != "bf16":
         yield f"hidden.codec: found {_short(manifest.hidden.codec)}, expected bf16"
-    if len(manifest.side_files) > 64:
-        yield f"side_files: found {len(manifest.side_files)}, expected at most 64"
+    if len(manifest.side_files) > MAX_SIDE_FILES:
+        yield f"side_files: found {len(manifest.side_files)}, expected at most {MAX_SIDE_FILES}"
     yield from _wrong_columns(manifest.columns)
 
 

@@ -121,11 +121,22 @@ def parse_commit(data: bytes, where: str) -> Commit:
 def encode_block(block: Block, number: int, manifest: Manifest, ranks: ClassRanks) -> EncodedBlock:
     """Turns a block into one frame per plane; a pure function, safe in any thread."""
     values = to_planes(block, manifest, ranks)
+    return compress_planes(values, number, manifest, block.num_tokens, block.num_positions)
+
+
+def compress_planes(
+    values: Mapping[str, np.ndarray],
+    number: int,
+    manifest: Manifest,
+    row_tokens: np.ndarray,
+    row_positions: np.ndarray,
+) -> EncodedBlock:
+    """One frame per plane of the cache's layout, for block `number`."""
     encoded: dict[str, bytes] = {}
     for plane in layout(manifest):
         code = frames.column_code(plane.number, plane.plane)
         encoded[plane.name] = frames.compress(values[plane.name], block=number, column=code)
-    return EncodedBlock(encoded, block.num_tokens, block.num_positions)
+    return EncodedBlock(encoded, row_tokens, row_positions)
 
 
 class ShardWriter:
@@ -286,18 +297,14 @@ class ShardReader:
         try:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            _check_footer(self._map)
-            reader = pa.ipc.open_file(pa.py_buffer(self._map))
-            self._schema = reader.schema
+            self._schema, self._messages = open_arrow(self._map)
             self._check_schema(self._schema)
-            self._messages = _record_batches(self._map)
         except (pa.ArrowException, OSError, ValueError, struct.error) as error:
             raise CorruptCache(f"{self.path}: not readable as Arrow: {error}. {_REPAIR}") from None
         found, expected = len(self._messages), len(self.commit.batch_blocks)
-        if not found == expected == reader.num_record_batches:
+        if found != expected:
             raise CorruptCache(
-                f"{self.path}: {found} record batches and {reader.num_record_batches} in the "
-                f"footer, but its commit says {expected}. {_REPAIR}"
+                f"{self.path}: {found} record batches, but its commit says {expected}. {_REPAIR}"
             )
         self._batches: dict[int, _Columns] = {}
         starts = np.cumsum(self.commit.batch_blocks, dtype=np.int64)
@@ -455,14 +462,30 @@ def _wanted(
     return True
 
 
-def _check_footer(file: mmap.mmap) -> None:
+def open_arrow(file: mmap.mmap | bytes) -> tuple[pa.Schema, list[pa.Message]]:
+    """Schema and record batches of an Arrow IPC file; copies nothing, and reads no column.
+
+    ArrowException, OSError, ValueError or struct.error where it is not as we write it: a compressed
+    body, dictionaries, or metadata of more than a few MB.
+    """
+    _check_footer(file)
+    reader = pa.ipc.open_file(pa.py_buffer(file))
+    messages = _record_batches(file)
+    if len(messages) != reader.num_record_batches:
+        raise ValueError(
+            f"{len(messages)} record batches, but {reader.num_record_batches} in the footer"
+        )
+    return reader.schema, messages
+
+
+def _check_footer(file: mmap.mmap | bytes) -> None:
     """The last 10 bytes are the footer's length and a magic word."""
     size = int.from_bytes(file[-10:-6], "little")
     if size > _MAX_METADATA_BYTES:
         raise ValueError(f"a footer of {size:,} bytes")
 
 
-def _record_batches(file: mmap.mmap) -> list[pa.Message]:
+def _record_batches(file: mmap.mmap | bytes) -> list[pa.Message]:
     """The record batches between a file's magic word and its footer; copies nothing.
 
     A compressed body would be expanded to whatever size it claims, so there may be none.

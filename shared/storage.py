@@ -178,4 +178,8 @@ def _os_error(error: OSError, root: Path) -> TeacherCacheError:
         )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return Refused(f"{root}: cannot be written ({error.strerror}). Choose another --out.")
+    if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.ENOENT):
+        return Refused(
+            f"{root}: {error.strerror}: nothing can be written here. Choose another --out."
+        )
     return TeacherCacheError(f"{root}: {error.strerror or error}")

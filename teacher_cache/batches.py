@@ -29,13 +29,14 @@ def forward_batches(
     while order:
         longest = len(window[order[0]].input_ids)
         count = max(1, forward_tokens // longest)
-        yield _batch(window, order[:count], starts, packed=packed)
+        yield batch_of(window, order[:count], starts, packed=packed)
         order = order[count:]
 
 
-def _batch(
+def batch_of(
     window: Sequence[Row], chosen: Sequence[int], starts: np.ndarray, *, packed: bool
 ) -> ForwardBatch:
+    """The rows `chosen`, longest first; `starts` is where each row's positions begin."""
     width = max(len(window[index].input_ids) for index in chosen)
     input_ids = np.zeros((len(chosen), width), np.int64)
     mask = np.zeros((len(chosen), width), np.int64)

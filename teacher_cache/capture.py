@@ -13,9 +13,12 @@ from torch import Tensor
 
 from shared.arrays import mixed_bits, ranges
 from shared.blocks import Block
+from shared.errors import TeacherCacheError
 from shared.manifest import Manifest
+from shared.schema import ROW_CHUNK_BITS
 from shared.target import Target
-from teacher_cache.batches import ForwardBatch, forward_batches
+from teacher_cache.batches import ForwardBatch, batch_of, forward_batches
+from teacher_cache.memory import is_out_of_memory
 from teacher_cache.rows import Row
 from teacher_cache.targets import Selected, select
 from teacher_cache.teacher import Teacher
@@ -33,6 +36,7 @@ class WindowTargets:
         self.log_tail, self.entropy, self.label_logprob = (torch.empty(n) for _ in range(3))
         self.ratios = {temperature: torch.empty(n) for temperature in spec.temperatures}
         self.bad = torch.zeros(n, dtype=torch.bool)
+        self.forwards_halved = 0  # forwards that did not fit into memory as the plan has them
         self.hidden = {
             layer: torch.empty(n, width, dtype=torch.bfloat16)
             for layer, width in zip(hidden.layers, hidden.widths, strict=True)
@@ -139,15 +143,37 @@ def _random_bits(seed: int, window: Sequence[Row]) -> np.ndarray:
     return mixed_bits(seed, row_ids, ranges(np.zeros(len(sizes), np.int64), np.array(sizes)))
 
 
+_Forwarded = tuple[ForwardBatch, list[tuple[slice, Selected]], dict[int, Tensor]]
+
+
 def capture_window(
     teacher: Teacher, manifest: Manifest, window: Sequence[Row], check_stop: Callable[[], None]
 ) -> WindowTargets:
-    """Runs every batch of the window; the copy of one overlaps the forward of the next."""
+    """Runs every batch of the window; the copy of one overlaps the forward of the next.
+
+    A batch that no longer fits into the device's memory is run in halves; the plan stays as it is.
+    """
     targets = WindowTargets(manifest, window)
-    waiting: tuple[ForwardBatch, list[tuple[slice, Selected]], dict[int, Tensor]] | None = None
+    waiting: _Forwarded | None = None
     tokens, packed = manifest.plan.forward_tokens, manifest.preprocessing.pack
     for batch in forward_batches(window, tokens, packed=packed):
         check_stop()
+        forwarded = _forward(teacher, manifest, batch, targets)
+        if waiting is not None:
+            targets.store(*waiting)
+        waiting = forwarded
+        if forwarded is None:
+            _capture_halves(teacher, manifest, window, batch.rows, targets, check_stop)
+    if waiting is not None:
+        targets.store(*waiting)
+    return targets
+
+
+def _forward(
+    teacher: Teacher, manifest: Manifest, batch: ForwardBatch, targets: WindowTargets
+) -> _Forwarded | None:
+    """One forward and its targets, on the device; None where they do not fit into its memory."""
+    try:
         output = teacher.forward(
             batch.inputs, manifest.hidden.layers, chunk_positions=manifest.plan.chunk_positions
         )
@@ -156,12 +182,43 @@ def capture_window(
             (part, _selected(targets, manifest, logits, labels[part], batch.window_index[part]))
             for part, logits in output.chunks
         ]
-        if waiting is not None:
-            targets.store(*waiting)
-        waiting = batch, chosen, output.hidden
-    if waiting is not None:
-        targets.store(*waiting)
-    return targets
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return batch, chosen, output.hidden
+
+
+def _capture_halves(
+    teacher: Teacher,
+    manifest: Manifest,
+    window: Sequence[Row],
+    rows: Sequence[int],
+    targets: WindowTargets,
+    check_stop: Callable[[], None],
+) -> None:
+    """Runs rows that did not fit together in two halves, and each of these so again."""
+    if len(rows) == 1:
+        raise _too_long(window[rows[0]])
+    targets.forwards_halved += 1
+    for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+        check_stop()
+        torch.cuda.empty_cache()  # outside the `except`, whose error holds what did not fit
+        batch = batch_of(window, half, targets.starts, packed=manifest.preprocessing.pack)
+        forwarded = _forward(teacher, manifest, batch, targets)
+        if forwarded is None:
+            _capture_halves(teacher, manifest, window, half, targets, check_stop)
+        else:
+            targets.store(*forwarded)
+
+
+def _too_long(row: Row) -> TeacherCacheError:
+    return TeacherCacheError(
+        f"out of memory: the row of document {row.row_id >> ROW_CHUNK_BITS}, "
+        f"{len(row.input_ids):,} tokens, does not fit into the device's memory even alone. "
+        "Finished shards are kept: run the same command again where more memory is free, or start "
+        "another cache with a smaller --max-length or --dtype."
+    )
 
 
 def _selected(

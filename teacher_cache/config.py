@@ -228,6 +228,15 @@ class RepackConfig:
     top_k: Annotated[
         int, Option(help="Entries kept at each position.", min=0, show_default="as they are")
     ] = 0
+    mean_entries: Annotated[
+        float,
+        Option(
+            help="Entries kept at a position on average, of adaptive and sampled targets.",
+            min=0,
+            max=255,
+            show_default="as they are",
+        ),
+    ] = 0.0
     value_bits: Annotated[
         Literal[0, 7, 8, 16],
         Option(help="Bits of a log-probability.", show_default="as they are"),

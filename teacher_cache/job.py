@@ -176,6 +176,8 @@ def _captured(job: Job, window: list[list[Row]], statistics: Counter[str]) -> It
         for index, position in bad.items():
             _report_nonfinite(job, flat[index], position)
         statistics["nonfinite_rows"] += len(bad)
+        if targets.forwards_halved:  # absent where all went by the plan
+            statistics["forwards_halved"] += targets.forwards_halved
     start = 0
     for block in window:
         kept = [index for index in range(start, start + len(block)) if index not in bad]

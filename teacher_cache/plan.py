@@ -34,7 +34,7 @@ from shared.manifest import (
     TeacherInfo,
     TokenizerInfo,
 )
-from shared.schema import optional_columns
+from shared.schema import ROW_CHUNK_BITS, optional_columns
 from shared.storage import Storage
 from shared.target import MAX_ENTRIES, RAGGED_KINDS, ClassRanks, TargetKind, TargetSpec
 from shared.tokenizer import describe
@@ -42,6 +42,7 @@ from teacher_cache import rows
 from teacher_cache.batches import forward_batches
 from teacher_cache.config import CaptureConfig
 from teacher_cache.corpus import Corpus, open_corpus
+from teacher_cache.memory import is_out_of_memory
 from teacher_cache.targets import select
 from teacher_cache.teacher import (
     Teacher,
@@ -386,20 +387,35 @@ def _largest_forward(teacher: Teacher, draft: Draft, sample: Sample) -> int:
     asked = draft.config.forward_tokens
     tokens = default_forward_tokens(teacher) if asked == "auto" else asked
     longest = max(sample.rows, key=lambda row: len(row.input_ids))
-    while True:
+    while not _fits(draft, teacher, longest, tokens):
         count = max(1, tokens // len(longest.input_ids))
-        try:
-            _run(draft, teacher, [longest] * count, tokens)
-        except torch.OutOfMemoryError:
-            if asked != "auto" or count == 1:
-                raise Refused(
-                    f"--forward-tokens {asked}: {count} rows of {len(longest.input_ids)} tokens do "
-                    "not fit into the device's memory. Use a smaller --max-length or --dtype."
-                ) from None
-            torch.cuda.empty_cache()
-            tokens //= 2
-        else:
-            return tokens
+        if count == 1:
+            raise Refused(
+                f"--forward-tokens {asked}: one row of {len(longest.input_ids):,} tokens (document "
+                f"{longest.row_id >> ROW_CHUNK_BITS}) does not fit into the device's memory. Use a "
+                "smaller --max-length or --dtype."
+            )
+        if asked != "auto":
+            raise Refused(
+                f"--forward-tokens {asked}: {count} rows of {len(longest.input_ids):,} tokens do "
+                "not fit into the device's memory together. Use a smaller --forward-tokens, or "
+                "leave it out: the largest that fits is then found."
+            )
+        torch.cuda.empty_cache()  # outside the `except`, whose error holds what did not fit
+        tokens //= 2
+    return tokens
+
+
+def _fits(draft: Draft, teacher: Teacher, row: rows.Row, forward_tokens: int) -> bool:
+    """Whether as many such rows as one forward takes fit into the device's memory."""
+    count = max(1, forward_tokens // len(row.input_ids))
+    try:
+        _run(draft, teacher, [row] * count, forward_tokens)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def default_forward_tokens(teacher: Teacher) -> int:

@@ -2,34 +2,46 @@
 
 Fewer entries, fewer bits, fewer hidden layers, a slice of the documents; shard i of the new cache
 holds what is kept of shard i of the old one, so it resumes and shares work as a capture does. What
-was dropped from a target joins its tail; the values that stay are rounded once more. The manifest
+stays is copied bit by bit. Only where entries or bits are fewer are targets decoded and encoded
+again: what was dropped joins the tail, and the values that stay are rounded once more. The manifest
 says which cache it came from.
 
-P positions, K entries.
+R rows, P positions, K entries.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from shared import codec
 from shared import manifest as manifests
-from shared.blocks import Block
+from shared.arrays import mixed_bits, ranges
+from shared.blocks import from_planes
 from shared.cache import Cache, class_ranks, open_cache
 from shared.errors import CacheMismatch, ConfigError
 from shared.manifest import HiddenSpec, Manifest, differences
+from shared.planes import Per
 from shared.progress import Progress
-from shared.schema import ROW_CHUNK_BITS
-from shared.shards import ShardWriter, commit_name, encode_block
+from shared.schema import ROW_CHUNK_BITS, Plane, layout
+from shared.shards import ShardWriter, commit_name, compress_planes
 from shared.storage import Storage
-from shared.target import Target, TargetSpec
+from shared.target import RAGGED_KINDS, ClassRanks, TargetSpec
 from teacher_cache.config import RepackConfig
+from teacher_cache.fewer import fewer, threshold_of
 from teacher_cache.statistics import block_sums
 
 log = logging.getLogger(__name__)
+
+_THRESHOLD_BLOCKS = 16  # looked at for the threshold of fewer entries: 65,536 positions
+_READ_BY = {  # option -> the kinds it says something about
+    "--top-k": ("topk",),
+    "--mean-entries": RAGGED_KINDS,
+    "--value-bits": ("topk", *RAGGED_KINDS),
+}
 
 
 def repack(config: RepackConfig) -> None:
@@ -44,10 +56,11 @@ def repack(config: RepackConfig) -> None:
             if not storage.exists(commit_name(commit.shard)):
                 statistics: Counter[str] = Counter()
                 with ShardWriter(storage, manifest, cache_id, commit.shard) as writer:
-                    blocks = _blocks(source, manifest, index, documents, statistics)
-                    for number, block in enumerate(blocks):
-                        statistics.update(block_sums(block, manifest.targets))
-                        writer.write(encode_block(block, number, manifest, ranks))
+                    parts = _parts(source, manifest, index, documents, statistics)
+                    for number, part in enumerate(parts):
+                        planes = _planes(part, source, manifest, ranks, statistics)
+                        lengths = part.num_tokens, part.num_positions
+                        writer.write(compress_planes(planes, number, manifest, *lengths))
                     writer.statistics = dict(statistics)
             progress.advance(1)
 
@@ -57,24 +70,35 @@ def _smaller(config: RepackConfig, source: Cache) -> Manifest:
     old = source.manifest
     return replace(
         old,
-        targets=_smaller_targets(config, old.targets),
+        targets=_smaller_targets(config, source),
         hidden=_fewer_layers(config, old.hidden),
         origin={"cache_id": source.cache_id, "documents": config.documents},
     )
 
 
-def _smaller_targets(config: RepackConfig, old: TargetSpec) -> TargetSpec:
-    if not (config.top_k or config.value_bits):
-        return old
-    if old.kind != "topk":
-        raise ConfigError(f"--top-k, --value-bits: {config.cache} holds {old.kind} targets")
-    top_k, bits = config.top_k or old.top_k, config.value_bits or old.value_bits
-    if top_k > old.top_k or bits > old.value_bits:
+def _smaller_targets(config: RepackConfig, source: Cache) -> TargetSpec:
+    old = source.manifest.targets
+    asked = zip(_READ_BY, (config.top_k, config.mean_entries, config.value_bits), strict=True)
+    for option, value in asked:
+        if value and old.kind not in _READ_BY[option]:
+            raise ConfigError(f"{option}: {config.cache} holds {old.kind} targets")
+    entries = old.mean_entries if old.ragged else old.top_k
+    wanted = (config.mean_entries if old.ragged else config.top_k) or entries
+    bits = config.value_bits or old.value_bits
+    if wanted > entries or bits > old.value_bits:
         raise ConfigError(
-            f"--top-k {top_k} --value-bits {bits}: {config.cache} holds {old.top_k} entries of "
-            f"{old.value_bits} bits; repacking only makes smaller"
+            f"--{'mean-entries' if old.ragged else 'top-k'} {wanted:g} --value-bits {bits}: "
+            f"{config.cache} holds {entries:g} entries of {old.value_bits} bits; repacking only "
+            "makes smaller"
         )
-    return replace(old, top_k=top_k, value_bits=bits)
+    if not old.ragged:
+        return replace(old, top_k=int(wanted), value_bits=bits)
+    spec = replace(old, mean_entries=wanted, value_bits=bits)
+    if wanted == entries:
+        return spec
+    step = max(1, source.num_blocks // _THRESHOLD_BLOCKS)
+    blocks = [source.read_block(number) for number in range(0, source.num_blocks, step)]
+    return replace(spec, threshold=threshold_of([b.target for b in blocks if b.target], spec))
 
 
 def _fewer_layers(config: RepackConfig, old: HiddenSpec) -> HiddenSpec:
@@ -109,63 +133,73 @@ def _publish_or_adopt(storage: Storage, source: Cache, manifest: Manifest) -> tu
     return found, cache_id
 
 
-def _blocks(
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows of a block as planes by name, u8: the items of one row after those of another."""
+
+    planes: dict[str, np.ndarray]
+    num_tokens: np.ndarray  # i32 [R]
+    num_positions: np.ndarray  # i32 [R]
+
+
+def _parts(
     source: Cache, manifest: Manifest, index: int, documents: range, left_out: Counter[str]
-) -> Iterator[Block]:
-    """The blocks of one shard with the rows of these documents, targets and layers cut down."""
-    first, last = source.shard_blocks(index)
-    for number in range(first, last):
-        block = source.read_block(number, hidden_layers=manifest.hidden.layers)
-        document = (block.row_ids >> np.uint64(ROW_CHUNK_BITS)).astype(np.int64)
-        kept = (document >= documents.start) & (document < documents.stop)
-        left_out["rows_left_out"] += int((~kept).sum())
-        if not kept.all():
-            block = only_rows(block, kept)
-        if len(block.row_ids) == 0:
-            continue
-        if block.target is not None:
-            block.target = fewer_entries(block.target, manifest.targets.num_entries)
-        yield block
+) -> Iterator[Part]:
+    """What is left of the blocks of one shard: rows of these documents, planes of these columns."""
+    hidden = [f"hidden.{layer}" for layer in manifest.hidden.layers]
+    planes = [
+        plane
+        for plane in layout(source.manifest)
+        if plane.column in hidden or not plane.column.startswith("hidden.")
+    ]
+    starts = np.concatenate([[0], np.cumsum(source.block_rows)])
+    for number in range(*source.shard_blocks(index)):
+        rows = slice(starts[number], starts[number + 1])
+        values = source.read_planes(number, planes)
+        whole = Part(values, source.row_tokens[rows], source.row_positions[rows])
+        document = (values["row_ids.0"].view(np.uint64) >> np.uint64(ROW_CHUNK_BITS)).astype(int)
+        kept_R = (document >= documents.start) & (document < documents.stop)
+        left_out["rows_left_out"] += int((~kept_R).sum())
+        if kept_R.any():
+            yield only_rows(whole, kept_R, planes)
 
 
-def only_rows(block: Block, kept_R: np.ndarray) -> Block:
-    """The rows of a block where `kept_R` [R] is true."""
-    tokens, positions = (np.repeat(kept_R, n) for n in (block.num_tokens, block.num_positions))
-
-    def at(values: np.ndarray | None, mask: np.ndarray) -> Any:
-        return None if values is None else values[mask]
-
-    segments = None if block.num_segments is None else np.repeat(kept_R, block.num_segments)
-    target = block.target
-    return Block(
-        row_ids=block.row_ids[kept_R],
-        num_tokens=block.num_tokens[kept_R],
-        num_positions=block.num_positions[kept_R],
-        input_ids=block.input_ids[tokens],
-        positions=block.positions[positions],
-        segments=None if segments is None else at(block.segments, segments),
-        num_segments=at(block.num_segments, kept_R),
-        labels=at(block.labels, positions),
-        target=None if target is None else target.at(np.flatnonzero(positions)),
-        label_logprob=at(block.label_logprob, positions),
-        entropy=at(block.entropy, positions),
-        log_partition_ratio={t: r[positions] for t, r in block.log_partition_ratio.items()},
-        hidden={layer: states[positions] for layer, states in block.hidden.items()},
-    )
+def only_rows(part: Part, kept_R: np.ndarray, planes: Sequence[Plane]) -> Part:
+    """The rows where `kept_R` [R] is true; bytes are taken as they are."""
+    items_R: dict[Per, Any] = {
+        "row": 1,
+        "token": part.num_tokens,
+        "position": part.num_positions,
+    }
+    if "num_segments.0" in part.planes:
+        items_R["segment"] = part.planes["num_segments.0"].view(np.uint32)
+    kept = {per: np.repeat(kept_R, items) for per, items in items_R.items()}
+    if "target_counts.0" in part.planes:
+        kept["entry"] = np.repeat(kept["position"], part.planes["target_counts.0"])
+    values = {
+        plane.name: part.planes[plane.name].reshape(-1, plane.item_bytes)[kept[plane.per]].ravel()
+        for plane in planes
+    }
+    return Part(values, part.num_tokens[kept_R], part.num_positions[kept_R])
 
 
-def fewer_entries(target: Target, num_entries: int) -> Target:
-    """The most probable entries, ties to the smaller class; the others join the tail."""
-    if num_entries == target.ids.shape[1]:
-        return target
-    order_PK = np.lexsort((target.ids, -target.logprobs), axis=1)
-    ids = np.take_along_axis(target.ids, order_PK, axis=1)
-    logprobs = np.take_along_axis(target.logprobs, order_PK, axis=1)
-    dropped = np.exp(logprobs[:, num_entries:].astype(np.float64)).sum(axis=1)
-    with np.errstate(divide="ignore"):
-        log_tail = np.log(np.exp(target.log_tail.astype(np.float64)) + dropped)
-    return Target(
-        ids=np.ascontiguousarray(ids[:, :num_entries]),
-        logprobs=np.ascontiguousarray(logprobs[:, :num_entries]),
-        log_tail=log_tail.astype(np.float32),
-    )
+def _planes(
+    part: Part, source: Cache, manifest: Manifest, ranks: ClassRanks, statistics: Counter[str]
+) -> dict[str, np.ndarray]:
+    """The planes of a part in the new cache; targets are coded anew only where they change."""
+    light = {n: plane for n, plane in part.planes.items() if not n.startswith("hidden.")}
+    lengths = part.num_tokens, part.num_positions
+    block = from_planes(light, *lengths, source.manifest, source.ranks)
+    changed: dict[str, np.ndarray] = {}
+    if block.target is not None and manifest.targets != source.manifest.targets:
+        sizes = part.num_positions
+        place_P = ranges(np.zeros(len(sizes), np.int64), sizes)
+        # The 1 keeps this draw apart from the first one, whose bits are of seed, row and position.
+        bits = mixed_bits(manifest.seed, np.repeat(block.row_ids, sizes), place_P, 1)
+        block.target.random_bits = bits
+        old, new = source.manifest.targets, manifest.targets
+        if (old.top_k, old.threshold) != (new.top_k, new.threshold):
+            block.target = fewer(block.target, new)
+        changed = codec.encode(block.target, manifest.targets, ranks)
+    statistics.update(block_sums(block, manifest.targets))
+    return part.planes | changed

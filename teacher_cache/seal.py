@@ -6,6 +6,7 @@ takes it along.
 """
 
 import hashlib
+import struct
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,10 +14,13 @@ import pyarrow as pa
 from shared.cache import read_commits
 from shared.errors import CorruptCache, IncompleteCache
 from shared.manifest import Manifest
-from shared.shards import Commit
+from shared.shards import Commit, open_arrow
 from shared.storage import Storage
 
 INDEX = "index.arrow"
+# An index holds the text of every commit, a name and a hash: 1.02 to 1.3 times its commits.
+FREE_INDEX_BYTES = 1 << 20
+MOST_INDEX_EXPANSION = 2
 
 
 def seal(storage: Storage, manifest: Manifest, cache_id: str) -> None:
@@ -38,31 +42,55 @@ def seal(storage: Storage, manifest: Manifest, cache_id: str) -> None:
 def check_seal(storage: Storage, manifest: Manifest, cache_id: str) -> None:
     """Every commit and the sha256 of every shard against index.arrow."""
     path = storage.path(INDEX)
+    commits = read_commits(storage, manifest, cache_id)
     try:
-        sealed = pa.ipc.open_file(pa.py_buffer(storage.read(INDEX))).read_all()
-        sealed.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise CorruptCache(f"{path}: not readable as Arrow: {error}. {_AGAIN}") from None
-    now = _table(storage, read_commits(storage, manifest, cache_id), cache_id)
-    if not sealed.schema.equals(now.schema, check_metadata=True) or not sealed.equals(now):
+        sealed = _read(storage, commits, cache_id)
+    except CorruptCache as error:  # too large, or no file
+        raise CorruptCache(f"{error}. {_AGAIN}") from None
+    except (pa.ArrowException, ValueError, struct.error) as error:
+        raise CorruptCache(f"{path}: not readable as an index: {error}. {_AGAIN}") from None
+    if not sealed.equals(_table(storage, commits, cache_id), check_metadata=True):
         raise CorruptCache(
             f"{path}: the shards and commits are not the ones that were sealed. {_AGAIN}"
         )
 
 
+def _read(storage: Storage, commits: list[Commit], cache_id: str) -> pa.Table:
+    """The index, without taking more memory than these commits do, whatever the file claims."""
+    texts = sum(len(commit.to_json()) for commit in commits)
+    data = storage.read(INDEX, max_bytes=FREE_INDEX_BYTES + MOST_INDEX_EXPANSION * texts)
+    schema, messages = open_arrow(data)
+    if not schema.equals(_schema(cache_id), check_metadata=True):
+        found = ", ".join(f"{field.name} {field.type}" for field in schema)
+        raise ValueError(f"its columns are {found[:200]}, or it is of another cache")
+    batches = [pa.ipc.read_record_batch(message, schema) for message in messages]
+    table = pa.Table.from_batches(batches, schema)
+    table.validate(full=True)
+    return table
+
+
 _AGAIN = "Compare with a copy, or seal again with cache-teacher verify --seal."
 
 
+def _schema(cache_id: str) -> pa.Schema:
+    columns = [
+        ("shard", pa.int64()),
+        *((name, pa.string()) for name in ("file", "sha256", "commit")),
+    ]
+    return pa.schema(columns, {"cache_id": cache_id})
+
+
 def _table(storage: Storage, commits: list[Commit], cache_id: str) -> pa.Table:
-    return pa.table(
+    rows = [
         {
-            "shard": pa.array([commit.shard for commit in commits], pa.int64()),
-            "file": pa.array([commit.file for commit in commits], pa.string()),
-            "sha256": pa.array([_sha256(storage.path(c.file)) for c in commits], pa.string()),
-            "commit": pa.array([commit.to_json().decode() for commit in commits], pa.string()),
-        },
-        metadata={"cache_id": cache_id},
-    )
+            "shard": commit.shard,
+            "file": commit.file,
+            "sha256": _sha256(storage.path(commit.file)),
+            "commit": commit.to_json().decode(),
+        }
+        for commit in commits
+    ]
+    return pa.Table.from_pylist(rows, _schema(cache_id))
 
 
 def _sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ P positions of a row, K entries, C classes, D channels.
 
 import functools
 import hashlib
+import inspect
 import json
 import re
 import shutil
@@ -18,13 +19,14 @@ import xxhash
 from safetensors.numpy import save as save_safetensors
 
 import shared
+from shared import cache, open_cache, shards, storage
 from shared import manifest as manifests
-from shared import open_cache
 from shared.errors import CacheMismatch, CorruptCache
 from shared.schema import COLUMNS, layout
 from shared.shards import ShardWriter, encode_block
 from shared.storage import Storage
 from shared.target import TargetSpec
+from teacher_cache import seal
 from teacher_cache.config import VerifyConfig
 from teacher_cache.inspection import verify
 from tests import plain_reader
@@ -158,6 +160,23 @@ def test_the_text_lists_exactly_the_columns_of_the_schema():
         columns = [name.partition(".<")[0] for name in re.findall(r"`([^`]+)`", names)]
         found += zip(columns, map(int, numbers.split(",")), strict=True)
     assert found == [(column.name, column.number) for column in COLUMNS]
+
+
+LIMITS = re.compile(r"_?(MAX|MOST|FREE)_[A-Z_]+|_ROWS_ON_TRUST")
+
+
+def test_the_text_states_every_limit_with_its_value():
+    text = (Path(shared.__file__).parent / "FORMAT.md").read_text()
+    rows = re.findall(r"^\| .* \| ([\d,]+) \| `(\w+)\.(\w+)` \|$", text, re.MULTILINE)
+    stated = {(module, name): int(value.replace(",", "")) for value, module, name in rows}
+    actual = {
+        (module.__name__.rpartition(".")[2], name): value
+        for module in (storage, manifests, shards, cache, seal)
+        for name, value in vars(module).items()
+        if LIMITS.fullmatch(name) and f"\n{name} = " in inspect.getsource(module)
+    }
+    assert len(rows) == len(stated)
+    assert stated == actual
 
 
 @each_cache

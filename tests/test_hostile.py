@@ -40,6 +40,8 @@ from shared.shards import (
 )
 from shared.storage import Storage
 from shared.tokenizer import load_cached_tokenizer
+from teacher_cache.config import VerifyConfig
+from teacher_cache.inspection import verify
 
 
 def ascii_of(value):
@@ -762,23 +764,149 @@ def test_other_codes_are_other_values_and_nothing_else(copy, name):
     assert not any(np.isnan(block.target.logprobs).any() for block in blocks)
 
 
+# The seal ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sealed(pristine, tmp_path_factory):
+    path = Path(shutil.copytree(pristine, tmp_path_factory.mktemp("sealed") / "cache"))
+    verify(VerifyConfig(cache=path, seal=True))
+    return path
+
+
+@pytest.fixture
+def sealed_copy(sealed, tmp_path):
+    return Path(shutil.copytree(sealed, tmp_path / "sealed"))
+
+
+def with_sealed(name, convert):
+    """The same index with one column as another array."""
+
+    def make(data):
+        schema, batch = batch_of(data)
+        index = schema.get_field_index(name)
+        array = convert(batch.column(index))
+        schema = schema.set(index, pa.field(name, array.type))
+        columns = [array if i == index else batch.column(i) for i in range(batch.num_columns)]
+        return written(schema, pa.record_batch(columns, schema=schema))
+
+    return make
+
+
+def with_sealed_offset(index, value):
+    """The same index with one 32-bit offset of the column commit changed in place."""
+
+    def make(data):
+        buffer = pa.py_buffer(data)
+        _, batch = batch_of(buffer)
+        place = batch.column("commit").buffers()[1].address - buffer.address + 4 * index
+        return data[:place] + struct.pack("<i", value) + data[place + 4 :]
+
+    return make
+
+
+def with_nothing_else(data):
+    schema, batch = batch_of(data)
+    return written(schema, batch.slice(0, 0))
+
+
+def of_another_cache(data):
+    schema, batch = batch_of(data)
+    schema = schema.with_metadata({"cache_id": "0" * 64})
+    return written(schema, pa.record_batch(batch.columns, schema=schema))
+
+
+UNREADABLE = {
+    "zstd body": compressed("zstd"),
+    "lz4 body": compressed("lz4"),
+    "a stream": as_stream,
+    "shards as text": with_sealed("shard", lambda a: a.cast(pa.string())),
+    "large text": with_sealed("commit", lambda a: a.cast(pa.large_string())),
+    "binary": with_sealed("commit", lambda a: a.cast(pa.binary())),
+    "dictionary": with_sealed("file", lambda a: a.dictionary_encode()),
+    "a column more": with_extra("more", pa.array(["x"])),
+    "of another cache": of_another_cache,
+    "no UTF-8": lambda data: data.replace(b"shards/0", b"shards\xff0"),
+    "metadata more": with_metadata(300_000),
+    "first offset negative": with_sealed_offset(0, -8),
+    "last offset far": with_sealed_offset(1, 2**31 - 1),
+    "last offset negative": with_sealed_offset(1, -(2**31)),
+    "a footer of 2 GB": with_footer(2**31 - 1),
+    "a negative footer": with_footer(-1),
+    "an empty footer": with_footer(0),
+    "cut in half": lambda data: data[: len(data) // 2],
+    "a byte less": lambda data: data[:-1],
+    "a byte more": lambda data: data + b"x",
+    "junk": lambda data: b"junk" * 1000,
+    "pickle": lambda data: pickle.dumps(data),
+    "nothing": lambda data: b"",
+    "magic only": lambda data: b"ARROW1\0\0" + data[-10:],
+}
+NOT_AS_SEALED = {
+    "a null": with_sealed("sha256", lambda a: pa.nulls(len(a), pa.string())),
+    "no row": with_nothing_else,
+    "no batch": with_batches(0),
+    "a batch too many": with_batches(2),
+    "another sha256": lambda data: with_sealed("sha256", lambda a: pa.array(["0" * 64]))(data),
+    "last offset too small": with_sealed_offset(1, 3),
+}
+
+
+def refused_seal(path, match):
+    with pytest.raises(CorruptCache, match=match) as caught:
+        verify(VerifyConfig(cache=path))
+    assert "seal again with cache-teacher verify --seal" in str(caught.value)
+
+
+def test_a_forged_index_that_says_the_same_is_accepted(sealed_copy):
+    """Without this the tests below could pass for the way they forge."""
+    index = sealed_copy / "index.arrow"
+    index.write_bytes(with_sealed("sha256", lambda array: array)(index.read_bytes()))
+    assert verify(VerifyConfig(cache=sealed_copy)).sealed
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_an_index_that_is_not_as_we_write_it_is_refused(sealed_copy, how):
+    index = sealed_copy / "index.arrow"
+    index.write_bytes(UNREADABLE[how](index.read_bytes()))
+    refused_seal(sealed_copy, r"index\.arrow: not readable as an index: ")
+
+
+def test_an_index_much_larger_than_its_commits_is_not_read(sealed_copy):
+    index = sealed_copy / "index.arrow"
+    index.write_bytes(with_metadata(900_000)(index.read_bytes()))
+    refused_seal(sealed_copy, r"index\.arrow: 1,8\d\d,\d+ bytes where at most 1,05\d,\d+ are")
+
+
+@pytest.mark.parametrize("how", NOT_AS_SEALED)
+def test_an_index_of_other_content_is_refused(sealed_copy, how):
+    index = sealed_copy / "index.arrow"
+    index.write_bytes(NOT_AS_SEALED[how](index.read_bytes()))
+    refused_seal(sealed_copy, r"index\.arrow: the shards and commits are not the ones")
+
+
 # Memory -----------------------------------------------------------------------------------------
 
 _MEASURE = """
 import json, resource, sys, time
 from pathlib import Path
-from tests.test_hostile import read_all
+from tests.test_hostile import VerifyConfig, read_all, verify
 from shared.errors import TeacherCacheError
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+def read(path):
+    read_all(path)
+    if (path / "index.arrow").exists():
+        verify(VerifyConfig(cache=path))
+
 good, *bad = map(Path, sys.argv[1:])
-read_all(good)
+read(good)
 for path in bad:
     before, start = peak(), time.process_time()
     try:
-        read_all(path)
+        read(path)
         said = "nothing"
     except TeacherCacheError as error:
         said = f"{type(error).__name__}: {error}"
@@ -873,7 +1001,24 @@ def sparse_side_file(path):
     sparse(name, 1 << 36)(path)
 
 
+def index_of(text, **options):
+    """An index of one row with a long text instead of the commit."""
+
+    def make(path):
+        def make_index(data):
+            return with_sealed("commit", lambda a: pa.array([text]))(data)
+
+        index = path / "index.arrow"
+        schema, batch = batch_of(make_index(index.read_bytes()))
+        index.write_bytes(written(schema, batch, **options))
+
+    return make
+
+
 BOMBS = {
+    "index-expands": index_of("x" * (1 << 28), compression="zstd"),
+    "index-of-256-MB": index_of("x" * (1 << 28)),
+    "index-of-1-TB": sparse("index.arrow", 1 << 40),
     "manifest-of-lists": json_bomb(MANIFEST, b"[],", MAX_MANIFEST_BYTES),
     "manifest-deep": json_bomb(MANIFEST, b"[", MAX_MANIFEST_BYTES),
     "manifest-of-objects": json_bomb(MANIFEST, b'{"a":', MAX_MANIFEST_BYTES),
@@ -897,13 +1042,13 @@ BOMBS = {
 }
 
 
-def test_no_bomb_takes_memory_or_time(pristine, tmp_path):
+def test_no_bomb_takes_memory_or_time(sealed, tmp_path):
     """Measured from outside: less than 200 MB more than reading a good cache, 1 s of CPU each."""
     paths = [tmp_path / name for name in BOMBS]
     for path in paths:
-        shutil.copytree(pristine, path)
+        shutil.copytree(sealed, path)
         BOMBS[path.name](path)
-    command = [sys.executable, "-c", _MEASURE, str(pristine), *map(str, paths)]
+    command = [sys.executable, "-c", _MEASURE, str(sealed), *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]

@@ -15,7 +15,9 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from shared import Cache, open_cache, shards
-from shared.errors import NonFiniteTargets, Stopped
+from shared.errors import NonFiniteTargets, Refused, Stopped, TeacherCacheError
+from teacher_cache.config import VerifyConfig
+from teacher_cache.inspection import verify
 from teacher_cache.teacher import Teacher, TeacherOutput
 from tests.conftest import Capture
 
@@ -408,3 +410,54 @@ def masking(forward: Callable[..., TeacherOutput], masked: int) -> Callable[...,
         return TeacherOutput(output.hidden, chunks())
 
     return masked_forward
+
+
+# Places
+
+
+def test_paths_with_spaces_and_letters_of_any_alphabet_and_links(
+    one_process, capture, corpus_file, teacher_dir, tmp_path
+):
+    """Captured there through a link, resumed through the folder itself, and moved afterwards."""
+    real = tmp_path / "Größe und 試験 🎓"
+    (tmp_path / "link").symlink_to(real)
+    real.mkdir()
+    corpus = Path(shutil.copy(corpus_file, real / "mein Körper.txt"))
+    teacher = Path(shutil.copytree(teacher_dir, real / teacher_dir.name))
+    options = SMALL | {"corpus": str(corpus), "teacher": str(teacher)}
+    capture(**options, out=tmp_path / "link" / "der Cache")
+    (real / "der Cache" / "commits" / "00001.json").unlink()
+    capture(**options, out=real / "der Cache")
+    moved = (real / "der Cache").rename(tmp_path / "elsewhere")
+    (tmp_path / "second link").symlink_to(moved)
+    expected = [row.input_ids.tolist() for row in open_cache(one_process)]
+    for path in (moved, tmp_path / "second link"):
+        assert [row.input_ids.tolist() for row in open_cache(path)] == expected
+    assert verify(VerifyConfig(cache=tmp_path / "second link")).sound
+    names = [name.casefold() for name in content(moved)]
+    assert len(set(names)) == len(names)  # a file system may not tell A from a
+
+
+@pytest.mark.parametrize("where", ["a file", "below a file", "no place to write"])
+def test_an_out_that_cannot_be_written_is_refused_by_name(where, capture, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    out = {
+        "a file": tmp_path / "file",
+        "below a file": tmp_path / "file" / "cache",
+        "no place to write": Path("/proc/cache"),  # for root, too
+    }[where]
+    with pytest.raises(TeacherCacheError) as caught:
+        capture(**SMALL, out=out)
+    assert str(caught.value).startswith(f"{out}: ")
+    assert "--out" in str(caught.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused_by_name(capture, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(Refused, match=r"cannot be written .*Choose another --out"):
+            capture(**SMALL, out=tmp_path / "cache")
+    finally:
+        tmp_path.chmod(0o700)

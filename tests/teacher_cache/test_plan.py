@@ -262,15 +262,36 @@ def test_a_forward_is_halved_until_it_fits_and_the_plan_says_so(options, monkeyp
     assert content(options["out"]) == before
 
 
-@pytest.mark.parametrize("forward_tokens", ["auto", 2000])
-def test_what_never_fits_is_refused_with_the_length(options, monkeypatch, forward_tokens):
-    def out_of_memory(*_: Any, **__: Any) -> None:
+@pytest.mark.parametrize(
+    ("forward_tokens", "sizes", "message"),
+    [
+        (
+            "auto",  # down to one row
+            [64, 32, 16, 8, 4, 2, 1],
+            r"one row of 64 tokens \(document \d+\) does not fit.*smaller --max-length or --dtype",
+        ),
+        (
+            2000,
+            [31],
+            r"31 rows of 64 tokens do not fit .* together. Use a smaller --forward-tokens",
+        ),
+        (64, [1], r"--forward-tokens 64: one row of 64 tokens .*--max-length or --dtype"),
+    ],
+)
+def test_what_never_fits_is_refused_with_the_length(
+    options, monkeypatch, forward_tokens, sizes, message
+):
+    tried = []
+
+    def out_of_memory(_: Teacher, batch: TeacherBatch, *__: Any, **___: Any) -> None:
+        tried.append(len(batch.input_ids))
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     draft = plan.resolve(CaptureConfig(**options | {"forward_tokens": forward_tokens}))
     monkeypatch.setattr(Teacher, "forward", out_of_memory)
-    with pytest.raises(Refused, match=r"rows of 64 tokens do not fit.*--max-length or --dtype"):
+    with pytest.raises(Refused, match=message):
         plan.publish_or_adopt(draft, Storage(options["out"]))
+    assert tried == sizes
     assert not list(options["out"].glob("*"))
 
 

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 import transformers
+from accelerate import dispatch_model
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -370,3 +371,30 @@ def test_private_names_we_lean_on_exist():
             position_index=torch.arange(2),
         ),
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "trunk", "blocks"),
+    [("llama", "model", "layers"), ("qwen3", "model", "layers"), ("gpt2", "transformer", "h")],
+)
+def test_hidden_states_under_a_device_map_are_those_of_one_device(
+    family, trunk, blocks, tokenizer, tmp_path
+):
+    """Half of the map: the second block's weights come from the disk for each forward, by the hooks
+    that also move states between devices. Moving them needs two real devices."""
+    layers = (0, 1, -1)
+    one = Teacher.wrap(build(family), tokenizer).forward(padded_batch(), layers)
+    spread = build(family)
+    parts = [name for name, _ in spread.get_submodule(trunk).named_children() if name != blocks]
+    places = {f"{trunk}.{name}": "cpu" for name in parts} | {"lm_head": "cpu"}
+    places |= {f"{trunk}.{blocks}.0": "cpu", f"{trunk}.{blocks}.1": "disk"}
+    dispatch_model(spread, places, main_device="cpu", offload_dir=tmp_path)
+    assert {p.device.type for p in spread.parameters()} == {"cpu", "meta"}
+    teacher = Teacher.wrap(spread, tokenizer)
+    teacher.check_layers(layers)
+    two = teacher.forward(padded_batch(), layers)
+    assert teacher.streamed is not None
+    for layer in layers:
+        assert two.hidden[layer].any(dim=1).all()
+        assert torch.equal(two.hidden[layer], one.hidden[layer])
+    assert torch.equal(*(torch.cat([part for _, part in out.chunks]) for out in (one, two)))
