@@ -2,7 +2,8 @@
 
 A few rows go through the teacher twice, once batched as in the capture and once alone: how much the
 two differ is the noise floor of this machine. Then the first is held against the cache. Everything
-is compared over the cells that the cache has: its entries, and one for all other classes.
+is compared over the cells that the cache has: its entries, and one for all other classes. Of a
+sample these are the classes kept as they are: what was drawn says nothing position by position.
 
 N positions, C classes, K entries, J = K + 1 cells.
 """
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.cache import Cache, open_cache
+from shared.cache import Cache, RowTargets, open_cache
 from shared.errors import CacheMismatch
 from shared.manifest import differences
+from shared.ragged import drawn_logprob
+from shared.target import MAX_ENTRIES, TargetSpec
 from shared.tokenizer import describe
 from teacher_cache.batches import forward_batches
 from teacher_cache.config import CheckConfig
@@ -89,8 +92,8 @@ def check(config: CheckConfig) -> Checked:
 class _Cells:
     """Log-probabilities over the cached entries and the tail, and the most probable class."""
 
-    ids: Tensor  # i64 [N, K]
-    cells: Tensor  # f64 [N, J]
+    ids: Tensor  # i64 [N, K], negative where a position has fewer entries
+    cells: Tensor  # f64 [N, J], -inf in cells that are not there
     best: Tensor  # i64 [N]
 
 
@@ -100,15 +103,30 @@ def _row(cache: Cache, index: int) -> Row:
 
 
 def _cached(cache: Cache, chosen: list[int]) -> _Cells:
+    spec = cache.manifest.targets
     parts = []
     for index in chosen:
         targets = cache[index].targets
         assert targets is not None  # check refuses a cache without
-        logprobs = targets.logprobs.double()
-        cells = torch.cat([logprobs, targets.tail_mass.double().log()[:, None]], dim=1)
-        best = targets.ids.gather(1, logprobs.argmax(dim=1, keepdim=True))[:, 0]
-        parts.append(_Cells(targets.ids, cells, best))
+        ids_NK, logprobs_NK = _padded(targets, spec)
+        cells = torch.cat([logprobs_NK, targets.tail_mass.double().log()[:, None]], dim=1)
+        best = ids_NK.gather(1, logprobs_NK.argmax(dim=1, keepdim=True))[:, 0]
+        parts.append(_Cells(ids_NK, cells, best))
     return _joined(parts)
+
+
+def _padded(targets: RowTargets, spec: TargetSpec) -> tuple[Tensor, Tensor]:
+    """Ids and log-probabilities [N, K], missing and drawn entries as -1 and -inf."""
+    ids, logprobs = targets.ids, targets.logprobs.double()
+    if spec.kind == "sample":
+        drawn = targets.logprobs == float(drawn_logprob(spec))
+        ids, logprobs = ids.masked_fill(drawn, -1), logprobs.masked_fill(drawn, -torch.inf)
+    if targets.counts is None:
+        return ids, logprobs
+    there_NK = torch.arange(MAX_ENTRIES) < targets.counts[:, None]
+    ids_NK = torch.full(there_NK.shape, -1).masked_scatter(there_NK, ids)
+    empty_NK = torch.full(there_NK.shape, -torch.inf, dtype=torch.float64)
+    return ids_NK, empty_NK.masked_scatter(there_NK, logprobs)
 
 
 def _live(teacher: Teacher, cache: Cache, rows: list[Row], ids_NK: Tensor) -> _Cells:
@@ -121,10 +139,13 @@ def _live(teacher: Teacher, cache: Cache, rows: list[Row], ids_NK: Tensor) -> _C
         for part, logits_nV in output.chunks:
             at = batch.window_index[part]
             logp_nC = logits_nV[:, : teacher.num_classes].double().log_softmax(dim=-1).cpu()
-            ids_nK = ids_NK[at]
-            rest_nC = logp_nC.scatter(1, ids_nK, -torch.inf)
-            tail_n1 = rest_nC.logsumexp(dim=1, keepdim=True)
-            cells_NJ[at] = torch.cat([logp_nC.gather(1, ids_nK), tail_n1], dim=1)
+            there_nK, ids_nK = ids_NK[at] >= 0, ids_NK[at].clamp(min=0)
+            entry_nK = logp_nC.gather(1, ids_nK).masked_fill(~there_nK, -torch.inf)
+            rest_nC = logp_nC.exp().scatter_add(1, ids_nK, -entry_nK.exp())
+            tail_n1 = rest_nC.clamp(min=0).sum(dim=1, keepdim=True).log()
+            if cache.manifest.targets.kind == "sample":
+                tail_n1 = torch.full_like(tail_n1, -torch.inf)
+            cells_NJ[at] = torch.cat([entry_nK, tail_n1], dim=1)
             best_N[at] = logp_nC.argmax(dim=1)
     return _Cells(ids_NK, cells_NJ, best_N)
 
@@ -138,10 +159,14 @@ def _joined(parts: list[_Cells]) -> _Cells:
 
 
 def _kl(p_NJ: Tensor, q_NJ: Tensor) -> Tensor:
-    """KL(p || q) of each position in nats; a cell with p = 0 counts nothing."""
+    """Sum of p log(p / q) - p + q of each position in nats: KL(p || q) where both sum to 1.
+
+    A cell with p = 0 counts q.
+    """
     floor = torch.finfo(torch.float32).tiny
     terms_NJ = p_NJ.exp() * (p_NJ - q_NJ.clamp_min(np.log(floor)))
-    return torch.where(p_NJ == -torch.inf, 0.0, terms_NJ).sum(dim=1)
+    terms_NJ = torch.where(p_NJ == -torch.inf, 0.0, terms_NJ) - p_NJ.exp() + q_NJ.exp()
+    return terms_NJ.sum(dim=1)
 
 
 def _agreement(one: _Cells, other: _Cells) -> float:

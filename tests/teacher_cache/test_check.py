@@ -55,13 +55,16 @@ def cache_storage(path: Path) -> object:
 
 
 def shift(block: Block) -> None:
-    for name in ("ids", "logprobs", "log_tail"):
-        setattr(block.target, name, np.roll(getattr(block.target, name), 1, axis=0))
+    move(block, np.roll(np.arange(len(block.target.log_tail)), 1))
 
 
 def reverse_rows(block: Block) -> None:
-    for name in ("ids", "logprobs", "log_tail"):
-        setattr(block.target, name, getattr(block.target, name)[::-1].copy())
+    move(block, np.arange(len(block.target.log_tail))[::-1])
+
+
+def move(block: Block, order: np.ndarray) -> None:
+    block.target = block.target.at(order)
+    block.target.random_bits = np.zeros(len(order), np.uint64)
 
 
 @pytest.mark.parametrize("change", [shift, reverse_rows])
@@ -70,6 +73,19 @@ def test_targets_out_of_place_fail(cache_dir, cache_copy, teacher_dir, change):
     assert not found.sound
     assert found.kl_live_cached > 0.1
     assert found.differences == ()
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "sample", "dense"])
+def test_every_kind_passes_and_fails_once_shifted(kind, capture, teacher_dir, tmp_path):
+    asked = {} if kind == "dense" else {"mean_entries": 10.0}
+    good = capture(targets=kind, limit_documents=60, **asked)
+    found = checked(good, teacher_dir)
+    assert found.sound
+    assert found.kl_live_cached <= 5e-4
+    copy = Path(shutil.copytree(good, tmp_path / "copy"))
+    found = checked(rewritten(open_cache(good), copy, shift), teacher_dir)
+    assert not found.sound
+    assert found.kl_live_cached > 0.02  # this teacher is flat: 10 entries have little of its mass
 
 
 def test_other_weights_fail(cache_dir, teacher_dir, tmp_path):
