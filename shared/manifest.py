@@ -3,8 +3,9 @@
 It holds what was asked for, what the teacher, the tokenizer and the corpus were, and what
 calibration fixed; no clock, no host and no absolute path, so that two runs of the same job publish
 the same bytes. Read strictly: an unknown format version is refused, a missing or ill-typed field is
-an error that names it, unknown fields are ignored (a newer writer may add some). Every number that
-sizes follow from has limits, checked before anything is allocated.
+an error that names it unless its dataclass has a default (it came later, and caches from before it
+mean the default), unknown fields are ignored (a newer writer may add some). Every number that sizes
+follow from has limits, checked before anything is allocated.
 """
 
 import hashlib
@@ -13,13 +14,14 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
 import xxhash
 
 from shared.codec import TargetSpec
 from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCache
+from shared.hidden import HiddenCodec
 from shared.storage import Storage
 
 FORMAT_VERSION = 1
@@ -85,11 +87,15 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiddenSpec:
-    """Stored layers (-1 is the final state after the last norm), their widths and codec."""
+    """Stored layers (-1 is the final state after the last norm), their widths and codec.
+
+    Of each row the positions 0, `every`, 2 `every`, ... have states.
+    """
 
     layers: tuple[int, ...]
     widths: tuple[int, ...]
-    codec: str
+    codec: HiddenCodec
+    every: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +212,7 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
         ("preprocessing.max_length", manifest.preprocessing.max_length, 2**31 - 1),
         ("targets.num_classes", manifest.targets.num_classes, MAX_CLASSES),
         ("targets.top_k", manifest.targets.top_k, MAX_CLASSES),
+        ("hidden.every", manifest.hidden.every, 2**31 - 1),
         ("plan.num_shards", manifest.plan.num_shards, MAX_SHARDS),
         ("plan.documents_per_shard", manifest.plan.documents_per_shard, MAX_SHARD_ROWS),
         *(("hidden.widths", width, 1 << 20) for width in manifest.hidden.widths),
@@ -218,8 +225,6 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
         yield f"targets.temperatures: found {_short(temperatures)}, expected up to 32 numbers"
     if len(layers) != len(manifest.hidden.widths) or not len(layers) == len(set(layers)) <= 1024:
         yield f"hidden: found layers {_short(layers)}, expected each once, with one width each"
-    if manifest.hidden.codec != "bf16":
-        yield f"hidden.codec: found {_short(manifest.hidden.codec)}, expected bf16"
     if len(manifest.side_files) > 64:
         yield f"side_files: found {len(manifest.side_files)}, expected at most 64"
     yield from _wrong_columns(manifest.columns)
@@ -272,13 +277,12 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise _wrong(where, value, "an object")
         hints = typing.get_type_hints(kind)
-        missing = [field.name for field in fields(kind) if field.name not in value]
-        if missing:
-            raise CorruptCache(f"{where}: the field {missing[0]!r} is missing")
+        there = [field.name for field in fields(kind) if field.name in value]
+        for field in fields(kind):
+            if field.name not in there and field.default is MISSING:
+                raise CorruptCache(f"{where}: the field {field.name!r} is missing")
         make: Any = kind
-        values = {
-            f.name: _build(hints[f.name], value[f.name], f"{where}: {f.name}") for f in fields(kind)
-        }
+        values = {name: _build(hints[name], value[name], f"{where}: {name}") for name in there}
         try:
             return make(**values)
         except ConfigError as error:

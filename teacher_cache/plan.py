@@ -25,7 +25,7 @@ from safetensors.numpy import save as save_safetensors
 from shared import manifest as manifests
 from shared.codec import ClassRanks, TargetSpec
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
-from shared.hidden import ChannelStatistics
+from shared.hidden import ChannelStatistics, int8_scale, without_massive
 from shared.manifest import (
     BatchPlan,
     HiddenSpec,
@@ -150,6 +150,8 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
         value_bits=old.targets.value_bits,
         temperature=old.targets.temperatures,
         hidden_layers=old.hidden.layers,
+        hidden_codec=old.hidden.codec,
+        hidden_every=old.hidden.every,
         max_length=old.preprocessing.max_length,
         pack=old.preprocessing.pack,
     )
@@ -248,7 +250,9 @@ def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
 def _hidden_spec(config: CaptureConfig, teacher: Teacher | None) -> HiddenSpec:
     layers = tuple(sorted(set(config.hidden_layers)))
     widths = () if teacher is None else tuple(teacher.hidden_width for _ in layers)
-    return HiddenSpec(layers=layers, widths=widths, codec=config.hidden_codec)
+    return HiddenSpec(
+        layers=layers, widths=widths, codec=config.hidden_codec, every=config.hidden_every
+    )
 
 
 def sample_corpus(draft: Draft) -> Sample:
@@ -386,10 +390,14 @@ def default_forward_tokens(teacher: Teacher) -> int:
 
 def _run(
     draft: Draft, teacher: Teacher, chosen: list[rows.Row], forward_tokens: int
-) -> tuple[np.ndarray, dict[int, ChannelStatistics]]:
-    """Counts of the kept classes [C], and statistics of the asked-for layers, over some rows."""
+) -> tuple[np.ndarray, dict[int, ChannelStatistics], dict[int, ChannelStatistics]]:
+    """Counts of the kept classes [C], and statistics of the asked-for layers, over some rows.
+
+    Those of all states, and those without the massive ones.
+    """
     kept = torch.zeros(draft.targets.num_classes, dtype=torch.int64)
     statistics: dict[int, ChannelStatistics] = {}
+    ordinary: dict[int, ChannelStatistics] = {}
     for batch in forward_batches(chosen, forward_tokens, packed=draft.preprocessing.pack):
         output = teacher.forward(batch.inputs, draft.hidden.layers)
         for _, logits in output.chunks:
@@ -399,12 +407,10 @@ def _run(
         for layer, states in output.hidden.items():
             finite = states[states.isfinite().all(dim=1)]  # --nonfinite drop leaves out the rest
             bits = finite.to("cpu", torch.bfloat16).view(torch.uint16).numpy()
-            batch_statistics = ChannelStatistics.of(bits)
-            before = statistics.get(layer)
-            statistics[layer] = (
-                batch_statistics if before is None else before.merge(batch_statistics)
-            )
-    return kept.numpy(), statistics
+            for found, some in ((statistics, bits), (ordinary, without_massive(bits))):
+                of_batch = ChannelStatistics.of(some)
+                found[layer] = found[layer].merge(of_batch) if layer in found else of_batch
+    return kept.numpy(), statistics, ordinary
 
 
 def _learn(draft: Draft, teacher: Teacher, sample: Sample, forward_tokens: int) -> bytes:
@@ -416,13 +422,18 @@ def _learn(draft: Draft, teacher: Teacher, sample: Sample, forward_tokens: int) 
         tokens += len(row.input_ids)
         if tokens >= _LEARN_TOKENS:
             break
-    kept, statistics = _run(draft, teacher, chosen, forward_tokens)
+    kept, statistics, ordinary = _run(draft, teacher, chosen, forward_tokens)
     seen = sample.token_counts[: len(kept)]
     kept[: len(seen)] += seen
-    arrays = {"class_by_rank": ClassRanks.from_counts(kept).classes}
+    arrays: dict[str, np.ndarray] = {"class_by_rank": ClassRanks.from_counts(kept).classes}
     for layer, channel in statistics.items():
         arrays[f"hidden.{layer}.mean"] = channel.mean.astype(np.float32)
         arrays[f"hidden.{layer}.std"] = channel.std.astype(np.float32)
+    if draft.hidden.codec == "int8":
+        for layer, channel in ordinary.items():
+            scale = int8_scale(channel)
+            arrays[f"hidden.{layer}.centre"] = scale.centre
+            arrays[f"hidden.{layer}.unit"] = scale.unit
     return save_safetensors(arrays)
 
 

@@ -10,7 +10,7 @@ P positions, K entries.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,16 +18,17 @@ import numpy as np
 
 from shared import manifest as manifests
 from shared.blocks import Block
-from shared.cache import Cache, class_ranks, open_cache
+from shared.cache import Cache, channel_scales, class_ranks, open_cache
 from shared.codec import Target, TargetSpec
 from shared.errors import CacheMismatch, ConfigError
+from shared.hidden import num_states
 from shared.manifest import HiddenSpec, Manifest, differences
 from shared.progress import Progress
 from shared.schema import ROW_CHUNK_BITS
 from shared.shards import ShardWriter, commit_name, encode_block
 from shared.storage import Storage
 from teacher_cache.config import RepackConfig
-from teacher_cache.statistics import block_sums
+from teacher_cache.statistics import HIDDEN_ERRORS, add, block_sums
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +38,17 @@ def repack(config: RepackConfig) -> None:
     source = open_cache(config.cache)
     storage = Storage(config.out)
     manifest, cache_id = _publish_or_adopt(storage, source, _smaller(config, source))
-    ranks = class_ranks(storage, manifest)
+    ranks, scales = class_ranks(storage, manifest), channel_scales(storage, manifest)
     documents = config.document_range(manifest.corpus.num_documents)
     with Progress("repack", total=len(source.commits), unit="shards") as progress:
         for index, commit in enumerate(source.commits):
             if not storage.exists(commit_name(commit.shard)):
-                statistics: Counter[str] = Counter()
+                statistics = Counter(_hidden_errors(commit.statistics, manifest.hidden.layers))
                 with ShardWriter(storage, manifest, cache_id, commit.shard) as writer:
                     blocks = _blocks(source, manifest, index, documents, statistics)
                     for number, block in enumerate(blocks):
-                        statistics.update(block_sums(block))
-                        writer.write(encode_block(block, number, manifest, ranks))
+                        add(statistics, block_sums(block))
+                        writer.write(encode_block(block, number, manifest, ranks, scales))
                     writer.statistics = dict(statistics)
             progress.advance(1)
 
@@ -79,7 +80,7 @@ def _smaller_targets(config: RepackConfig, old: TargetSpec) -> TargetSpec:
 
 def _fewer_layers(config: RepackConfig, old: HiddenSpec) -> HiddenSpec:
     if config.drop_hidden:
-        return HiddenSpec(layers=(), widths=(), codec=old.codec)
+        return replace(old, layers=(), widths=())
     if not config.hidden_layers:
         return old
     gone = sorted(set(config.hidden_layers) - set(old.layers))
@@ -90,7 +91,13 @@ def _fewer_layers(config: RepackConfig, old: HiddenSpec) -> HiddenSpec:
         (n, w) for n, w in zip(old.layers, old.widths, strict=True) if n in config.hidden_layers
     ]
     layers, widths = zip(*pairs, strict=True)
-    return HiddenSpec(layers=layers, widths=widths, codec=old.codec)
+    return replace(old, layers=layers, widths=widths)
+
+
+def _hidden_errors(statistics: Mapping[str, float], layers: Sequence[int]) -> dict[str, float]:
+    """What the capture measured on all rows of a shard; without the teacher there is no more."""
+    kept = {f"{name}.{layer}" for name in HIDDEN_ERRORS for layer in layers}
+    return {name: value for name, value in statistics.items() if name in kept}
 
 
 def _publish_or_adopt(storage: Storage, source: Cache, manifest: Manifest) -> tuple[Manifest, str]:
@@ -120,7 +127,7 @@ def _blocks(
         kept = (document >= documents.start) & (document < documents.stop)
         left_out["rows_left_out"] += int((~kept).sum())
         if not kept.all():
-            block = only_rows(block, kept)
+            block = only_rows(block, kept, hidden_every=manifest.hidden.every)
         if len(block.row_ids) == 0:
             continue
         if block.target is not None:
@@ -128,9 +135,10 @@ def _blocks(
         yield block
 
 
-def only_rows(block: Block, kept_R: np.ndarray) -> Block:
+def only_rows(block: Block, kept_R: np.ndarray, *, hidden_every: int) -> Block:
     """The rows of a block where `kept_R` [R] is true."""
     tokens, positions = (np.repeat(kept_R, n) for n in (block.num_tokens, block.num_positions))
+    states = np.repeat(kept_R, num_states(block.num_positions, hidden_every))
 
     def at(values: np.ndarray | None, mask: np.ndarray) -> Any:
         return None if values is None else values[mask]
@@ -152,7 +160,7 @@ def only_rows(block: Block, kept_R: np.ndarray) -> Block:
         label_logprob=at(block.label_logprob, positions),
         entropy=at(block.entropy, positions),
         log_partition_ratio={t: r[positions] for t, r in block.log_partition_ratio.items()},
-        hidden={layer: states[positions] for layer, states in block.hidden.items()},
+        hidden={layer: states_SD[states] for layer, states_SD in block.hidden.items()},
     )
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 
 import pytest
 
@@ -168,11 +168,28 @@ def at(raw, path):
     return raw
 
 
-@pytest.mark.parametrize("path", EVERY_FIELD, ids=".".join)
+DEFAULTS = {
+    (part, field.name): field.default
+    for part, kind in (("hidden", HiddenSpec), ("targets", TargetSpec))
+    for field in fields(kind)
+    if field.default is not MISSING
+}
+
+
+@pytest.mark.parametrize("path", [p for p in EVERY_FIELD if p not in DEFAULTS], ids=".".join)
 def test_a_missing_field_is_named(tmp_path, path):
     storage = forged(tmp_path, lambda raw: at(raw, path[:-1]).pop(path[-1]))
     with pytest.raises(CorruptCache, match=f"manifest.json.*'{path[-1]}' is missing"):
         manifests.read(storage)
+
+
+@pytest.mark.parametrize("path", DEFAULTS, ids=".".join)
+def test_a_field_with_a_default_may_be_missing_and_has_it(tmp_path, path):
+    """As one that came later is from every older cache, whose id stays that of its file."""
+    storage = forged(tmp_path, lambda raw: at(raw, path[:-1]).pop(path[-1]))
+    found, cache_id = manifests.read(storage)
+    assert asdict(found)[path[0]][path[1]] == DEFAULTS[path]
+    assert cache_id == hashlib.sha256(storage.read(manifests.MANIFEST)).hexdigest()
 
 
 @pytest.mark.parametrize("path", EVERY_FIELD, ids=".".join)

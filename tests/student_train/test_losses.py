@@ -9,7 +9,7 @@ import torch
 from shared.errors import ConfigError
 from student_train.loss_spec import LossSpec
 from student_train.losses import (
-    HIDDEN_LOSSES,
+    PER_STATE,
     SoftTarget,
     hidden_cosine,
     hidden_mse,
@@ -217,7 +217,7 @@ def test_hidden_cosine_is_summed_over_positions():
 @pytest.mark.parametrize("name", ["mse", "cosine"])
 def test_no_position_gives_zero(name):
     student = torch.zeros(0, 3, requires_grad=True)
-    loss = HIDDEN_LOSSES[name](student, torch.zeros(0, 3), torch.ones(3))
+    loss = PER_STATE[name](student, torch.zeros(0, 3), torch.ones(3))
     (gradient,) = torch.autograd.grad(loss, student)
     assert loss.item() == 0
     assert gradient.shape == (0, 3)

@@ -163,17 +163,48 @@ def test_adapters_are_saved_and_reload(train, tmp_path, cache_dir, teacher_dir):
     assert again["loss"] == pytest.approx(result["validation"]["loss"], rel=1e-5)
 
 
-def test_hidden_states_of_other_width_are_projected(train, tmp_path):
-    train(hidden_weight=0.5, hidden_map=("-1:-1", "0:0"), out=tmp_path / "run")
-    saved = load_file(tmp_path / "run" / "projections.safetensors")
-    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == {
-        "m1_m1.weight": (32, 16),
-        "0_0.weight": (32, 16),
+PROJECTED: dict[str, Any] = {"hidden_weight": 0.5, "hidden_map": ("-1:-1", "0:0")}
+
+
+def test_projections_are_in_checkpoints_and_not_in_the_model(train, tmp_path):
+    out = tmp_path / "run"
+    train(**PROJECTED, out=out)
+    found = {name: tuple(tensor.shape) for name, tensor in weights(out / "checkpoint-6").items()}
+    shapes = {name: shape for name, shape in found.items() if "projections" in name}
+    assert shapes == {
+        "distillation_projections.m1_m1.weight": (32, 16),
+        "distillation_projections.0_0.weight": (32, 16),
     }
-    assert not any("projection" in name for name in weights(tmp_path / "run"))
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert weights(out).keys() == found.keys() - shapes.keys()
+    assert not [path.name for path in out.iterdir() if "projection" in path.name]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
     hidden = [json.loads(line)["hidden"] for line in lines if '"train"' in line]
     assert hidden[-1] < hidden[0]
+
+
+def test_projections_go_on_where_a_stopped_run_left_them(train, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "pieces"
+    train(**PROJECTED, out=whole)
+    SignalAt(monkeypatch, [2])
+    with pytest.raises(Stopped):
+        train(**PROJECTED, out=out)
+    train(**PROJECTED, out=out)
+    assert losses(out) == losses(whole)
+    last = weights(out / "checkpoint-6")
+    torch.testing.assert_close(last, weights(whole / "checkpoint-6"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("hidden_loss", ["mse", "cosine", "contrastive"])
+def test_every_hidden_loss_falls_on_a_cache_of_some_states(train, tmp_path, capture, hidden_loss):
+    """fp8 states of every third position, layers mapped by themselves."""
+    cache = capture(hidden_layers=(0, 1, -1), hidden_codec="fp8", hidden_every=3)
+    options = {"soft_weight": 0.0, "hard_weight": 0.0, "hidden_weight": 1.0, "max_steps": 25}
+    out = tmp_path / "run"
+    train(cache=(cache,), hidden_loss=hidden_loss, hidden_map=("last",), out=out, **options)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    hidden = [line["hidden"] for line in lines if line["kind"] == "train"]
+    assert hidden[0] == pytest.approx(lines[0]["loss"], rel=1e-5)
+    assert sum(hidden[-3:]) < 0.9 * sum(hidden[:3])
 
 
 def test_early_stopping_keeps_the_best_model(train, tmp_path, cache_dir):
