@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from shared.errors import CacheMismatch, ConfigError, CorruptCache, Stopped
 from student_train.callbacks import StopOnSignal
+from student_train.config import TrainConfig
 from student_train.trainer import DistillTrainer
 
 
@@ -207,6 +208,34 @@ def test_every_hidden_loss_falls_on_a_cache_of_some_states(train, tmp_path, capt
     assert sum(hidden[-3:]) < 0.9 * sum(hidden[:3])
 
 
+@pytest.mark.parametrize(
+    ("hidden_map", "cached", "blocks", "expected"),
+    [
+        ((), (-1, 3), 6, [(-1, -1)]),
+        (("3:0", "-1:5"), (-1, 3), 6, [(3, 0), (-1, 5)]),
+        (("last",), (-1, 3), 6, [(-1, -1)]),
+        (("last",), (3, 7), 6, [(7, -1)]),
+        (("uniform",), (3, 7, 11), 6, [(3, 1), (7, 3), (11, 5)]),
+        (("uniform",), (-1, 3, 7), 6, [(3, 1), (7, 3), (-1, -1)]),
+        (("uniform",), (-1, 0, 1, 2), 3, [(0, 0), (1, 1), (2, 2), (-1, -1)]),
+        (("uniform",), (5,), 4, [(5, 3)]),
+        (("uniform",), (0, 1, 2), 4, [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_which_cached_layer_goes_to_which_of_the_student(hidden_map, cached, blocks, expected):
+    options: dict[str, Any] = {"student": "s", "cache": (Path("c"),), "out": Path("o")}
+    config = TrainConfig(**options, hidden_weight=1.0, hidden_map=hidden_map)
+    assert list(config.layer_pairs(cached, blocks)) == expected
+    assert TrainConfig(**options, hidden_map=hidden_map).layer_pairs(cached, blocks) == ()
+
+
+def test_more_layers_than_blocks_are_not_spread(train, cache_dir):
+    options: dict[str, Any] = {"student": "s", "cache": (Path("c"),), "out": Path("o")}
+    config = TrainConfig(**options, hidden_weight=1.0, hidden_map=("uniform",))
+    with pytest.raises(ConfigError, match=r"uniform: 3 cached layers .* 2 blocks: name pairs"):
+        config.layer_pairs((0, 1, 2), 2)
+
+
 def test_early_stopping_keeps_the_best_model(train, tmp_path, cache_dir):
     result = train(
         max_steps=40,
@@ -287,6 +316,12 @@ def test_resume_ignores_shards_committed_since(train, tmp_path, cache_copy, cach
     [
         ({"temperature": 3.0}, "exact at 1, 2 only"),
         ({"hidden_weight": 1.0, "hidden_map": ("5:0",)}, "holds hidden layers -1, 0, not 5"),
+        (
+            {"hidden_weight": 1.0, "hidden_map": ("-1:1",)},
+            "--hidden-map -1:1: the student has blocks 0 to 0",
+        ),
+        ({"hidden_map": ("first",)}, "--hidden-map first: expected T:S"),
+        ({"hidden_map": ("last", "0:0")}, "--hidden-map last 0:0: last and uniform each stand"),
         ({"settings": ("learning_rate=1",)}, "use --learning-rate"),
         ({"settings": ("adam_bata2=0.9",)}, "did you mean adam_beta2"),
     ],

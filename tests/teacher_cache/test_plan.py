@@ -121,6 +121,10 @@ def test_a_hidden_layer_that_does_not_exist(options):
         ({"value_bits": 8}, "targets.value_bits: the cache has 7, asked for 8"),
         ({"temperature": (2.0,)}, "targets.temperatures: the cache has (), asked for (2.0,)"),
         ({"hidden_layers": (-1,)}, "hidden.layers: the cache has (), asked for (-1,)"),
+        (
+            {"hidden_layers": (-1,), "hidden_every": 3},
+            "hidden.every: the cache has 1, asked for 3",
+        ),
         ({"dtype": "bfloat16"}, "teacher.dtype: the cache has 'float32', asked for 'bfloat16'"),
         ({"max_length": 32}, "preprocessing.max_length: the cache has 64, asked for 32"),
         ({"pack": True}, "preprocessing.pack: the cache has False, asked for True"),

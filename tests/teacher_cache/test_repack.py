@@ -9,6 +9,7 @@ import torch
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError
 from teacher_cache.config import RepackConfig
+from teacher_cache.inspection import summary
 from teacher_cache.repack import repack
 
 
@@ -41,6 +42,24 @@ def test_a_slice_of_documents_keeps_whole_rows(cache_dir, tmp_path):
     assert [row.row_id for row in new] == wanted
     row = next(row for row in old if row.row_id == wanted[5])
     assert torch.equal(new[5].targets.ids, row.targets.ids)
+
+
+@pytest.mark.parametrize("codec", ["fp8", "int8"])
+def test_states_of_some_positions_stay_with_their_rows(codec, capture, tmp_path):
+    options = {"hidden_layers": (-1, 0), "hidden_codec": codec, "hidden_every": 3}
+    source = capture(limit_documents=150, top_k=4, **options)
+    repack(RepackConfig(cache=source, out=tmp_path / "a", documents="40:90", hidden_layers=(0,)))
+    old, new = open_cache(source), open_cache(tmp_path / "a")
+    wanted = [row for row in old if 40 <= row.row_id >> 24 < 90]
+    for row, before in zip(new, wanted, strict=True):
+        assert row.hidden.keys() == {0}
+        assert torch.equal(row.hidden_positions, before.hidden_positions)
+        # fp8 again is the same; int8 is rounded once more
+        off = (row.hidden[0].float() - before.hidden[0].float()).norm(dim=1)
+        limit = 0 if codec == "fp8" else 0.01 * before.hidden[0].float().norm(dim=1)
+        assert (off <= limit).all()
+    errors = summary(new)["hidden_error"]
+    assert errors == {"0": summary(old)["hidden_error"]["0"]}
 
 
 def test_layers_can_be_dropped(cache_dir, tmp_path):
