@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--model", type=Path, help="a saved model with a tokenizer, not to train")
-    parser.add_argument("--documents", type=int, default=150, help="that are captured")
+    parser.add_argument("--documents", type=int, default=200, help="that are captured")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
@@ -113,7 +113,7 @@ def trained(args: argparse.Namespace, out: Path) -> Path:
 def corpus_options(args: argparse.Namespace, documents: int) -> dict[str, Any]:
     return {
         "corpus": str(args.corpus),
-        "sample_by": "paragraph",
+        "sample_by": "line",
         "max_length": LENGTH,
         "limit_documents": documents,
     }

@@ -281,6 +281,15 @@ def test_another_config_in_the_same_folder_is_refused(train):
     assert "soft_weight: this run has 1.0, asked for 0.7" in str(error.value)
 
 
+def test_micro_batches_may_change_unless_rows_are_compared_within_them(train, tmp_path):
+    train(micro_batch_tokens=500, out=tmp_path / "mse", hidden_weight=1.0)
+    train(micro_batch_tokens=300, out=tmp_path / "mse", hidden_weight=1.0)
+    options = {"out": tmp_path / "rows", "hidden_weight": 1.0, "hidden_loss": "contrastive"}
+    train(micro_batch_tokens=500, **options)
+    with pytest.raises(CacheMismatch, match="micro_batch_tokens: this run has 500, asked for 300"):
+        train(micro_batch_tokens=300, **options)
+
+
 def test_a_folder_with_something_else_is_not_touched(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
