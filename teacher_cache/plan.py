@@ -45,6 +45,7 @@ from teacher_cache.targets import select
 from teacher_cache.teacher import (
     Teacher,
     config_hash,
+    hidden_width_of,
     load_tokenizer,
     logit_width_of,
     weights_digest,
@@ -249,9 +250,16 @@ def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
 
 def _hidden_spec(config: CaptureConfig, teacher: Teacher | None) -> HiddenSpec:
     layers = tuple(sorted(set(config.hidden_layers)))
-    widths = () if teacher is None else tuple(teacher.hidden_width for _ in layers)
+    width = 0
+    if layers and teacher is not None:
+        width = teacher.hidden_width
+    elif layers and config.teacher is not None:  # `plan` reads no weights
+        width = hidden_width_of(config.teacher, config.revision)
     return HiddenSpec(
-        layers=layers, widths=widths, codec=config.hidden_codec, every=config.hidden_every
+        layers=layers,
+        widths=(width,) * len(layers),
+        codec=config.hidden_codec,
+        every=config.hidden_every,
     )
 
 

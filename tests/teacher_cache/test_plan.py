@@ -372,6 +372,19 @@ def test_the_table_of_bytes_grows_with_k_and_holds_the_asked_one(options):
     assert list(sizes.values()) == sorted(sizes.values())
 
 
+def test_hidden_states_count_by_codec_and_by_how_often_they_are_kept(options):
+    """32 channels of two layers, of which no weights are read."""
+
+    def extra(**hidden):
+        layers = {"hidden_layers": (-1, 0)}
+        more = plan_of(options, **layers, **hidden)["other_bytes_per_position"]
+        return more - plan_of(options)["other_bytes_per_position"]
+
+    assert extra() == pytest.approx(2 * 32 * 1.4, abs=0.11)
+    assert extra(hidden_codec="fp8") == pytest.approx(2 * 32 * 0.85, abs=0.11)
+    assert extra(hidden_every=4) == pytest.approx(2 * 32 * 1.4 / 4, abs=0.11)
+
+
 def test_label_only_costs_no_target_bytes(options, tokenizer_dir):
     numbers = plan_of(options, teacher=None, tokenizer=str(tokenizer_dir), targets="none")
     assert numbers["target_bytes_per_position"] == {}
