@@ -1,7 +1,7 @@
 """A block: consecutive rows decoded as numpy arrays, and what it looks like as byte planes.
 
-R rows, T tokens, P positions, D channels. A pure mapping in both directions; which planes exist is
-`schema.layout`'s matter, and files are `shards`'.
+R rows, T tokens, P positions, S of them with hidden states, D channels. A pure mapping in both
+directions; which planes exist is `schema.layout`'s matter, and files are `shards`'.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ import numpy as np
 
 from shared import codec, frames, hidden
 from shared.errors import CorruptCache
+from shared.hidden import NO_SCALES, ChannelScales
 from shared.manifest import Manifest
 from shared.schema import layout
 from shared.target import ClassRanks, Target
@@ -37,11 +38,16 @@ class Block:
     label_logprob: np.ndarray | None = None  # f32 [P]
     entropy: np.ndarray | None = None  # f32 [P]
     log_partition_ratio: dict[float, np.ndarray] = field(default_factory=dict)  # f32 [P] each
-    hidden: dict[int, np.ndarray] = field(default_factory=dict)  # u16 [P, D] each
+    hidden: dict[int, np.ndarray] = field(default_factory=dict)  # u16 [S, D] each
 
 
-def to_planes(block: Block, manifest: Manifest, ranks: ClassRanks) -> dict[str, np.ndarray]:
-    """Every plane of the cache's layout by name, u8 each."""
+def to_planes(
+    block: Block,
+    manifest: Manifest,
+    ranks: ClassRanks,
+    scales: ChannelScales = NO_SCALES,
+) -> dict[str, np.ndarray]:
+    """Every plane of the cache's layout by name, u8 each; int8 states need their layers' scales."""
     planes = layout(manifest)
     columns: dict[str, Sequence[np.ndarray]] = {
         "row_ids": [_whole(block.row_ids, "<u8")],
@@ -63,7 +69,8 @@ def to_planes(block: Block, manifest: Manifest, ranks: ClassRanks) -> dict[str, 
             encoded = codec.encode_log_partition_ratio(ratio, t, classes)
             columns[f"log_partition_ratio.{t:g}"] = encoded
     for layer, states in block.hidden.items():
-        columns[f"hidden.{layer}"] = hidden.encode_bf16(states)
+        codec_name = manifest.hidden.codec
+        columns[f"hidden.{layer}"] = hidden.encode(states, codec_name, scales.get(layer))
     named = {
         f"{column}.{index}": plane
         for column, parts in columns.items()
@@ -80,6 +87,7 @@ def from_planes(
     num_positions: np.ndarray,
     manifest: Manifest,
     ranks: ClassRanks,
+    scales: ChannelScales = NO_SCALES,
 ) -> Block:
     """The block that these planes hold; columns that were not read stay None or absent."""
     spec, count = manifest.targets, int(num_positions.sum())
@@ -122,7 +130,8 @@ def from_planes(
             block.log_partition_ratio[t] = ratio
     for layer, width in zip(manifest.hidden.layers, manifest.hidden.widths, strict=True):
         if parts := _parts(values, f"hidden.{layer}"):
-            block.hidden[layer] = hidden.decode_bf16(parts, width)
+            codec_name = manifest.hidden.codec
+            block.hidden[layer] = hidden.decode(parts, codec_name, width, scales.get(layer))
     return block
 
 

@@ -14,6 +14,7 @@ from safetensors.numpy import load as load_safetensors
 from shared import manifest as manifests
 from shared.blocks import Block
 from shared.errors import CorruptCache, IncompleteCache
+from shared.hidden import ChannelScale, ChannelScales, num_states
 from shared.manifest import MAX_SHARD_ROWS, Manifest
 from shared.schema import Plane
 from shared.shards import (
@@ -49,7 +50,9 @@ class RowTargets:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training example: `input_ids` [T]; `positions`, `labels` [P]; `hidden[layer]` [P, D].
+    """One training example: `input_ids` [T]; `positions`, `labels` [P]; `hidden[layer]` [S, D].
+
+    State s is that of token `hidden_positions[s]`: of all positions, or of every n-th.
 
     `segments` are the lengths of its documents' parts: one, unless rows are packed.
     """
@@ -61,6 +64,7 @@ class Row:
     positions: torch.Tensor
     targets: RowTargets | None
     hidden: dict[int, torch.Tensor]
+    hidden_positions: torch.Tensor
 
 
 class Cache(Sequence[Row]):
@@ -73,6 +77,7 @@ class Cache(Sequence[Row]):
         self.path, self.commits = storage.root, commits
         _check_rows(storage, commits)
         self.ranks = class_ranks(storage, manifest)
+        self.scales = channel_scales(storage, manifest)
         lengths = [c.lengths(str(storage.path(commit_name(c.shard)))) for c in commits]
         empty = np.zeros(0, np.int32)
         self.row_tokens = np.concatenate([*(tokens for tokens, _ in lengths), empty])
@@ -122,14 +127,8 @@ class Cache(Sequence[Row]):
 
     def channel_deviation(self, layer: int) -> torch.Tensor:
         """Standard deviation of each channel of a stored layer, float32 [D]."""
-        width = dict(zip(self.manifest.hidden.layers, self.manifest.hidden.widths, strict=True))
-        found = learnt(self.storage, self.manifest).get(f"hidden.{layer}.std", np.zeros(0))
-        if found.dtype != np.float32 or found.shape != (width.get(layer),):
-            raise CorruptCache(
-                f"{self.storage.path(_learnt_name(self.manifest))}: hidden.{layer}.std is not "
-                f"{width.get(layer)} numbers of type float32; restore it from a copy."
-            )
-        return torch.from_numpy(found)
+        arrays = learnt(self.storage, self.manifest)
+        return torch.from_numpy(_of_channels(self.storage, self.manifest, arrays, layer, "std"))
 
     def shard_blocks(self, index: int) -> tuple[int, int]:
         """First block of a committed shard, and the one after its last."""
@@ -152,6 +151,7 @@ class Cache(Sequence[Row]):
             hidden_layers=tuple(hidden_layers),
             targets=targets and self.has_targets,
             skip=skip,
+            scales=self.scales,
         )
 
     def read_planes(self, block: int, planes: Iterable[Plane]) -> dict[str, np.ndarray]:
@@ -173,6 +173,7 @@ class Cache(Sequence[Row]):
             self.ranks,
             hidden_layers=tuple(hidden_layers),
             targets=targets and self.has_targets,
+            scales=self.scales,
         )
 
     def __len__(self) -> int:
@@ -184,7 +185,7 @@ class Cache(Sequence[Row]):
         index %= len(self)
         number = int(np.searchsorted(self._row_starts, index, "right")) - 1
         block = self.read_block(number, hidden_layers=self.manifest.hidden.layers)
-        return _row(block, index - int(self._row_starts[number]))
+        return _row(block, index - int(self._row_starts[number]), self.manifest.hidden.every)
 
     def _reader(self, index: int) -> ShardReader:
         with self._lock:
@@ -249,6 +250,39 @@ def class_ranks(storage: Storage, manifest: Manifest) -> ClassRanks:
             f"{count} classes; restore it from a copy."
         )
     return ClassRanks.from_classes(classes)
+
+
+def channel_scales(storage: Storage, manifest: Manifest) -> ChannelScales:
+    """What int8 states are relative to, for each layer; nothing where the codec needs nothing."""
+    if manifest.hidden.codec != "int8":
+        return {}
+    arrays = learnt(storage, manifest)
+
+    def of(layer: int) -> ChannelScale:
+        names = ("centre", "unit")
+        centre, unit = (_of_channels(storage, manifest, arrays, layer, name) for name in names)
+        if not (np.isfinite(centre).all() and np.isfinite(unit).all() and unit.min() > 0):
+            raise CorruptCache(
+                f"{storage.path(_learnt_name(manifest))}: hidden.{layer}.centre or .unit holds "
+                "NaN, infinity or a unit that is not above 0; restore it from a copy."
+            )
+        return ChannelScale(centre, unit)
+
+    return {layer: of(layer) for layer in manifest.hidden.layers}
+
+
+def _of_channels(
+    storage: Storage, manifest: Manifest, arrays: dict[str, np.ndarray], layer: int, name: str
+) -> np.ndarray:
+    """`hidden.<layer>.<name>` of the learnt arrays, float32 [D]."""
+    width = dict(zip(manifest.hidden.layers, manifest.hidden.widths, strict=True)).get(layer)
+    found = arrays.get(f"hidden.{layer}.{name}", np.zeros(0))
+    if found.dtype != np.float32 or found.shape != (width,):
+        raise CorruptCache(
+            f"{storage.path(_learnt_name(manifest))}: hidden.{layer}.{name} is not {width} numbers "
+            "of type float32; restore it from a copy."
+        )
+    return found
 
 
 def learnt(storage: Storage, manifest: Manifest) -> dict[str, np.ndarray]:
@@ -316,7 +350,7 @@ def _check_rows(storage: Storage, commits: list[Commit]) -> None:
         )
 
 
-def _row(block: Block, index: int) -> Row:
+def _row(block: Block, index: int, hidden_every: int) -> Row:
     tokens = np.concatenate([[0], np.cumsum(block.num_tokens)])
     positions = np.concatenate([[0], np.cumsum(block.num_positions)])
     start, end = positions[index], positions[index + 1]
@@ -339,8 +373,10 @@ def _row(block: Block, index: int) -> Row:
             if target.counts is None
             else torch.from_numpy(target.counts.astype(np.int64)),
         )
+    states_before = np.cumsum([0, *num_states(block.num_positions, hidden_every)])
+    of_row = slice(states_before[index], states_before[index + 1])
     hidden = {
-        layer: torch.from_numpy(states[start:end].copy()).view(torch.bfloat16)
+        layer: torch.from_numpy(states[of_row].copy()).view(torch.bfloat16)
         for layer, states in block.hidden.items()
     }
     return Row(
@@ -351,6 +387,7 @@ def _row(block: Block, index: int) -> Row:
         positions=at,
         targets=targets,
         hidden=hidden,
+        hidden_positions=at[::hidden_every],
     )
 
 

@@ -14,12 +14,13 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 import xxhash
 
 from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCache
+from shared.hidden import HiddenCodec
 from shared.storage import Storage
 from shared.target import TargetSpec
 
@@ -92,11 +93,15 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiddenSpec:
-    """Stored layers (-1 is the final state after the last norm), their widths and codec."""
+    """Stored layers (-1 is the final state after the last norm), their widths and codec.
+
+    Of each row the positions 0, `every`, 2 `every`, ... have states.
+    """
 
     layers: tuple[int, ...]
     widths: tuple[int, ...]
-    codec: str
+    codec: HiddenCodec
+    every: int = field(default=1, metadata={"added": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +220,7 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
         ("preprocessing.max_length", manifest.preprocessing.max_length, MAX_LENGTH),
         ("targets.num_classes", manifest.targets.num_classes, MAX_CLASSES),
         ("targets.top_k", manifest.targets.top_k, MAX_CLASSES),
+        ("hidden.every", manifest.hidden.every, MAX_LENGTH),
         ("plan.num_shards", manifest.plan.num_shards, MAX_SHARDS),
         ("plan.documents_per_shard", manifest.plan.documents_per_shard, MAX_SHARD_ROWS),
         *(("hidden.widths", width, MAX_WIDTH) for width in manifest.hidden.widths),
@@ -236,8 +242,6 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
         )
     if manifest.targets.ragged and not manifest.targets.threshold:
         yield "targets.threshold: found 0, expected what calibration found"
-    if manifest.hidden.codec != "bf16":
-        yield f"hidden.codec: found {_short(manifest.hidden.codec)}, expected bf16"
     if len(manifest.side_files) > MAX_SIDE_FILES:
         yield f"side_files: found {len(manifest.side_files)}, expected at most {MAX_SIDE_FILES}"
     yield from _wrong_columns(manifest.columns)

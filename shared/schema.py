@@ -14,6 +14,7 @@ the expected byte count of every plane follows from them.
 from dataclasses import dataclass
 
 from shared.codec import plane_shapes
+from shared.hidden import plane_bytes
 from shared.manifest import Manifest
 from shared.planes import Per
 
@@ -51,7 +52,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("label_logprob", 24, "float16", "position", "nats", "the teacher's, of the hard label"),
     Column("entropy", 25, "uint8", "position", "ln(C)/255 nats", "over all classes, T=1"),
     Column("log_partition_ratio", 32, "uint16", "position", "(1-1/T) ln(C)/65535 nats", "per T"),
-    Column("hidden", 64, "bfloat16", "position", "-", "hidden state, one column for each layer"),
+    Column("hidden", 64, "bfloat16", "state", "-", "hidden states, one column for each layer"),
 )
 _NUMBERS = {column.name: column.number for column in COLUMNS}
 _WHOLE_NUMBERS = {"row_ids": 8, "num_tokens": 4, "num_positions": 4, "num_segments": 4}
@@ -59,7 +60,10 @@ _WHOLE_NUMBERS = {"row_ids": 8, "num_tokens": 4, "num_positions": 4, "num_segmen
 
 @dataclass(frozen=True, slots=True)
 class Plane:
-    """One Arrow column: a byte plane of a column, and its bytes for each row, token, entry, ..."""
+    """One Arrow column: a byte plane of a column, and its bytes for each row, token, entry, ...
+
+    A state is a position with hidden states: each, or every n-th of a row.
+    """
 
     column: str
     plane: int
@@ -110,8 +114,9 @@ def layout(manifest: Manifest) -> tuple[Plane, ...]:
         number = _NUMBERS["log_partition_ratio"] + index
         add(f"log_partition_ratio.{temperature:g}", "position", 2, number)
     for index, layer in enumerate(manifest.hidden.layers):
-        width = manifest.hidden.widths[index]
-        add(f"hidden.{layer}", "position", 2, _NUMBERS["hidden"] + index, width)
+        number, width = _NUMBERS["hidden"] + index, manifest.hidden.widths[index]
+        sizes = enumerate(plane_bytes(manifest.hidden.codec, width))
+        planes += [Plane(f"hidden.{layer}", n, number, "state", size) for n, size in sizes]
     return tuple(planes)
 
 

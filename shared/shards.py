@@ -26,6 +26,7 @@ import xxhash
 from shared import frames
 from shared.blocks import Block, from_planes, to_planes
 from shared.errors import CorruptCache
+from shared.hidden import NO_SCALES, ChannelScales, num_states
 from shared.manifest import FORMAT_VERSION, MAX_SHARD_ROWS, Manifest, build, parse_json
 from shared.schema import Plane, layout
 from shared.storage import Storage, crash_point
@@ -118,9 +119,15 @@ def parse_commit(data: bytes, where: str) -> Commit:
     return commit
 
 
-def encode_block(block: Block, number: int, manifest: Manifest, ranks: ClassRanks) -> EncodedBlock:
+def encode_block(
+    block: Block,
+    number: int,
+    manifest: Manifest,
+    ranks: ClassRanks,
+    scales: ChannelScales = NO_SCALES,
+) -> EncodedBlock:
     """Turns a block into one frame per plane; a pure function, safe in any thread."""
-    values = to_planes(block, manifest, ranks)
+    values = to_planes(block, manifest, ranks, scales)
     return compress_planes(values, number, manifest, block.num_tokens, block.num_positions)
 
 
@@ -268,11 +275,13 @@ class ShardReader:
         self._wanted: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], list[Plane]] = {}
         self._tokens, self._positions = commit.lengths(f"commit of {path.name}")
         self._row_starts = np.concatenate([[0], np.cumsum(commit.block_rows, dtype=np.int64)])
+        states = num_states(self._positions, manifest.hidden.every)
         self._sizes = [
             {
                 "row": end - start,
                 "token": int(self._tokens[start:end].sum()),
                 "position": int(self._positions[start:end].sum()),
+                "state": int(states[start:end].sum()),
             }
             for start, end in pairwise(self._row_starts.tolist())
         ]
@@ -356,7 +365,7 @@ class ShardReader:
 
     def _check_expansion(self, index: int, columns: "_Columns") -> None:
         """Refuses blocks that take far more memory than any of their size on disk needs."""
-        item_bytes = dict.fromkeys(("row", "token", "position", "segment", "entry"), 0)
+        item_bytes = dict.fromkeys(("row", "token", "position", "state", "segment", "entry"), 0)
         for plane in self._planes:
             item_bytes[plane.per] += plane.item_bytes
         item_bytes["token"] += item_bytes.pop("segment")  # a segment has at least one token
@@ -423,6 +432,7 @@ class ShardReader:
         hidden_layers: tuple[int, ...],
         targets: bool,
         skip: tuple[str, ...] = (),
+        scales: ChannelScales = NO_SCALES,
     ) -> Block:
         """One decoded block; hidden states and targets only when asked for, `skip` never."""
         asked = hidden_layers, targets, skip
@@ -432,19 +442,25 @@ class ShardReader:
         rows = slice(self._row_starts[block], self._row_starts[block + 1])
         lengths = self._tokens[rows], self._positions[rows]
         try:
-            return from_planes(values, *lengths, self.manifest, ranks)
+            return from_planes(values, *lengths, self.manifest, ranks, scales)
         except CorruptCache as error:
             raise CorruptCache(f"{self.path}: block {block}, column {error}") from None
 
 
 def empty_block(
-    manifest: Manifest, ranks: ClassRanks, *, hidden_layers: tuple[int, ...], targets: bool
+    manifest: Manifest,
+    ranks: ClassRanks,
+    *,
+    hidden_layers: tuple[int, ...],
+    targets: bool,
+    scales: ChannelScales = NO_SCALES,
 ) -> Block:
     """A block of no rows: which columns, types and widths any block has, without reading one."""
     nothing = np.zeros(0, np.uint8)
     names = [p.name for p in layout(manifest) if _wanted(p.column, hidden_layers, targets, ())]
     no_lengths = np.zeros(0, np.int32)
-    return from_planes(dict.fromkeys(names, nothing), no_lengths, no_lengths, manifest, ranks)
+    values = dict.fromkeys(names, nothing)
+    return from_planes(values, no_lengths, no_lengths, manifest, ranks, scales)
 
 
 def _wanted(

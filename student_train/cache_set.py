@@ -93,4 +93,5 @@ _JOINED = {
     "top_k": lambda m: m.targets.top_k,
     "the stored temperatures": lambda m: m.targets.temperatures,
     "the hidden layers": lambda m: (m.hidden.layers, m.hidden.widths),
+    "which positions have hidden states, hidden_every,": lambda m: m.hidden.every,
 }

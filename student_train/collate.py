@@ -1,24 +1,27 @@
 """Decoded blocks -> the columns of one window -> micro-batches, with no Python work per row.
 
-R rows, B sequences, T tokens of the longest, P and N positions, K entries, D hidden. A column is an
-array whose first axis runs over the rows, the tokens, the positions or the entries of many rows.
+R rows, B sequences, T tokens of the longest, P and N positions, S of them with hidden states, K
+entries, D hidden. A column is an array whose first axis runs over the rows, the tokens, the
+positions, the states or the entries of many rows.
 """
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
 from shared.arrays import ranges
+from shared.hidden import num_states, state_positions
 
 if TYPE_CHECKING:
     from shared.blocks import Block
 
 Columns = dict[str, np.ndarray]
 MicroBatch = dict[str, torch.Tensor]
-Per = Literal["row", "token", "position", "entry"]
+Per = Literal["row", "token", "position", "entry", "state"]
 
 _NOT_PER_POSITION: dict[str, Per] = {
     "row_ids": "row",
@@ -48,12 +51,15 @@ class Window:
         row_positions: np.ndarray,
         no_rows: Columns,
         memory: Columns,
+        hidden_every: int = 1,
     ) -> None:
         self.rows = rows
+        row_states = num_states(row_positions, hidden_every)
         self.starts: dict[Per, np.ndarray] = {
             "row": np.arange(len(rows) + 1),
             "token": np.concatenate([[0], np.cumsum(row_tokens, dtype=np.int64)]),
             "position": np.concatenate([[0], np.cumsum(row_positions, dtype=np.int64)]),
+            "state": np.concatenate([[0], np.cumsum(row_states)]),
         }
         self.memory = memory
         self.ragged = "target_counts" in no_rows
@@ -144,8 +150,21 @@ def columns_of(block: "Block", temperature: float) -> Columns:
     return columns | {f"hidden.{layer}": states for layer, states in block.hidden.items()}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What the terms of the loss are divided by: counts of a whole step, over all processes."""
+
+    positions: int
+    states: int = 0  # positions with hidden states
+    rows: int = 0  # rows with a position
+
+
 def collate(
-    parts: Sequence[tuple[Window, np.ndarray]], *, packed: bool, num_positions: int
+    parts: Sequence[tuple[Window, np.ndarray]],
+    *,
+    packed: bool,
+    counts: Counts,
+    hidden_every: int = 1,
 ) -> MicroBatch:
     """The micro-batch of these global rows, each part with the window it is in.
 
@@ -154,12 +173,12 @@ def collate(
     """
     taken = [window.take(rows) for window, rows in parts]
     if len(taken) == 1:
-        return _assemble(taken[0], packed, num_positions)
+        return _assemble(taken[0], packed, counts, hidden_every)
     joined = {name: np.concatenate([columns[name] for columns in taken]) for name in taken[0]}
-    return _assemble(joined, packed, num_positions)
+    return _assemble(joined, packed, counts, hidden_every)
 
 
-def without_rows(no_rows: Columns, *, packed: bool, num_positions: int) -> MicroBatch:
+def without_rows(no_rows: Columns, *, packed: bool, counts: Counts) -> MicroBatch:
     """A micro-batch of one token and no position; `no_rows` are columns of length 0.
 
     The token is not masked: in a sequence that is all mask some attention kernels give NaN, and
@@ -173,10 +192,10 @@ def without_rows(no_rows: Columns, *, packed: bool, num_positions: int) -> Micro
     }
     if "position_ids" in no_rows:
         one_token["position_ids"] = np.array([0])
-    return _assemble(no_rows | one_token, packed, num_positions)
+    return _assemble(no_rows | one_token, packed, counts, hidden_every=1)
 
 
-def _assemble(columns: Columns, packed: bool, num_positions: int) -> MicroBatch:
+def _assemble(columns: Columns, packed: bool, counts: Counts, hidden_every: int) -> MicroBatch:
     """Takes the columns that say where things are out of `columns`; the rest stays as it is."""
     row_tokens, input_ids = columns.pop("num_tokens"), columns.pop("input_ids")
     position_ids = columns.pop("position_ids", None)
@@ -187,7 +206,8 @@ def _assemble(columns: Columns, packed: bool, num_positions: int) -> MicroBatch:
     column_T = np.arange(lengths_B1.max())
     # Where each token goes in [B, T], flat.
     places = ranges(np.arange(len(starts)) * len(column_T), lengths_B1[:, 0])
-    token_of_position = np.repeat(row_starts, columns.pop("num_positions"))
+    row_positions = columns.pop("num_positions")
+    token_of_position = np.repeat(row_starts, row_positions)
     token_of_position += columns.pop("positions")
 
     ids_BT = np.zeros((len(starts), len(column_T)), np.int64)
@@ -204,9 +224,15 @@ def _assemble(columns: Columns, packed: bool, num_positions: int) -> MicroBatch:
     arrays["labels"] = labels.astype(np.int64)
     row_of_sequence = np.searchsorted(row_starts, starts, side="right") - 1
     arrays["row_ids"] = columns.pop("row_ids")[row_of_sequence]
-    arrays["num_positions"] = np.array(num_positions)
+    arrays["num_positions"] = np.array(counts.positions)
+    if any(name.startswith("hidden.") for name in columns):
+        at = state_positions(row_positions, hidden_every)
+        arrays["hidden_index"] = arrays["position_index"][at]
+        row_states = num_states(row_positions, hidden_every)
+        arrays["hidden_row"] = np.repeat(np.arange(len(row_states)), row_states)
+        arrays["num_states"], arrays["num_rows"] = np.array(counts.states), np.array(counts.rows)
     batch = {name: torch.from_numpy(array) for name, array in (arrays | columns).items()}
-    hidden = {name: batch[name].view(torch.bfloat16) for name in batch if name.startswith("hidden")}
+    hidden = {n: batch[n].view(torch.bfloat16) for n in batch if n.startswith("hidden.")}
     return batch | hidden
 
 
@@ -216,4 +242,6 @@ def _scatter(values: np.ndarray | int, places: np.ndarray, into_BT: np.ndarray) 
 
 
 def _per(name: str) -> Per:
+    if name.startswith("hidden."):
+        return "state"
     return _NOT_PER_POSITION.get(name, "position")

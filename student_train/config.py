@@ -50,10 +50,25 @@ class TrainConfig:
         0.5
     )
     hidden_weight: Annotated[float, Option(help="Weight of the hidden-state loss.", min=0)] = 0.0
-    hidden_loss: Annotated[HiddenLoss, Option(help="Distance of hidden states.")] = "mse"
+    hidden_loss: Annotated[
+        HiddenLoss,
+        Option(help="Distance of hidden states; contrastive: of the mean states of whole rows."),
+    ] = "mse"
+    contrastive_temperature: Annotated[
+        float,
+        Option(
+            help="Divides the cosines of rows. They are compared within a micro-batch.",
+            read_when={"hidden_loss": ("contrastive",)},
+            min=0.001,
+        ),
+    ] = 0.05
     hidden_map: Annotated[
         tuple[str, ...],
-        Option(help="Teacher layer T to student layer S, as T:S. Default: -1:-1. Repeatable."),
+        Option(
+            help="Teacher layer T to student layer S, as T:S, repeatable; last: the deepest cached "
+            "one to -1; uniform: all cached ones, spread over the student.",
+            show_default="-1:-1",
+        ),
     ] = ()
     learning_rate: Annotated[float, Option(help="Peak learning rate.", min=0)] = 1e-4
     scheduler: Annotated[Scheduler, Option(help="Learning rate over the run.")] = "cosine"
@@ -117,8 +132,13 @@ class TrainConfig:
             )
         if self.early_stopping_patience and not (self.validation_cache and self.eval_every):
             raise ConfigError("--early-stopping-patience needs --validation-cache and --eval-every")
+        if len(self.hidden_map) > 1 and {"last", "uniform"} & set(self.hidden_map):
+            raise ConfigError(
+                f"--hidden-map {' '.join(self.hidden_map)}: last and uniform each stand alone"
+            )
         for pair in self.hidden_map:
-            self._layer_pair(pair)
+            if pair not in ("last", "uniform"):
+                self._layer_pair(pair)
 
     @property
     def loss_spec(self) -> LossSpec:
@@ -130,19 +150,48 @@ class TrainConfig:
             jsd_beta=self.jsd_beta,
         )
 
-    @property
-    def layer_pairs(self) -> tuple[tuple[int, int], ...]:
-        """(teacher layer, student layer) for the hidden loss; empty where it has no weight."""
+    def layer_pairs(self, cached: tuple[int, ...], blocks: int) -> tuple[tuple[int, int], ...]:
+        """(teacher layer, student layer) for the hidden loss; empty where it has no weight.
+
+        `cached` are the layers of the cache, `blocks` the number of the student's. With `uniform`
+        the i-th of L cached layers, from 1 and by depth, goes to the student's block
+        ceil(i blocks / L) - 1, counted from 0; the final state goes to the final state.
+        """
         if self.hidden_weight == 0:
             return ()
-        return tuple(self._layer_pair(pair) for pair in self.hidden_map or ("-1:-1",))
+        by_depth = sorted(cached or (-1,), key=lambda layer: (layer == -1, layer))
+        if self.hidden_map == ("last",):
+            return ((by_depth[-1], -1),)
+        if self.hidden_map == ("uniform",):
+            return self._uniform(by_depth, blocks)
+        pairs = tuple(self._layer_pair(pair) for pair in self.hidden_map or ("-1:-1",))
+        for teacher, student in pairs:
+            if not -1 <= student < blocks:
+                raise ConfigError(
+                    f"--hidden-map {teacher}:{student}: the student has blocks 0 to {blocks - 1} "
+                    "(-1: its final state)"
+                )
+        return pairs
+
+    def _uniform(self, by_depth: list[int], blocks: int) -> tuple[tuple[int, int], ...]:
+        count = len(by_depth)
+        if count > blocks + (by_depth[-1] == -1):
+            raise ConfigError(
+                f"--hidden-map uniform: {count} cached layers are more than the student's {blocks} "
+                "blocks: name pairs, such as 11:5"
+            )
+        places = [-(-i * blocks // count) - 1 for i in range(1, count + 1)]
+        pairs = zip(by_depth, places, strict=True)
+        return tuple((layer, -1 if layer == -1 else place) for layer, place in pairs)
 
     def _layer_pair(self, pair: str) -> tuple[int, int]:
         teacher, _, student = pair.partition(":")
         try:
             return int(teacher), int(student)
         except ValueError:
-            raise ConfigError(f"--hidden-map {pair}: expected T:S, such as -1:-1 or 11:5") from None
+            raise ConfigError(
+                f"--hidden-map {pair}: expected T:S, such as -1:-1 or 11:5, or last, or uniform"
+            ) from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from shared.errors import ConfigError
 
 SoftLoss = Literal["forward-kl", "reverse-kl", "jsd", "tvd", "mse"]
 Tail = Literal["bucket", "label", "none", "renormalise"]
-HiddenLoss = Literal["mse", "cosine"]
+HiddenLoss = Literal["mse", "cosine", "contrastive"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

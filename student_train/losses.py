@@ -5,7 +5,7 @@ log-probabilities come from `log_cells`, the teacher's from `teacher_cells`. Whe
 (chunks of a head, or full logits) is linear_loss.py's matter. Everything here is a pure function.
 
 Shapes: N positions with a target, K entries of each, E of all, J = K + 1 cells (entries, then
-tail), D hidden.
+tail), D hidden, S positions with hidden states, R rows.
 """
 
 import math
@@ -202,7 +202,36 @@ def hidden_cosine(student_ND: Tensor, teacher_ND: Tensor, deviation_D: Tensor) -
     return (1 - similarity_N).sum()
 
 
-HIDDEN_LOSSES: dict[HiddenLoss, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+def hidden_contrastive(
+    student_SD: Tensor, teacher_SD: Tensor, row_S: Tensor, num_rows: int, temperature: float
+) -> Tensor:
+    """Sum over rows of InfoNCE: which teacher row belongs to this student row? In nats.
+
+    A row is the mean of its states; row_S, int64 below num_rows, says which one a state is of, and
+    a row without states takes no part. With s_r, t_r the student's and the teacher's rows the loss
+    of row r is -log of softmax over r' of cos(s_r, t_r') / temperature, at r' = r (van den Oord et
+    al. 2018, equation 4; in distillation Tian et al. 2020, Sun et al. 2020). The negatives are the
+    other rows of the micro-batch, so its value depends on which rows come together and on how many:
+    other micro-batches are another loss, and one row alone has loss 0.
+    """
+    student_RD, count_R = _pooled(_wide(student_SD), row_S, num_rows)
+    teacher_RD, _ = _pooled(_wide(teacher_SD), row_S, num_rows)
+    there_R = count_R > 0
+    with torch.autocast(student_SD.device.type, enabled=False):  # bfloat16 is off by 0.1 nats
+        similarity_RR = F.normalize(student_RD, dim=-1) @ F.normalize(teacher_RD, dim=-1).T
+    logits_RR = (similarity_RR / temperature).masked_fill(~there_R, MASKED_LOGIT)
+    loss_R = -logits_RR.log_softmax(dim=-1).diagonal()
+    return torch.where(there_R, loss_R, 0.0).sum()
+
+
+def _pooled(states_SD: Tensor, row_S: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The mean state of each row [R, D], 0 for a row without, and how many states it has [R]."""
+    sum_RD = states_SD.new_zeros(num_rows, states_SD.shape[1]).index_add(0, row_S, states_SD)
+    count_R = torch.bincount(row_S, minlength=num_rows)
+    return sum_RD / count_R.clamp_min(1)[:, None], count_R
+
+
+PER_STATE: dict[HiddenLoss, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "mse": hidden_mse,
     "cosine": hidden_cosine,
 }

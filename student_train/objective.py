@@ -21,7 +21,7 @@ from shared.errors import Refused
 from shared.target import TargetKind
 from student_train.linear_loss import LinearLossOutput, linear_loss, logits_loss
 from student_train.loss_spec import HiddenLoss, LossSpec
-from student_train.losses import HIDDEN_LOSSES, SoftTarget
+from student_train.losses import PER_STATE, SoftTarget, hidden_contrastive
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,10 @@ TARGET_KEYS = (
     "entropy",
     "label_logprob",
     "num_positions",
+    "num_rows",
+    "num_states",
+    "hidden_index",
+    "hidden_row",
     "row_ids",
 )
 PROJECTIONS = "distillation_projections"
@@ -52,6 +56,7 @@ class Objective:
     hard_weight: float
     hidden_weight: float = 0.0
     hidden_loss: HiddenLoss = "mse"
+    contrastive_temperature: float = 0.05
     layer_pairs: tuple[tuple[int, int], ...] = ()  # (teacher layer, student layer)
     deviations: Mapping[int, Tensor] = field(default_factory=dict)  # teacher layer -> [D]
     with_entropy: bool = True
@@ -149,9 +154,10 @@ class Attachment:
             sums |= {"soft": soft, "agreement": result.agreement}
         if objective.layer_pairs:
             layers[-1] = states
-            hidden = self._hidden_sum(layers, at, targets)
-            sums["hidden"] = hidden.detach()
-            loss = loss + hidden * (objective.hidden_weight / _count(targets))
+            hidden, count = self._hidden_sum(layers, targets), self._hidden_count(targets)
+            # A mean times all positions, as the other sums are: those are what it is divided by.
+            sums["hidden"] = hidden.detach() * (_count(targets) / count)
+            loss = loss + hidden * (objective.hidden_weight / count)
         if "entropy" in targets:
             sums["teacher_entropy"] = targets["entropy"].sum()
         return {"loss": loss, **sums}
@@ -186,20 +192,31 @@ class Attachment:
         scale, softcap = self.head.scale, self.head.softcap
         return linear_loss(states_ND, weight, bias, logit_scale=scale, softcap=softcap, **common)
 
-    def _hidden_sum(
-        self, layers: dict[int, Tensor], at: Tensor, targets: dict[str, Tensor]
-    ) -> Tensor:
+    def _hidden_count(self, targets: dict[str, Tensor]) -> Tensor:
+        """States or, for a loss of whole rows, rows of the whole optimiser step; at least 1."""
+        per_row = self.objective.hidden_loss == "contrastive"
+        return targets["num_rows" if per_row else "num_states"].clamp_min(1).to(torch.float32)
+
+    def _hidden_sum(self, layers: dict[int, Tensor], targets: dict[str, Tensor]) -> Tensor:
         projections: nn.ModuleDict = getattr(self.student, PROJECTIONS)
+        at = targets["hidden_index"]
         total = torch.zeros((), device=at.device)
         for teacher_layer, student_layer in self.objective.layer_pairs:
-            states_ND = layers[student_layer].flatten(0, 1).index_select(0, at)
+            states_SD = layers[student_layer].flatten(0, 1).index_select(0, at)
             name = f"{teacher_layer}_{student_layer}".replace("-", "m")
             if name in projections:
-                states_ND = projections[name](states_ND)
-            deviation = self.objective.deviations[teacher_layer].to(at.device)
-            distance = HIDDEN_LOSSES[self.objective.hidden_loss]
-            total = total + distance(states_ND, targets[f"hidden.{teacher_layer}"], deviation)
+                states_SD = projections[name](states_SD)
+            total = total + self._distance(states_SD, teacher_layer, targets)
         return total
+
+    def _distance(self, states_SD: Tensor, layer: int, targets: dict[str, Tensor]) -> Tensor:
+        objective, teacher_SD = self.objective, targets[f"hidden.{layer}"]
+        if objective.hidden_loss == "contrastive":
+            row_S, rows = targets["hidden_row"], len(targets["row_ids"])
+            temperature = objective.contrastive_temperature
+            return hidden_contrastive(states_SD, teacher_SD, row_S, rows, temperature)
+        deviation_D = objective.deviations[layer].to(states_SD.device)
+        return PER_STATE[objective.hidden_loss](states_SD, teacher_SD, deviation_D)
 
 
 def attach(student: nn.Module, objective: Objective) -> Attachment:

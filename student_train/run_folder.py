@@ -104,8 +104,11 @@ class RunFolder:
 
     def _check_same(self, config: TrainConfig) -> None:
         before, now = read_options(self.storage), resolved(config)
+        free = FREE_TO_CHANGE
+        if config.hidden_weight and config.hidden_loss == "contrastive":
+            free -= {"micro_batch_tokens"}  # a row is compared with the others of its micro-batch
         found, asked = (
-            {key: value for key, value in options.items() if key not in FREE_TO_CHANGE}
+            {key: value for key, value in options.items() if key not in free}
             for options in (before, now)
         )
         lines = list(differences(found, asked, left="this run has"))

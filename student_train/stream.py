@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shared.arrays import ranges
+from shared.hidden import num_states
 from student_train.collate import (
     Columns,
+    Counts,
     MicroBatch,
     Window,
     collate,
@@ -48,6 +50,7 @@ class StreamSpec:
     targets: bool = True
     temperature: float = 1.0  # other than 1: adds log_partition_ratio
     hidden_layers: tuple[int, ...] = ()
+    hidden_every: int = 1  # the cache has states of every n-th position of a row
     packed: bool = False  # the student keeps the segments of a row apart by position_ids alone
 
 
@@ -139,7 +142,7 @@ class _Plan:
 
     step: Step
     micro_batches: list[tuple[np.ndarray, np.ndarray]]
-    num_positions: int
+    counts: Counts
 
     @property
     def windows(self) -> range:
@@ -178,7 +181,15 @@ class _Reader:
             parts = split(self.cache.row_tokens[step.rows], groups)
             mine = parts[self.spec.rank :: self.spec.world_size]
             micro_batches = [(step.rows[index], step.windows[index]) for index in mine]
-            yield _Plan(step, micro_batches, int(self.cache.row_positions[step.rows].sum()))
+            yield _Plan(step, micro_batches, self._counts(step))
+
+    def _counts(self, step: Step) -> Counts:
+        positions = self.cache.row_positions[step.rows]
+        return Counts(
+            positions=int(positions.sum()),
+            states=int(num_states(positions, self.spec.hidden_every).sum()),
+            rows=int(np.count_nonzero(positions)),
+        )
 
     def _start_reading(self, number: int, rows: np.ndarray) -> None:
         if not len(rows):
@@ -189,7 +200,11 @@ class _Reader:
         lengths = self.cache.row_tokens[all_rows], self.cache.row_positions[all_rows]
         memory = self._unused_memory.pop() if self._unused_memory else {}
         window = self._windows[number] = Window(
-            all_rows, *lengths, no_rows=self._no_rows, memory=memory
+            all_rows,
+            *lengths,
+            no_rows=self._no_rows,
+            memory=memory,
+            hidden_every=self.spec.hidden_every,
         )
         by_use = blocks[np.argsort(first_use)].tolist()
         for begin in range(0, len(by_use), _BLOCKS_PER_JOB):
@@ -210,16 +225,15 @@ class _Reader:
             window.fill(first, last - first, columns_of(block, spec.temperature))
 
     def _collate(self, plans: list[_Plan]) -> Iterator[MicroBatch]:
-        packed = self.spec.packed
+        packed, every = self.spec.packed, self.spec.hidden_every
         for plan in plans:
+            counts = plan.counts
             for rows, windows in plan.micro_batches:
                 if len(rows):
                     parts = self._parts(rows, windows)
-                    yield collate(parts, packed=packed, num_positions=plan.num_positions)
+                    yield collate(parts, packed=packed, counts=counts, hidden_every=every)
                 else:
-                    yield without_rows(
-                        self._no_rows, packed=packed, num_positions=plan.num_positions
-                    )
+                    yield without_rows(self._no_rows, packed=packed, counts=counts)
             for number in [number for number in self._windows if number < plan.windows[-1]]:
                 self._unused_memory.append(self._windows.pop(number).memory)
 

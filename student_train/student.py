@@ -138,7 +138,17 @@ def _token_differences(vocabulary: dict[str, int], cache: Cache) -> str:
     return f"{len(differing):,} ids differ, the first ones (student / cache): {shown}. "
 
 
-def check_cache(config: TrainConfig, cache: Cache) -> None:
+def layer_pairs(
+    config: TrainConfig, model_config: PretrainedConfig, cache: Cache
+) -> tuple[tuple[int, int], ...]:
+    """(teacher layer, student layer) for the hidden loss of this student on this cache."""
+    if config.hidden_weight == 0:
+        return ()
+    blocks = int(model_config.get_text_config().num_hidden_layers)
+    return config.layer_pairs(cache.manifest.hidden.layers, blocks)
+
+
+def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cache) -> None:
     """Refuses a loss that the cache holds nothing for."""
     manifest = cache.manifest
     if manifest.targets.kind == "none" and (config.soft_weight or config.hidden_weight):
@@ -156,7 +166,7 @@ def check_cache(config: TrainConfig, cache: Cache) -> None:
             f"--temperature {config.temperature:g}: {cache.path} is exact at {listed} only. Use "
             f"one of these, or cache again with --temperature {config.temperature:g}."
         )
-    for layer, _ in config.layer_pairs:
+    for layer, _ in layer_pairs(config, model_config, cache):
         if layer not in manifest.hidden.layers:
             there = ", ".join(map(str, manifest.hidden.layers)) or "none"
             raise CacheMismatch(

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, PretrainedConfig, Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from shared.cache import Cache, open_cache
@@ -30,7 +29,14 @@ from student_train.objective import PROJECTIONS, Attachment, Objective, attach
 from student_train.order import Order, OrderSpec, accumulation_for
 from student_train.run_folder import RunFolder, is_main_process, kl_of
 from student_train.stream import BatchStream, StreamSpec
-from student_train.student import add_adapters, build_student, check_cache, check_fit, load_config
+from student_train.student import (
+    add_adapters,
+    build_student,
+    check_cache,
+    check_fit,
+    layer_pairs,
+    load_config,
+)
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +134,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     for each in (*caches.caches, *([] if validation is None else [validation])):
         check_fit(config.student, model_config, each)
     for cache in caches.caches:
-        check_cache(config, cache)
+        check_cache(config, model_config, cache)
 
     spec = OrderSpec(batch_tokens=config.batch_tokens, seed=config.seed)
     order = Order(caches.block_rows, caches.row_tokens, spec)
@@ -138,14 +144,17 @@ def run(config: TrainConfig) -> dict[str, Any]:
         log.info("%s: this run is finished", config.out)
         return finished
 
-    student, attachment = _student(config, caches)
+    objective = objective_for(config, model_config, caches)
+    student, attachment = _student(config, objective)
     folder.start(config, caches)
     stop = StopOnSignal()
     checkpoint = folder.last_checkpoint()
     done = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     if is_main_process():
         folder.trim_metrics(done)
-    trainer = _trainer(config, folder, student, caches, order, max_steps, validation, stop)
+    stream_spec = _stream_spec(config, objective, caches)
+    stream = BatchStream(caches, order, stream_spec, max_steps=max_steps)
+    trainer = _trainer(config, folder, student, stream, validation, stop)
     if checkpoint is not None:
         log.info("%s: going on from %s", config.out, checkpoint.name)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -159,12 +168,12 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return _finish(config, folder, trainer, caches, max_steps)
 
 
-def _student(config: TrainConfig, caches: CacheSet) -> tuple[Any, Attachment]:
+def _student(config: TrainConfig, objective: Objective) -> tuple[Any, Attachment]:
     student: Any = build_student(config.student, seed=config.seed)
     torch.manual_seed(config.seed)  # adapters and projections
     if config.lora_rank:
         student = add_adapters(student, config.lora_rank)
-    attachment = attach(student, objective_for(config, caches))
+    attachment = attach(student, objective)
     if config.lora_rank and len(getattr(student, PROJECTIONS, [])):
         raise ConfigError(
             "--lora-rank with --hidden-weight: the layers differ in width, and a projection is not "
@@ -177,8 +186,11 @@ def _student(config: TrainConfig, caches: CacheSet) -> tuple[Any, Attachment]:
     return student, attachment
 
 
-def objective_for(config: TrainConfig, caches: CacheSet) -> Objective:
+def objective_for(
+    config: TrainConfig, model_config: PretrainedConfig, caches: CacheSet
+) -> Objective:
     """The loss a config asks for on these caches."""
+    pairs = layer_pairs(config, model_config, caches.first)
     return Objective(
         spec=config.loss_spec,
         num_classes=caches.manifest.targets.num_classes,
@@ -187,8 +199,26 @@ def objective_for(config: TrainConfig, caches: CacheSet) -> Objective:
         hard_weight=config.hard_weight,
         hidden_weight=config.hidden_weight,
         hidden_loss=config.hidden_loss,
-        layer_pairs=config.layer_pairs,
-        deviations={layer: caches.channel_deviation(layer) for layer, _ in config.layer_pairs},
+        contrastive_temperature=config.contrastive_temperature,
+        layer_pairs=pairs,
+        deviations={layer: caches.channel_deviation(layer) for layer, _ in pairs},
+    )
+
+
+def _stream_spec(config: TrainConfig, objective: Objective, caches: CacheSet) -> StreamSpec:
+    arguments = training_arguments(config, max_steps=1, accumulation=1)
+    accumulation = accumulation_for(
+        config.batch_tokens, micro_batch_tokens(config), arguments.world_size
+    )
+    return StreamSpec(
+        accumulation=accumulation,
+        world_size=arguments.world_size,
+        rank=arguments.process_index,
+        threads=config.threads,
+        targets=config.soft_weight > 0,
+        temperature=config.temperature,
+        hidden_layers=tuple(sorted({layer for layer, _ in objective.layer_pairs})),
+        hidden_every=caches.manifest.hidden.every,
     )
 
 
@@ -196,25 +226,12 @@ def _trainer(
     config: TrainConfig,
     folder: RunFolder,
     student: nn.Module,
-    caches: CacheSet,
-    order: Order,
-    max_steps: int,
+    stream: BatchStream,
     validation: Cache | None,
     stop: StopOnSignal,
 ) -> DistillTrainer:
-    tokens = micro_batch_tokens(config)
-    arguments = training_arguments(config, max_steps=max_steps, accumulation=1)
-    accumulation = accumulation_for(config.batch_tokens, tokens, arguments.world_size)
+    max_steps, accumulation = stream.max_steps, stream.spec.accumulation
     arguments = training_arguments(config, max_steps=max_steps, accumulation=accumulation)
-    spec = StreamSpec(
-        accumulation=accumulation,
-        world_size=arguments.world_size,
-        rank=arguments.process_index,
-        threads=config.threads,
-        targets=config.soft_weight > 0,
-        temperature=config.temperature,
-        hidden_layers=tuple(sorted({layer for layer, _ in config.layer_pairs})),
-    )
     callbacks: list[Any] = [stop]
     if arguments.should_save:
         callbacks.append(ProgressLine(max_steps))
@@ -223,7 +240,7 @@ def _trainer(
     return DistillTrainer(
         model=student,
         args=arguments,
-        stream=BatchStream(caches, order, spec, max_steps=max_steps),
+        stream=stream,
         validation=validation,
         metrics=MetricsLog(
             folder.path / "metrics.jsonl",
@@ -271,11 +288,8 @@ def _finish(
 
 
 def _save(path: Path, student: Any, cache: Cache) -> None:
-    """The model as plain `transformers` reads it; projections of hidden states beside it."""
+    """The model as plain `transformers` reads it; projections are in the checkpoints alone."""
     if hasattr(student, PROJECTIONS):
-        projections = getattr(student, PROJECTIONS)
-        if len(projections):
-            save_file(projections.state_dict(), path / "projections.safetensors")
         delattr(student, PROJECTIONS)
     student.save_pretrained(path)
     if hasattr(student, "peft_config"):  # adapters: the base model's config makes the folder load

@@ -1,8 +1,8 @@
 """The teacher over a window of rows: every target on the host, in row order.
 
 Rows of similar length run together; the results are put back where their rows stand, so that the
-order on disk is the order of the corpus. N positions of the window, K entries of each or E of all,
-D channels.
+order on disk is the order of the corpus. N positions of the window, S of them with hidden states, K
+entries of each or E of all, D channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from torch import Tensor
 from shared.arrays import mixed_bits, ranges
 from shared.blocks import Block
 from shared.errors import TeacherCacheError
+from shared.hidden import num_states, state_positions
 from shared.manifest import Manifest
 from shared.schema import ROW_CHUNK_BITS
 from shared.target import Target
@@ -37,10 +38,16 @@ class WindowTargets:
         self.ratios = {temperature: torch.empty(n) for temperature in spec.temperatures}
         self.bad = torch.zeros(n, dtype=torch.bool)
         self.forwards_halved = 0  # forwards that did not fit into memory as the plan has them
+        counts = np.diff(self.starts)
+        self.state_starts = np.cumsum([0, *num_states(counts, hidden.every)])
+        s = int(self.state_starts[-1])
+        self.state_of_position = torch.full((n,), -1)
+        self.state_of_position[state_positions(counts, hidden.every)] = torch.arange(s)
         self.hidden = {
-            layer: torch.empty(n, width, dtype=torch.bfloat16)
+            layer: torch.empty(s, width, dtype=torch.bfloat16)
             for layer, width in zip(hidden.layers, hidden.widths, strict=True)
         }
+        self.rounding = {layer: torch.zeros(s) for layer in hidden.layers}
 
     def store(
         self,
@@ -59,9 +66,23 @@ class WindowTargets:
                 self.label_logprob[at] = selected.label_logprob.cpu()
             for temperature, ratio in selected.log_partition_ratio.items():
                 self.ratios[temperature][at] = ratio.cpu()
-        for layer, states in hidden.items():
-            self.hidden[layer][batch.window_index] = states.to("cpu", torch.bfloat16)
-            self.bad[batch.window_index] |= ~states.isfinite().all(dim=-1).cpu()
+        if hidden:
+            self._store_hidden(batch.window_index, hidden)
+
+    def _store_hidden(self, window_index: Tensor, hidden: dict[int, Tensor]) -> None:
+        """The states of those positions that have them, and what bfloat16 costs them."""
+        state = self.state_of_position[window_index]
+        kept = torch.nonzero(state >= 0)[:, 0]
+        into, position = state[kept], window_index[kept]
+        for layer, states_ND in hidden.items():
+            every_one = len(kept) == len(states_ND)
+            states_SD = states_ND if every_one else states_ND[kept.to(states_ND.device)]
+            rounded_SD = states_SD.to(torch.bfloat16)
+            self.hidden[layer][into] = rounded_SD.cpu()
+            self.bad[position] |= ~rounded_SD.isfinite().all(dim=-1).cpu()
+            if states_SD.dtype != torch.bfloat16:
+                error_SD = rounded_SD.float() - states_SD.float()
+                self.rounding[layer][into] = error_SD.square().sum(dim=-1).cpu()
 
     def offsets(self, at: Tensor) -> Tensor | None:
         """Where the grids of these positions begin, for a sample; float64 in [0, 1)."""
@@ -87,9 +108,20 @@ class WindowTargets:
         block.label_logprob = self.label_logprob[at].numpy()
         block.entropy = self.entropy[at].numpy()
         block.log_partition_ratio = {t: ratio[at].numpy() for t, ratio in self.ratios.items()}
+        at = self._states(rows)
         block.hidden = {
             layer: states[at].view(torch.uint16).numpy() for layer, states in self.hidden.items()
         }
+
+    def roundings(self, rows: Sequence[int]) -> dict[int, np.ndarray]:
+        """By layer: the squared error that bfloat16 made in each state of these rows, f32 [S]."""
+        at = self._states(rows)
+        return {layer: errors[at].numpy() for layer, errors in self.rounding.items()}
+
+    def _states(self, rows: Sequence[int]) -> Tensor:
+        starts = self.state_starts
+        places = [np.arange(starts[row], starts[row + 1]) for row in rows]
+        return torch.from_numpy(np.concatenate(places))
 
 
 class _EqualEntries:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from shared.errors import ConfigError
-from shared.options import Option, check_bounds
+from shared.options import SET, Option, check_bounds
 from shared.tasks import TaskName
 
 Targets = Literal["auto", "topk", "adaptive", "sample", "dense", "none"]
@@ -101,7 +101,21 @@ class CaptureConfig:
             read_when=_NOT_LIKE,
         ),
     ] = ()
-    hidden_codec: Annotated[Literal["bf16"], Option(help="How hidden states are stored.")] = "bf16"
+    hidden_codec: Annotated[
+        Literal["bf16", "fp8", "int8"],
+        Option(
+            help="How hidden states are stored: 2 bytes, 1 robust to outliers, 1 more exact.",
+            read_when={"hidden_layers": (SET,)} | _NOT_LIKE,
+        ),
+    ] = "bf16"
+    hidden_every: Annotated[
+        int,
+        Option(
+            help="Keep the states of every n-th position of a row only.",
+            read_when={"hidden_layers": (SET,)} | _NOT_LIKE,
+            min=1,
+        ),
+    ] = 1
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Option(help="Number type of the teacher."),

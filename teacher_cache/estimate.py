@@ -32,6 +32,8 @@ _KS = (8, 16, 32, 64, 128)
 # A strong teacher's candidates are less driven by frequency, so a quarter is added.
 _TABLE = {8: 18.0, 16: 31.0, 32: 56.0, 64: 104.0, 128: 196.0}
 _ALLOWANCE = 1.25
+# bytes of a channel of a hidden state, compressed: benchmarks/README.md
+_CHANNEL_BYTES = {"bf16": 1.4, "fp8": 0.85, "int8": 1.0}
 _PROBE_BYTES = 64 << 20
 _CALIBRATE_TOKENS = 1 << 15
 
@@ -58,7 +60,7 @@ def estimate(config: PlanConfig) -> dict[str, Any]:
     chosen = (
         per_position.get(str(draft.targets.top_k), 0.0) if draft.targets.kind != "none" else 0.0
     )
-    hidden = sum(draft.hidden.widths) * 1.4  # bf16 planes compress to about 70 %
+    hidden = sum(draft.hidden.widths) * _CHANNEL_BYTES[draft.hidden.codec] / draft.hidden.every
     total = positions * (chosen + other + hidden)
     free = shutil.disk_usage(_existing(config.out)).free
     numbers: dict[str, Any] = {

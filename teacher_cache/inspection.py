@@ -1,6 +1,7 @@
 """What a finished or unfinished cache is: inspect, verify, clean. Never loads a teacher."""
 
 import logging
+import math
 import os
 import socket
 import time
@@ -15,6 +16,7 @@ import numpy as np
 from shared import manifest as manifests
 from shared.cache import (
     Cache,
+    channel_scales,
     check_side_files,
     class_ranks,
     committed_shards,
@@ -30,6 +32,7 @@ from shared.storage import Storage, temporary_files, temporary_writer
 from shared.tokenizer import load_cached_tokenizer
 from teacher_cache import seal as seals
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
+from teacher_cache.statistics import HIDDEN_ERRORS, add
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ def summary(cache: Cache) -> dict[str, Any]:
     statistics: Counter[str] = Counter()
     for commit in commits:
         columns.update(commit.column_bytes)
-        statistics.update(commit.statistics)
+        add(statistics, commit.statistics)
     target_bytes = sum(size for name, size in columns.items() if name.startswith("target_"))
     per_position = 1 / max(1, positions)
     return {
@@ -70,10 +73,17 @@ def summary(cache: Cache) -> dict[str, Any]:
         "target_bytes_per_position": target_bytes * per_position,
         "column_bytes_per_position": {n: s * per_position for n, s in sorted(columns.items())},
         "kept_mass": _kept_mass(statistics, per_position),
+        "hidden_error": {
+            str(layer): _hidden_error(statistics, layer)
+            for layer in manifest.hidden.layers
+            if f"max_hidden_error.{layer}" in statistics
+        },
         "entropy": statistics["sum_entropy"] * per_position,
         "teacher_loss": -statistics["sum_label_logprob"] * per_position,
         "counters": {
-            name: int(value) for name, value in statistics.items() if not name.startswith("sum_")
+            name: int(value)
+            for name, value in statistics.items()
+            if not name.startswith(("sum_", "max_"))
         },
         **_provenance(manifest),
     }
@@ -87,6 +97,13 @@ def _kept_mass(statistics: Counter[str], per_position: float) -> dict[str, float
         if stem == "sum_kept_mass":
             masses[temperature or "1"] = value * per_position
     return masses
+
+
+def _hidden_error(statistics: Counter[str], layer: int) -> dict[str, float]:
+    """By the length of the states: of all of them together, and of the worst one."""
+    squared_error, squares, worst = (statistics[f"{name}.{layer}"] for name in HIDDEN_ERRORS)
+    mean = math.sqrt(squared_error / squares) if squares else 0.0
+    return {"mean": mean, "worst": worst}
 
 
 def _provenance(manifest: Manifest) -> dict[str, Any]:
@@ -180,6 +197,7 @@ def _verify_shard(storage: Storage, manifest: Manifest, cache_id: str, shard: in
     path = storage.path(commit.file)
     reader = ShardReader(path, manifest, commit)
     ranks, planes = class_ranks(storage, manifest), layout(manifest)
+    scales = channel_scales(storage, manifest)
     tokens, positions = commit.lengths(str(path))
     start = 0
     for number, rows in enumerate(commit.block_rows):
@@ -188,7 +206,8 @@ def _verify_shard(storage: Storage, manifest: Manifest, cache_id: str, shard: in
             stored = values[f"{name}.0"].view(np.uint32)
             if not np.array_equal(stored, expected[start : start + rows]):
                 raise CorruptCache(f"{path}: block {number}, column {name}: not as in the commit")
-        reader.read_block(number, ranks, hidden_layers=manifest.hidden.layers, targets=True)
+        layers = manifest.hidden.layers
+        reader.read_block(number, ranks, hidden_layers=layers, targets=True, scales=scales)
         start += rows
     digest = file_hash(path)
     if digest != commit.xxh3_128:

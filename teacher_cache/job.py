@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from shared.blocks import Block
-from shared.cache import class_ranks, committed_shards, read_commits
+from shared.cache import channel_scales, class_ranks, committed_shards, read_commits
 from shared.errors import DiskFull, NonFiniteTargets, Stopped, TeacherCacheError
+from shared.hidden import ChannelScales
 from shared.manifest import Manifest
 from shared.options import write_resolved
 from shared.progress import Progress, WaitClock
 from shared.schema import MIN_BLOCK_POSITIONS, ROW_CHUNK_BITS
-from shared.shards import EncodedBlock, ShardWriter, commit_name, encode_block
+from shared.shards import EncodedBlock, ShardWriter, commit_name
 from shared.storage import Storage
 from shared.target import ClassRanks
 from teacher_cache import rows
@@ -30,7 +31,7 @@ from teacher_cache.capture import WindowTargets, capture_window
 from teacher_cache.config import CaptureConfig
 from teacher_cache.plan import Draft, publish_or_adopt, resolve
 from teacher_cache.rows import Row
-from teacher_cache.statistics import block_sums
+from teacher_cache.statistics import add, block_sums, encode_and_measure
 from teacher_cache.teacher import Teacher
 from teacher_cache.workers import (
     Share,
@@ -49,6 +50,10 @@ _WINDOW_FORWARDS = (
 _ENCODE_AHEAD = 8  # blocks in the encoder's queue before the teacher waits
 
 
+Captured = tuple[Block, dict[int, np.ndarray]]  # and what bfloat16 cost its hidden states
+Measured = tuple[EncodedBlock, dict[str, float]]  # and how far its hidden states are off
+
+
 @dataclass(slots=True)
 class Job:
     """A published job: everything that a shard is a function of, and who is looking."""
@@ -58,6 +63,7 @@ class Job:
     manifest: Manifest
     cache_id: str
     ranks: ClassRanks
+    scales: ChannelScales
     stop: StopRequest
     progress: Progress
     waits: WaitClock
@@ -97,7 +103,10 @@ def run(config: CaptureConfig) -> None:
             ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode") as pool,
         ):
             ranks = class_ranks(storage, manifest)
-            job = Job(draft, storage, manifest, cache_id, ranks, stop, progress, WaitClock(), pool)
+            scales, waits = channel_scales(storage, manifest), WaitClock()
+            job = Job(
+                draft, storage, manifest, cache_id, ranks, scales, stop, progress, waits, pool
+            )
             for shard in my_shards(shards, share, lambda i: storage.exists(commit_name(i))):
                 job.check_stop()
                 try:
@@ -113,7 +122,8 @@ def capture_shard(job: Job, shard: int) -> None:
     per_shard = job.manifest.plan.documents_per_shard
     documents = range(shard * per_shard, min((shard + 1) * per_shard, len(job.draft.corpus)))
     with ShardWriter(job.storage, job.manifest, job.cache_id, shard) as writer:
-        for encoded in _encoded(job, _blocks(job, documents, statistics)):
+        for encoded, errors in _encoded(job, _blocks(job, documents, statistics)):
+            add(statistics, errors)
             with job.waits("disk"):
                 job.bytes_written += writer.write(encoded)
             tokens = int(encoded.row_tokens.sum())
@@ -127,7 +137,7 @@ def capture_shard(job: Job, shard: int) -> None:
     log.debug("shard %d: %s", shard, "committed" if writer.won else "another process was first")
 
 
-def _blocks(job: Job, documents: range, statistics: Counter[str]) -> Iterator[Block]:
+def _blocks(job: Job, documents: range, statistics: Counter[str]) -> Iterator[Captured]:
     """Blocks of a shard in order; the teacher runs over a window of them at a time."""
     texts = _texts(job, documents)
     built = rows.build(texts, job.draft.tokenizer, job.draft.preprocessing, statistics)
@@ -164,7 +174,7 @@ def _cut_blocks(built: Iterator[Row]) -> Iterator[list[Row]]:
         yield block
 
 
-def _captured(job: Job, window: list[list[Row]], statistics: Counter[str]) -> Iterator[Block]:
+def _captured(job: Job, window: list[list[Row]], statistics: Counter[str]) -> Iterator[Captured]:
     """The blocks of a window with the teacher's targets; rows with NaN or infinity left out."""
     flat = [row for block in window for row in block]
     targets: WindowTargets | None = None
@@ -183,8 +193,8 @@ def _captured(job: Job, window: list[list[Row]], statistics: Counter[str]) -> It
         kept = [index for index in range(start, start + len(block)) if index not in bad]
         if kept:
             assembled = _assemble(flat, kept, targets, packed=job.manifest.preprocessing.pack)
-            statistics.update(block_sums(assembled, job.manifest.targets))
-            yield assembled
+            add(statistics, block_sums(assembled, job.manifest.targets))
+            yield assembled, {} if targets is None else targets.roundings(kept)
         start += len(block)
 
 
@@ -222,12 +232,13 @@ def _assemble(
     return block
 
 
-def _encoded(job: Job, blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
+def _encoded(job: Job, blocks: Iterator[Captured]) -> Iterator[Measured]:
     """Blocks encoded in threads, in order, at most a few ahead of the writer."""
-    waiting: deque[Future[EncodedBlock]] = deque()
+    waiting: deque[Future[Measured]] = deque()
+    learnt = job.manifest, job.ranks, job.scales
     try:
-        for number, block in enumerate(blocks):
-            waiting.append(job.pool.submit(encode_block, block, number, job.manifest, job.ranks))
+        for number, (block, rounding) in enumerate(blocks):
+            waiting.append(job.pool.submit(encode_and_measure, block, number, *learnt, rounding))
             if len(waiting) >= _ENCODE_AHEAD:
                 with job.waits("encode"):
                     encoded = waiting.popleft().result()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from shared import manifest as manifests
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
-from shared.hidden import ChannelStatistics
+from shared.hidden import ChannelStatistics, int8_scale, without_massive
 from shared.manifest import (
     BatchPlan,
     HiddenSpec,
@@ -47,6 +47,7 @@ from teacher_cache.targets import select
 from teacher_cache.teacher import (
     Teacher,
     config_hash,
+    hidden_width_of,
     load_tokenizer,
     logit_width_of,
     weights_digest,
@@ -161,6 +162,8 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
         value_bits=config.value_bits if targets.kind in ("dense", "none") else targets.value_bits,
         temperature=old.targets.temperatures,
         hidden_layers=old.hidden.layers,
+        hidden_codec=old.hidden.codec,
+        hidden_every=old.hidden.every,
         max_length=old.preprocessing.max_length,
         pack=old.preprocessing.pack,
     )
@@ -268,8 +271,17 @@ def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
 
 def _hidden_spec(config: CaptureConfig, teacher: Teacher | None) -> HiddenSpec:
     layers = tuple(sorted(set(config.hidden_layers)))
-    widths = () if teacher is None else tuple(teacher.hidden_width for _ in layers)
-    return HiddenSpec(layers=layers, widths=widths, codec=config.hidden_codec)
+    width = 0
+    if layers and teacher is not None:
+        width = teacher.hidden_width
+    elif layers and config.teacher is not None:  # `plan` reads no weights
+        width = hidden_width_of(config.teacher, config.revision)
+    return HiddenSpec(
+        layers=layers,
+        widths=(width,) * len(layers),
+        codec=config.hidden_codec,
+        every=config.hidden_every,
+    )
 
 
 def sample_corpus(draft: Draft) -> Sample:
@@ -431,28 +443,27 @@ def _largest_classes(spec: TargetSpec) -> TargetSpec:
 
 def _run(
     draft: Draft, teacher: Teacher, chosen: list[rows.Row], forward_tokens: int
-) -> tuple[Tensor, Tensor, dict[int, ChannelStatistics]]:
+) -> tuple[Tensor, Tensor, dict[int, ChannelStatistics], dict[int, ChannelStatistics]]:
     """The largest classes of each position and their log-probabilities, [N, K] each, and statistics
-    of the asked-for layers, over some rows."""
+    of the asked-for layers, over some rows: of all states, and without the massive ones."""
     spec = _largest_classes(draft.targets)
-    found: list[tuple[Tensor, Tensor]] = []
+    largest: list[tuple[Tensor, Tensor]] = []
     statistics: dict[int, ChannelStatistics] = {}
+    ordinary: dict[int, ChannelStatistics] = {}
     for batch in forward_batches(chosen, forward_tokens, packed=draft.preprocessing.pack):
         output = teacher.forward(batch.inputs, draft.hidden.layers)
         for _, logits in output.chunks:
             selected = select(logits, spec)
             good = ~selected.bad_N
-            found.append((selected.ids[good].cpu(), selected.logprobs[good].cpu()))
+            largest.append((selected.ids[good].cpu(), selected.logprobs[good].cpu()))
         for layer, states in output.hidden.items():
             finite = states[states.isfinite().all(dim=1)]  # --nonfinite drop leaves out the rest
             bits = finite.to("cpu", torch.bfloat16).view(torch.uint16).numpy()
-            batch_statistics = ChannelStatistics.of(bits)
-            before = statistics.get(layer)
-            statistics[layer] = (
-                batch_statistics if before is None else before.merge(batch_statistics)
-            )
-    ids_NK, logprobs_NK = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return ids_NK, logprobs_NK, statistics
+            for found, some in ((statistics, bits), (ordinary, without_massive(bits))):
+                of_batch = ChannelStatistics.of(some)
+                found[layer] = found[layer].merge(of_batch) if layer in found else of_batch
+    ids_NK, logprobs_NK = (torch.cat(parts) for parts in zip(*largest, strict=True))
+    return ids_NK, logprobs_NK, statistics, ordinary
 
 
 def _learn(
@@ -467,7 +478,7 @@ def _learn(
         tokens += len(row.input_ids)
         if tokens >= _LEARN_TOKENS:
             break
-    ids_NK, logprobs_NK, statistics = _run(draft, teacher, chosen, forward_tokens)
+    ids_NK, logprobs_NK, statistics, ordinary = _run(draft, teacher, chosen, forward_tokens)
     targets = draft.targets
     share_NK = torch.ones_like(logprobs_NK)
     if targets.ragged:
@@ -476,10 +487,16 @@ def _learn(
     kept = np.bincount(ids_NK.flatten(), share_NK.flatten().double(), targets.num_classes)
     seen = sample.token_counts[: len(kept)]
     kept[: len(seen)] += seen
-    arrays = {"class_by_rank": ClassRanks.from_counts(np.rint(kept * 16)).classes}
+    ranks = ClassRanks.from_counts(np.rint(kept * 16))
+    arrays: dict[str, np.ndarray] = {"class_by_rank": ranks.classes}
     for layer, channel in statistics.items():
         arrays[f"hidden.{layer}.mean"] = channel.mean.astype(np.float32)
         arrays[f"hidden.{layer}.std"] = channel.std.astype(np.float32)
+    if draft.hidden.codec == "int8":
+        for layer, channel in ordinary.items():
+            scale = int8_scale(channel)
+            arrays[f"hidden.{layer}.centre"] = scale.centre
+            arrays[f"hidden.{layer}.unit"] = scale.unit
     return targets, save_safetensors(arrays)
 
 

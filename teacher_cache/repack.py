@@ -11,7 +11,7 @@ R rows, P positions, K entries.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from shared.arrays import mixed_bits, ranges
 from shared.blocks import from_planes
 from shared.cache import Cache, class_ranks, open_cache
 from shared.errors import CacheMismatch, ConfigError
+from shared.hidden import num_states
 from shared.manifest import HiddenSpec, Manifest, differences
 from shared.planes import Per
 from shared.progress import Progress
@@ -32,7 +33,7 @@ from shared.storage import Storage
 from shared.target import RAGGED_KINDS, ClassRanks, TargetSpec
 from teacher_cache.config import RepackConfig
 from teacher_cache.fewer import fewer, threshold_of
-from teacher_cache.statistics import block_sums
+from teacher_cache.statistics import HIDDEN_ERRORS, add, block_sums
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def repack(config: RepackConfig) -> None:
     with Progress("repack", total=len(source.commits), unit="shards") as progress:
         for index, commit in enumerate(source.commits):
             if not storage.exists(commit_name(commit.shard)):
-                statistics: Counter[str] = Counter()
+                statistics = Counter(_hidden_errors(commit.statistics, manifest.hidden.layers))
                 with ShardWriter(storage, manifest, cache_id, commit.shard) as writer:
                     parts = _parts(source, manifest, index, documents, statistics)
                     for number, part in enumerate(parts):
@@ -103,7 +104,7 @@ def _smaller_targets(config: RepackConfig, source: Cache) -> TargetSpec:
 
 def _fewer_layers(config: RepackConfig, old: HiddenSpec) -> HiddenSpec:
     if config.drop_hidden:
-        return HiddenSpec(layers=(), widths=(), codec=old.codec)
+        return replace(old, layers=(), widths=())
     if not config.hidden_layers:
         return old
     gone = sorted(set(config.hidden_layers) - set(old.layers))
@@ -114,7 +115,13 @@ def _fewer_layers(config: RepackConfig, old: HiddenSpec) -> HiddenSpec:
         (n, w) for n, w in zip(old.layers, old.widths, strict=True) if n in config.hidden_layers
     ]
     layers, widths = zip(*pairs, strict=True)
-    return HiddenSpec(layers=layers, widths=widths, codec=old.codec)
+    return replace(old, layers=layers, widths=widths)
+
+
+def _hidden_errors(statistics: Mapping[str, float], layers: Sequence[int]) -> dict[str, float]:
+    """What the capture measured on all rows of a shard; without the teacher there is no more."""
+    kept = {f"{name}.{layer}" for name in HIDDEN_ERRORS for layer in layers}
+    return {name: value for name, value in statistics.items() if name in kept}
 
 
 def _publish_or_adopt(storage: Storage, source: Cache, manifest: Manifest) -> tuple[Manifest, str]:
@@ -161,15 +168,18 @@ def _parts(
         kept_R = (document >= documents.start) & (document < documents.stop)
         left_out["rows_left_out"] += int((~kept_R).sum())
         if kept_R.any():
-            yield only_rows(whole, kept_R, planes)
+            yield only_rows(whole, kept_R, planes, hidden_every=manifest.hidden.every)
 
 
-def only_rows(part: Part, kept_R: np.ndarray, planes: Sequence[Plane]) -> Part:
+def only_rows(
+    part: Part, kept_R: np.ndarray, planes: Sequence[Plane], *, hidden_every: int
+) -> Part:
     """The rows where `kept_R` [R] is true; bytes are taken as they are."""
     items_R: dict[Per, Any] = {
         "row": 1,
         "token": part.num_tokens,
         "position": part.num_positions,
+        "state": num_states(part.num_positions, hidden_every),
     }
     if "num_segments.0" in part.planes:
         items_R["segment"] = part.planes["num_segments.0"].view(np.uint32)
@@ -201,5 +211,5 @@ def _planes(
         if (old.top_k, old.threshold) != (new.top_k, new.threshold):
             block.target = fewer(block.target, new)
         changed = codec.encode(block.target, manifest.targets, ranks)
-    statistics.update(block_sums(block, manifest.targets))
+    add(statistics, block_sums(block, manifest.targets))
     return part.planes | changed

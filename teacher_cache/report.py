@@ -71,6 +71,7 @@ def inspect_text(numbers: dict[str, Any]) -> str:
             f"entropy     {numbers['entropy']:.3f} nats; loss on the hard labels "
             f"{numbers['teacher_loss']:.3f} nats",
         ]
+    lines += [_hidden(layer, numbers) for layer in numbers["hidden"]["layers"]]
     lines.append("bytes for each position, by column:")
     for name, each in numbers["column_bytes_per_position"].items():
         lines.append(f"  {name:<24}{each:8.2f}")
@@ -96,6 +97,15 @@ def _targets(targets: dict[str, Any]) -> str:
         f"{targets['kind']}, {targets['top_k']} of {targets['num_classes']:,} classes, "
         f"{targets['value_bits']} bits, exact at T = {stored}"
     )
+
+
+def _hidden(layer: int, numbers: dict[str, Any]) -> str:
+    spec, error = numbers["hidden"], numbers["hidden_error"].get(str(layer))
+    often = "" if spec["every"] == 1 else f" of every position in {spec['every']}"
+    off = ""
+    if error is not None:
+        off = f"; off by {error['mean']:.2%} of its length, {error['worst']:.2%} at worst"
+    return f"hidden      layer {layer}: {spec['codec']}{often}{off}"
 
 
 def _counted(counters: dict[str, int]) -> str:

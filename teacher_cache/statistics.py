@@ -1,13 +1,29 @@
-"""Sums over the positions of a block, kept in the commit, from which `inspect` shows means.
+"""Sums and maxima over the positions of a block, kept in the commit, for `inspect` to show.
 
-P positions, K entries of each or E of all.
+P positions, S of them with hidden states, K entries of each or E of all, D channels.
 """
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 import numpy as np
 
-from shared.blocks import Block
+from shared import hidden
+from shared.blocks import Block, to_planes
+from shared.hidden import ChannelScales
+from shared.manifest import Manifest
 from shared.ragged import drawn_logprob
-from shared.target import Floats, Target, TargetSpec
+from shared.shards import EncodedBlock, compress_planes
+from shared.target import ClassRanks, Floats, Target, TargetSpec
+
+HIDDEN_ERRORS = ("sum_hidden_squared_error", "sum_hidden_squares", "max_hidden_error")
+
+
+def add(total: MutableMapping[str, Any], more: Mapping[str, float]) -> None:
+    """Adds up what two parts of a cache say: sums and counts; of `max_...` the larger stays."""
+    for name, value in more.items():
+        before = total.get(name, 0)
+        total[name] = max(before, value) if name.startswith("max_") else before + value
 
 
 def block_sums(block: Block, spec: TargetSpec) -> dict[str, float]:
@@ -45,3 +61,42 @@ def _of_positions(values: Floats, target: Target) -> Floats:
     if target.counts is None:
         return values.sum(axis=1)
     return np.add.reduceat(values, np.cumsum(target.counts) - target.counts)
+
+
+def encode_and_measure(
+    block: Block,
+    number: int,
+    manifest: Manifest,
+    ranks: ClassRanks,
+    scales: ChannelScales,
+    rounding: Mapping[int, np.ndarray],
+) -> tuple[EncodedBlock, dict[str, float]]:
+    """A block as frames, and how far its hidden states will be from the teacher's.
+
+    `rounding` [S] by layer is the squared error that bfloat16 has made already. The error of a
+    lossy codec is far larger and has nothing to do with it, so their squares add up.
+    """
+    values = to_planes(block, manifest, ranks, scales)
+    errors: dict[str, float] = {}
+    for layer, states_SD in block.hidden.items():
+        codec, width = manifest.hidden.codec, states_SD.shape[1]
+        planes = [
+            values[f"hidden.{layer}.{plane}"]
+            for plane in range(len(hidden.plane_bytes(codec, width)))
+        ]
+        decoded_SD = hidden.decode(planes, codec, width, scales.get(layer))
+        error_S, square_S = hidden.squared_errors(decoded_SD, states_SD)
+        errors |= hidden_error(layer, error_S + rounding[layer], square_S)
+    return compress_planes(values, number, manifest, block.num_tokens, block.num_positions), errors
+
+
+def hidden_error(layer: int, error_S: np.ndarray, square_S: np.ndarray) -> dict[str, float]:
+    """Sums of squared errors and of squares, and the worst state: its error by its own length.
+
+    A state of zeros has no relative error; what it got wrong is in the sum alone.
+    """
+    known = square_S > 0
+    worst = np.sqrt(error_S[known] / square_S[known]).max(initial=0)
+    values = error_S.sum(), square_S.sum(), worst
+    names = (f"{name}.{layer}" for name in HIDDEN_ERRORS)
+    return dict(zip(names, map(float, values), strict=True))

@@ -28,7 +28,7 @@ def read_cache(cache: Path) -> Iterator[dict[str, Any]]:
     manifest = json.loads(content)
     check(manifest["format_version"] == 1, "format_version")
     check(manifest["targets"]["kind"] in ("topk", "none"), "targets.kind")
-    check(manifest["hidden"]["codec"] == "bf16", "hidden.codec")
+    check(manifest["hidden"]["codec"] in ("bf16", "fp8", "int8"), "hidden.codec")
     learnt: dict[str, np.ndarray] = {}
     for name, digest in manifest["side_files"].items():
         content = (cache / name).read_bytes()
@@ -44,12 +44,13 @@ def read_cache(cache: Path) -> Iterator[dict[str, Any]]:
         check(commit["cache_id"] == cache_id, f"{path}: cache_id")
         check(path.name == f"{commit['shard']:05d}.json", f"{path}: shard")
         check(commit["shard"] < manifest["plan"]["num_shards"], f"{path}: plan.num_shards")
-        for values in read_shard(cache, layout(manifest), commit):
+        every = manifest["hidden"].get("every", 1)
+        for values in read_shard(cache, layout(manifest), commit, every):
             yield from rows(values, manifest, learnt)
 
 
 def read_shard(
-    cache: Path, columns: Layout, commit: dict[str, Any]
+    cache: Path, columns: Layout, commit: dict[str, Any], every: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """The columns of each block, as the integers that the planes of a column make together."""
     content = (cache / commit["file"]).read_bytes()
@@ -78,15 +79,19 @@ def read_shard(
         of_rows = slice(first, first + num_rows)
         first += num_rows
         tokens, positions = lengths["tokens"][of_rows], lengths["positions"][of_rows]
+        states = np.ceil(positions / every).astype(np.int64)
         counts = {"row": num_rows, "token": tokens.sum(), "position": positions.sum()}
+        counts["state"] = states.sum()
         values: dict[str, np.ndarray] = {}
         for column, (number, planes, size, items, per) in columns.items():
             values[column] = np.zeros(int(counts[per]) * items, np.int64)
+            first_plane = 1 if column.endswith(".scale") else 0
             for index in range(planes):
-                arrow = table.column(f"{column}.{index}")
+                arrow = table.column(f"{column.removesuffix('.scale')}.{first_plane + index}")
                 check(arrow.type == pa.large_binary() and not arrow.null_count, column)
                 frame = arrow[block].as_py()
-                content = plane(frame, block, number * 256 + index, values[column].size * size)
+                code = number * 256 + first_plane + index
+                content = plane(frame, block, code, values[column].size * size)
                 values[column] |= content.view(f"<u{size}").astype(np.int64) << 8 * index
             if column == "num_segments":
                 counts["segment"] = values[column].sum()
@@ -123,7 +128,10 @@ def layout(manifest: dict[str, Any]) -> Layout:
     for index, T in enumerate(targets["temperatures"]):
         table[f"log_partition_ratio.{T:g}"] = (32 + index, 2, 1, 1, "position")
     for index, (layer, D) in enumerate(zip(hidden["layers"], hidden["widths"], strict=True)):
-        table[f"hidden.{layer}"] = (64 + index, 2, 1, D, "position")
+        scale_planes = {"bf16": 0, "fp8": 1, "int8": 2}[hidden["codec"]]
+        table[f"hidden.{layer}"] = (64 + index, 1 if scale_planes else 2, 1, D, "state")
+        if scale_planes:  # planes behind those of the numbers, here a column of their own
+            table[f"hidden.{layer}.scale"] = (64 + index, scale_planes, 1, 1, "state")
     return table
 
 
@@ -153,9 +161,12 @@ def rows(
         ratio = values[f"log_partition_ratio.{T:g}"] / 65535
         ratio *= (1 - 1 / T) * np.log(targets["num_classes"])
         of_positions[f"log_partition_ratio.{T:g}"] = ratio
-    for layer, D in zip(manifest["hidden"]["layers"], manifest["hidden"]["widths"], strict=True):
-        of_positions[f"hidden.{layer}"] = values[f"hidden.{layer}"].reshape(-1, D)  # bits
     of_rows: dict[str, Any] = {name: cut(part, counts) for name, part in of_positions.items()}
+    hidden = manifest["hidden"]
+    states = np.ceil(counts / hidden.get("every", 1)).astype(np.int64)
+    for layer, D in zip(hidden["layers"], hidden["widths"], strict=True):
+        bits = hidden_bits(values, f"hidden.{layer}", D, hidden["codec"], learnt)
+        of_rows[f"hidden.{layer}"] = cut(bits, states)
     of_rows |= {"row_id": values["row_ids"], "input_ids": input_ids, "segments": segments}
     of_rows |= {"positions": positions, "labels": labels}
     for index in range(len(tokens)):
@@ -188,6 +199,38 @@ def distributions(
         "target_probabilities": (kept / weights.sum(axis=1))[:, None] * weights,
         "target_tail": 1 / (1 + np.exp(-ratio)),
     }
+
+
+def hidden_bits(
+    values: dict[str, np.ndarray], name: str, D: int, codec: str, learnt: dict[str, np.ndarray]
+) -> np.ndarray:
+    """The bits of bfloat16 hidden states, [states, D]."""
+    codes = values[name].reshape(-1, D)
+    if codec == "bf16":
+        return codes
+    scale = values[f"{name}.scale"].reshape(-1, 1)
+    if codec == "fp8":
+        check(scale.min(initial=16) >= 16 and scale.max(initial=16) <= 254, f"{name}: scale")
+        exponent, mantissa = codes >> 3 & 15, codes & 7
+        small = mantissa / 8 * 2.0**-6
+        normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+        check(not np.any((exponent == 15) & (mantissa == 7)), f"{name}: NaN")
+        size = np.where(exponent == 0, small, normal) * 2.0 ** (scale - 135)
+        numbers = np.where(codes & 128, -size, size).astype(np.float32)
+        bits = numbers.view(np.uint32)
+        check(not np.any(bits & 0xFFFF), f"{name}: no bfloat16")
+        return (bits >> 16).astype(np.int64)
+    a = (scale << 16).astype("<u4").view("<f4")
+    q = np.where(codes > 127, codes - 256, codes).astype(np.float32)
+    numbers = learnt[f"{name}.centre"] + (q * a) * learnt[f"{name}.unit"]
+    return round_to_bfloat16(numbers)
+
+
+def round_to_bfloat16(numbers: np.ndarray) -> np.ndarray:
+    """Bits of the nearest bfloat16; of two as near, the even one."""
+    bits = numbers.astype(np.float32).view(np.uint32).astype(np.int64)
+    below, rest = bits >> 16, bits & 0xFFFF
+    return below + ((rest > 0x8000) | ((rest == 0x8000) & (below & 1 == 1)))
 
 
 def plane(frame: bytes, block: int, code: int, size: int) -> np.ndarray:

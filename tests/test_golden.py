@@ -47,12 +47,14 @@ def rows_of(path):
     rows = []
     for number in range(cache.num_blocks):
         block = cache.read_block(number, hidden_layers=cache.manifest.hidden.layers)
-        parts = {f"hidden.{layer}": states for layer, states in block.hidden.items()}
+        hidden = {f"hidden.{layer}": states for layer, states in block.hidden.items()}
+        parts = {}
         for temperature, ratio in block.log_partition_ratio.items():
             parts[f"log_partition_ratio.{temperature:g}"] = ratio
         if block.target is not None:
             parts |= {"label_logprob": block.label_logprob, "entropy": block.entropy}
         ends = np.cumsum(block.num_positions)
+        state_ends = np.cumsum(-(-block.num_positions // cache.manifest.hidden.every))
         for index, end in enumerate(ends):
             row = cache[len(rows)]
             names = ("row_id", "segments", "input_ids", "positions", "labels")
@@ -62,6 +64,8 @@ def rows_of(path):
                 found["target_probabilities"] = row.targets.logprobs.exp().numpy()
                 found["target_tail"] = row.targets.tail_mass.numpy()
             start = end - block.num_positions[index]
+            states = slice(state_ends[index - 1] if index else 0, state_ends[index])
+            found |= {name: values[states] for name, values in hidden.items()}
             rows.append(found | {name: values[start:end] for name, values in parts.items()})
     return rows
 
@@ -151,6 +155,21 @@ def test_the_plain_reader_agrees_on_columns_that_the_golden_caches_lack(
             block.target.logprobs[::3, 1] = -np.inf
             writer.write(encode_block(block, number, manifest, RANKS))
     assert_same(list(read_cache(storage.root)), rows_of(storage.root))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("codec", ["bf16", "fp8", "int8"])
+def test_the_plain_reader_agrees_on_hidden_states_of_every_codec(codec, every, capture):
+    options = {"hidden_codec": codec, "hidden_every": every, "hidden_layers": (-1, 0)}
+    cache = capture(limit_documents=120, pack=every == 3, top_k=4, **options)
+    rows = rows_of(cache)
+    assert_same(list(read_cache(cache)), rows)
+    columns = plain_reader.layout(json.loads((cache / "manifest.json").read_bytes()))
+    assert {name.removesuffix(".scale") for name in columns} == {
+        plane.column for plane in layout(open_cache(cache).manifest)
+    }
+    for row in rows:
+        assert len(row["hidden.0"]) == -(-len(row["positions"]) // every)
 
 
 def test_the_text_lists_exactly_the_columns_of_the_schema():

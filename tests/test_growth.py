@@ -14,11 +14,13 @@ from student_train.cache_set import open_caches
 
 
 def test_like_takes_over_what_decides_whether_caches_train_together(capture):
-    old = capture(split="train[:60%]", top_k=5, temperature=(2.0,), hidden_layers=(-1,))
+    hidden = {"hidden_layers": (-1,), "hidden_codec": "int8", "hidden_every": 2}
+    old = capture(split="train[:60%]", top_k=5, temperature=(2.0,), **hidden)
     new = capture(split="train[60%:]", like=old, top_k=32, max_length=1024)
     one, two = open_cache(old).manifest, open_cache(new).manifest
     assert two.targets == one.targets
     assert two.hidden == one.hidden
+    assert (one.hidden.codec, one.hidden.every) == ("int8", 2)
     assert two.preprocessing.max_length == one.preprocessing.max_length
     learnt = [name for name in one.side_files if name.startswith("learnt-")]
     assert two.side_files[learnt[0]] == one.side_files[learnt[0]]
@@ -49,6 +51,9 @@ def test_caches_that_do_not_fit_are_refused(capture, cache_dir):
     other = capture(top_k=3)
     with pytest.raises(CacheMismatch, match=r"do not train together: top_k is 8 in the first"):
         open_caches([cache_dir, other], allow_partial=False)
+    fewer = capture(hidden_layers=(-1, 0), hidden_every=2, temperature=(2.0,))
+    with pytest.raises(CacheMismatch, match=r"hidden_every, is 1 in the first and 2 in the second"):
+        open_caches([cache_dir, fewer], allow_partial=False)
 
 
 def test_training_sees_the_rows_of_both_and_resumes_on_both(capture, student_config_dir, tmp_path):

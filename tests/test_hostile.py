@@ -257,6 +257,9 @@ def test_numbers_that_sizes_follow_from_have_limits(copy, name, value):
         ("hidden.layers", [-1, -1]),
         ("hidden.layers", list(range(100_000))),
         ("hidden.codec", "zip"),
+        ("hidden.every", 0),
+        ("hidden.every", -1),
+        ("hidden.every", 2**31),
         ("columns", []),
         ("columns", ["row_ids", "num_tokens", "num_positions"]),
         ("columns", ["row_ids", "row_ids", "num_tokens", "num_positions", "input_ids"]),
@@ -605,6 +608,37 @@ def test_channel_deviations_of_another_shape_are_refused(copy, deviation):
         arrays["hidden.-1.std"] = deviation
     forge_side_file(copy, "learnt-", save_safetensors(arrays))
     refused(copy, r"learnt-\w+\.safetensors: hidden\.-1\.std is not 32 numbers")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("hidden.every", 2), ("hidden.codec", "fp8"), ("hidden.codec", "int8")]
+)
+def test_hidden_states_are_not_read_as_others(copy, name, value):
+    """Another codec or other positions have planes of another size, or more of them."""
+    forge_manifest(copy, setter(name, value))
+    refused(copy, r"hidden\.-1\.(centre|1)|column 64, plane [01]: found \d+ bytes")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("centre", None),
+        ("unit", np.ones(31, np.float32)),
+        ("unit", np.ones(32)),
+        ("unit", np.zeros(32, np.float32)),
+        ("unit", np.full(32, np.nan, np.float32)),
+        ("centre", np.full(32, np.inf, np.float32)),
+    ],
+    ids=ascii_of,
+)
+def test_what_int8_is_relative_to_must_be_numbers_that_can_be(capture, tmp_path, name, value):
+    copy = Path(shutil.copytree(capture(**SMALL, hidden_codec="int8"), tmp_path / "cache"))
+    arrays = load_safetensors(next(copy.glob("learnt-*")).read_bytes())
+    del arrays[f"hidden.-1.{name}"]
+    if value is not None:
+        arrays[f"hidden.-1.{name}"] = value
+    forge_side_file(copy, "learnt-", save_safetensors(arrays))
+    refused(copy, r"learnt-\w+\.safetensors: hidden\.-1\..*restore it from a copy")
 
 
 # Frames -----------------------------------------------------------------------------------------

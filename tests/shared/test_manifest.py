@@ -160,7 +160,7 @@ def paths_of(value, path=()):
 
 
 EVERY_FIELD = list(paths_of(json.loads(make_manifest().to_json())))
-ADDED = [("targets", "mean_entries"), ("targets", "threshold")]
+ADDED = [("targets", "mean_entries"), ("targets", "threshold"), ("hidden", "every")]
 
 
 def at(raw, path):
@@ -169,17 +169,20 @@ def at(raw, path):
     return raw
 
 
-@pytest.mark.parametrize("path", ADDED, ids=".".join)
-def test_a_field_that_was_added_later_has_its_default(tmp_path, path):
-    storage = forged(tmp_path, lambda raw: at(raw, path[:-1]).pop(path[-1]))
-    assert manifests.read(storage)[0] == make_manifest()
-
-
 @pytest.mark.parametrize("path", [p for p in EVERY_FIELD if p not in ADDED], ids=".".join)
 def test_a_missing_field_is_named(tmp_path, path):
     storage = forged(tmp_path, lambda raw: at(raw, path[:-1]).pop(path[-1]))
     with pytest.raises(CorruptCache, match=f"manifest.json.*'{path[-1]}' is missing"):
         manifests.read(storage)
+
+
+@pytest.mark.parametrize("path", ADDED, ids=".".join)
+def test_a_field_that_was_added_later_has_its_default(tmp_path, path):
+    """The id of such a cache stays that of its file."""
+    storage = forged(tmp_path, lambda raw: at(raw, path[:-1]).pop(path[-1]))
+    found, cache_id = manifests.read(storage)
+    assert found == make_manifest()
+    assert cache_id == hashlib.sha256(storage.read(manifests.MANIFEST)).hexdigest()
 
 
 @pytest.mark.parametrize("path", EVERY_FIELD, ids=".".join)

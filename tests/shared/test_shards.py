@@ -33,6 +33,7 @@ from tests.shared.test_storage import file_size_limit, tree
 CLASSES = 300
 RANKS = ClassRanks.from_counts(np.random.default_rng(0).poisson(1.0, CLASSES))
 NO_TARGETS = TargetSpec(kind="none", num_classes=CLASSES, top_k=1)
+HIDDEN = make_manifest().hidden
 NO_HIDDEN = HiddenSpec(layers=(), widths=(), codec="bf16")
 
 
@@ -97,8 +98,10 @@ def random_block(manifest, rows, seed=0, *, one_token_rows=False):
             t: ((1 - 1 / t) * np.log(CLASSES) * rng.uniform(size=P)).astype(np.float32)
             for t in spec.temperatures
         }
+        states = sum(-(-count // manifest.hidden.every) for count in num_positions.tolist())
+        most = 1 << (16 if manifest.hidden.codec == "bf16" else 14)  # others hold no NaN
         block.hidden = {
-            layer: rng.integers(0, 1 << 16, (P, width)).astype(np.uint16)
+            layer: rng.integers(0, most, (states, width)).astype(np.uint16)
             for layer, width in zip(manifest.hidden.layers, manifest.hidden.widths, strict=True)
         }
     return block
@@ -140,6 +143,7 @@ MANIFESTS = {
         ),
         hidden=NO_HIDDEN,
     ),
+    "every third state": cache_manifest(packed=True, hidden=replace(HIDDEN, every=3)),
     "labels only": cache_manifest(targets=NO_TARGETS, hidden=NO_HIDDEN),
     "packed labels only": cache_manifest(packed=True, targets=NO_TARGETS, hidden=NO_HIDDEN),
 }
@@ -156,6 +160,7 @@ def test_planes_hold_the_block(kind, rows):
         "row": rows,
         "token": int(block.num_tokens.sum()),
         "position": int(block.num_positions.sum()),
+        "state": len(block.hidden.get(-1, ())),
         "segment": 0 if block.segments is None else len(block.segments),
     }
     for plane in layout(manifest):

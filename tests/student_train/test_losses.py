@@ -9,8 +9,9 @@ import torch
 from shared.errors import ConfigError
 from student_train.loss_spec import LossSpec
 from student_train.losses import (
-    HIDDEN_LOSSES,
+    PER_STATE,
     SoftTarget,
+    hidden_contrastive,
     hidden_cosine,
     hidden_mse,
     log_cells,
@@ -214,10 +215,70 @@ def test_hidden_cosine_is_summed_over_positions():
     assert torch.isfinite(gradient).all()
 
 
+def test_hidden_cosine_equals_its_formula():
+    generator = torch.Generator().manual_seed(4)
+    student = torch.randn(6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    actual = hidden_cosine(student, teacher, torch.ones(5))
+    (gradient,) = torch.autograd.grad(actual, student)
+    s, t, expected, by_formula = student.detach(), teacher, 0.0, torch.zeros(6, 5).double()
+    for n in range(6):
+        lengths = s[n].square().sum().sqrt() * t[n].square().sum().sqrt()
+        cosine = (s[n] * t[n]).sum() / lengths
+        expected += 1 - cosine
+        by_formula[n] = cosine * s[n] / s[n].square().sum() - t[n] / lengths
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(gradient, by_formula)
+
+
+def dense_contrastive(student, teacher, rows, temperature):
+    """InfoNCE written out row by row in float64, and its gradient by autograd of that alone."""
+    numbers = sorted(set(rows.tolist()))
+    pooled = [
+        [torch.stack([x for x, r in zip(states, rows.tolist(), strict=True) if r == n]).mean(0)
+         for n in numbers]
+        for states in (student, teacher)
+    ]  # fmt: skip
+    total = torch.zeros((), dtype=torch.float64)
+    for i, s in enumerate(pooled[0]):
+        cosines = [(s @ t) / (s @ s).sqrt() / (t @ t).sqrt() / temperature for t in pooled[1]]
+        total = total + torch.stack(cosines).exp().sum().log() - cosines[i]
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_hidden_contrastive_equals_its_formula(dtype, temperature):
+    """Rows of 3, 1, 0 and 2 states: the one without takes no part."""
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.tensor([0, 0, 0, 1, 3, 3])
+    student = torch.randn(6, 4, generator=generator).to(dtype).requires_grad_()
+    teacher = torch.randn(6, 4, generator=generator).to(dtype)
+    actual = hidden_contrastive(student, teacher, rows, 4, temperature)
+    (gradient,) = torch.autograd.grad(actual, student)
+    wide = student.detach().double().requires_grad_()
+    expected = dense_contrastive(wide, teacher.double(), rows, temperature)
+    (by_formula,) = torch.autograd.grad(expected, wide)
+    torch.testing.assert_close(actual.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    rtol = 2**-8 if dtype == torch.bfloat16 else 1e-4  # the gradient is rounded to its dtype
+    torch.testing.assert_close(gradient.double(), by_formula, rtol=rtol, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_hidden_contrastive_of_one_row_or_none_is_zero_with_no_gradient(count):
+    student = torch.randn(count, 4, requires_grad=True)
+    rows = torch.ones(count, dtype=torch.int64)
+    loss = hidden_contrastive(student, torch.randn(count, 4), rows, 3, 0.05)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.item() == 0
+    assert gradient.abs().sum().item() == 0
+    assert torch.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("name", ["mse", "cosine"])
 def test_no_position_gives_zero(name):
     student = torch.zeros(0, 3, requires_grad=True)
-    loss = HIDDEN_LOSSES[name](student, torch.zeros(0, 3), torch.ones(3))
+    loss = PER_STATE[name](student, torch.zeros(0, 3), torch.ones(3))
     (gradient,) = torch.autograd.grad(loss, student)
     assert loss.item() == 0
     assert gradient.shape == (0, 3)

@@ -151,6 +151,52 @@ def test_temperature_and_hidden_terms_reach_the_loss(cache_dir):
     )
 
 
+@pytest.mark.parametrize("hidden_loss", ["mse", "cosine", "contrastive"])
+def test_the_hidden_term_is_a_mean_over_what_has_states(capture, hidden_loss):
+    """int8 states of every fourth position, of packed rows: value and gradient by hand."""
+    cache = open_cache(
+        capture(hidden_layers=(-1, 0), hidden_codec="int8", hidden_every=4, pack=True)
+    )
+    torch.manual_seed(3)
+    student = AutoModelForCausalLM.from_config(llama_config())
+    batch = batches(cache, 600, hidden_layers=(-1,), hidden_every=4)[0]
+    options = {"hidden_loss": hidden_loss, "layer_pairs": ((-1, -1),), "hidden_weight": 0.25}
+    deviation = cache.channel_deviation(-1)
+    objective_ = objective(soft_weight=0.0, hard_weight=0.0, deviations={-1: deviation}, **options)
+    attachment = attach(student, objective_)
+    output = student(**batch)
+    output["loss"].backward()
+    found = student.model.embed_tokens.weight.grad.clone()
+    attachment.detach()
+    student.zero_grad()
+
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    states_BTD = student.model(ids, mask).last_hidden_state
+    sequences: dict[int, list[int]] = {}
+    for number, row in enumerate(batch["row_ids"].tolist()):
+        sequences.setdefault(row, []).append(number)
+    rows = []
+    for row_id, numbers in sequences.items():
+        segments = [states_BTD[n, : int(mask[n].sum()) - 1] for n in numbers]  # not the last token
+        row = next(row for row in cache if row.row_id == row_id)
+        rows.append((torch.cat(segments)[::4], row.hidden[-1].float()))
+    if hidden_loss == "contrastive":
+        pooled = [torch.stack([pair[i].mean(0) for pair in rows]) for i in (0, 1)]
+        unit = [x / x.norm(dim=1, keepdim=True) for x in pooled]
+        losses = -(unit[0] @ unit[1].T / 0.05).log_softmax(1).diagonal()
+    else:
+        s, t = (torch.cat([pair[i] for pair in rows]) for i in (0, 1))
+        cosine = 1 - (s * t).sum(1) / s.norm(dim=1) / t.norm(dim=1)
+        losses = cosine if hidden_loss == "cosine" else ((s - t) / deviation).square().mean(1)
+    mean = losses.mean()
+    (0.25 * mean).backward()
+    torch.testing.assert_close(output["loss"], 0.25 * mean, rtol=1e-4, atol=1e-6)
+    of_positions = output["hidden"] / int(batch["num_positions"])
+    torch.testing.assert_close(of_positions, mean.detach(), rtol=1e-4, atol=1e-6)
+    gradient = student.model.embed_tokens.weight.grad
+    torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-6)
+
+
 def test_other_calls_keep_the_usual_output(cache_dir):
     student = AutoModelForCausalLM.from_config(llama_config()).eval()
     ids = torch.tensor([[1, 2, 3]])

@@ -22,7 +22,17 @@ JOIN_SECONDS = 20
 class FakeCache:
     """What BatchStream uses of a cache. Every value says which row and which token it is from."""
 
-    def __init__(self, rows=60, *, packed=False, labels=False, targets=True, ragged=False, seed=0):
+    def __init__(
+        self,
+        rows=60,
+        *,
+        packed=False,
+        labels=False,
+        targets=True,
+        ragged=False,
+        hidden_every=1,
+        seed=0,
+    ):
         generator = np.random.default_rng(seed)
         cuts = np.flatnonzero(generator.random(rows - 1) < 0.4) + 1
         self.block_rows = np.diff([0, *cuts.tolist(), rows])
@@ -36,6 +46,7 @@ class FakeCache:
         self.row_tokens = np.array([x.sum() for x in self.segments], np.int32)
         self.row_positions = np.array([len(x) for x in self.positions], np.int32)
         self.packed, self.labels, self.targets, self.ragged = packed, labels, targets, ragged
+        self.hidden_every = hidden_every
         self.reads: list[int] = []
 
     def read_block(self, block, *, hidden_layers=(), targets=True, skip=()):
@@ -81,7 +92,8 @@ class FakeCache:
             decoded.log_partition_ratio = {2.0: 3 * code.astype(np.float32)}
         for layer in hidden_layers:
             assert layer == LAYER
-            decoded.hidden[layer] = bfloat16_bits(token(row, positions))
+            of_row = [token(r, self.positions[r][:: self.hidden_every]) for r in rows]
+            decoded.hidden[layer] = bfloat16_bits(np.concatenate([none, *of_row]))
         return decoded
 
 
@@ -219,12 +231,11 @@ def test_a_step_may_be_longer_than_many_windows():
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("packed_rows", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_value_lines_up_with_its_token(packed_rows, packed, labels):
-    cache = FakeCache(packed=packed_rows, labels=labels)
-    stream = stream_of(
-        cache, accumulation=2, packed=packed, temperature=2.0, hidden_layers=(LAYER,)
-    )
-    for batch in stream:
+@pytest.mark.parametrize("every", [1, 3])
+def test_every_value_lines_up_with_its_token(packed_rows, packed, labels, every):
+    cache = FakeCache(packed=packed_rows, labels=labels, hidden_every=every)
+    options = {"accumulation": 2, "packed": packed, "temperature": 2.0}
+    for batch in stream_of(cache, **options, hidden_layers=(LAYER,), hidden_every=every):
         code = batch["input_ids"].reshape(-1)[batch["position_index"]]
         assert torch.equal(batch["labels"], 7 * code if labels else code + 1)
         assert torch.equal(batch["target_ids"], (code[:, None] * 10 + torch.arange(K)).int())
@@ -232,16 +243,25 @@ def test_every_value_lines_up_with_its_token(packed_rows, packed, labels):
         assert torch.equal(batch["target_log_tail"], -code.float())
         assert torch.equal(batch["entropy"], 2 * code.float())
         assert torch.equal(batch["log_partition_ratio"], 3 * code.float())
-        expected = torch.from_numpy(bfloat16_bits(code.numpy())).view(torch.bfloat16)
-        assert torch.equal(batch["hidden.-1"], expected)
         rows = batch["row_ids"].repeat_interleave(batch["input_ids"].shape[1])
         assert torch.equal(rows[batch["position_index"]] >> 24, (code - 1) // 64)
+        code = batch["input_ids"].reshape(-1)[batch["hidden_index"]]
+        expected = torch.from_numpy(bfloat16_bits(code.numpy())).view(torch.bfloat16)
+        assert torch.equal(batch["hidden.-1"], expected)
+        in_batch = list(dict.fromkeys(rows_of(batch)))
+        kept = [token(row, cache.positions[row][::every]).tolist() for row in in_batch]
+        assert code.tolist() == [each for row in kept for each in row]
+        numbers = [number for number, row in enumerate(kept) for _ in row]
+        assert batch["hidden_row"].tolist() == numbers
 
 
 def test_types_and_shapes_of_a_micro_batch():
-    batch = next(iter(stream_of(FakeCache(), temperature=2.0, hidden_layers=(LAYER,))))
+    cache, hidden = FakeCache(hidden_every=2), {"hidden_layers": (LAYER,), "hidden_every": 2}
+    batch = next(iter(stream_of(cache, temperature=2.0, **hidden)))
     rows, width = batch["input_ids"].shape
     count = len(batch["position_index"])
+    states = sum(-(-int(cache.row_positions[row]) // 2) for row in rows_of(batch))
+    assert states < count
     expected = {
         "input_ids": (torch.int64, (rows, width)),
         "attention_mask": (torch.int64, (rows, width)),
@@ -254,7 +274,11 @@ def test_types_and_shapes_of_a_micro_batch():
         "target_log_tail": (torch.float32, (count,)),
         "log_partition_ratio": (torch.float32, (count,)),
         "entropy": (torch.float32, (count,)),
-        "hidden.-1": (torch.bfloat16, (count, D)),
+        "hidden.-1": (torch.bfloat16, (states, D)),
+        "hidden_index": (torch.int64, (states,)),
+        "hidden_row": (torch.int64, (states,)),
+        "num_states": (torch.int64, ()),
+        "num_rows": (torch.int64, ()),
     }
     assert {name: (x.dtype, tuple(x.shape)) for name, x in batch.items()} == expected
 
@@ -316,18 +340,22 @@ def test_a_rank_without_rows_gets_one_token_and_no_position(packed):
         assert batch["num_positions"] > 0
         for name in alone.keys() - {"input_ids", "attention_mask", "position_ids", "row_ids"}:
             assert batch[name].dtype == alone[name].dtype
-            assert name == "num_positions" or batch[name].shape == (0, *alone[name].shape[1:])
+            count = name in ("num_positions", "num_states", "num_rows")
+            assert count or batch[name].shape == (0, *alone[name].shape[1:])
 
 
-def test_num_positions_counts_the_whole_step():
-    cache = FakeCache()
+def test_counts_are_those_of_the_whole_step():
+    cache = FakeCache(hidden_every=4)
+    hidden = {"hidden_layers": (LAYER,), "hidden_every": 4}
     for rank in range(2):
-        stream = stream_of(cache, world_size=2, rank=rank, accumulation=3)
+        stream = stream_of(cache, world_size=2, rank=rank, accumulation=3, **hidden)
         steps = stream.order.steps()
         for index, batch in enumerate(stream):
             if index % 3 == 0:
-                expected = int(cache.row_positions[next(steps).rows].sum())
-            assert batch["num_positions"].item() == expected
+                counts = cache.row_positions[next(steps).rows].tolist()
+            assert batch["num_positions"].item() == sum(counts)
+            assert batch["num_states"].item() == sum(-(-count // 4) for count in counts)
+            assert batch["num_rows"].item() == len(counts)
 
 
 @pytest.mark.parametrize("read", [True, False])

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCache, Stopped
 from student_train.callbacks import StopOnSignal
+from student_train.config import TrainConfig
 from student_train.order import Order, OrderSpec
 from student_train.trainer import DistillTrainer
 
@@ -250,17 +251,76 @@ def test_adapters_are_saved_and_reload(train, tmp_path, cache_dir, teacher_dir):
     assert again["loss"] == pytest.approx(result["validation"]["loss"], rel=1e-5)
 
 
-def test_hidden_states_of_other_width_are_projected(train, tmp_path):
-    train(hidden_weight=0.5, hidden_map=("-1:-1", "0:0"), out=tmp_path / "run")
-    saved = load_file(tmp_path / "run" / "projections.safetensors")
-    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == {
-        "m1_m1.weight": (32, 16),
-        "0_0.weight": (32, 16),
+PROJECTED: dict[str, Any] = {"hidden_weight": 0.5, "hidden_map": ("-1:-1", "0:0")}
+
+
+def test_projections_are_in_checkpoints_and_not_in_the_model(train, tmp_path):
+    out = tmp_path / "run"
+    train(**PROJECTED, out=out)
+    found = {name: tuple(tensor.shape) for name, tensor in weights(out / "checkpoint-6").items()}
+    shapes = {name: shape for name, shape in found.items() if "projections" in name}
+    assert shapes == {
+        "distillation_projections.m1_m1.weight": (32, 16),
+        "distillation_projections.0_0.weight": (32, 16),
     }
-    assert not any("projection" in name for name in weights(tmp_path / "run"))
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert weights(out).keys() == found.keys() - shapes.keys()
+    assert not [path.name for path in out.iterdir() if "projection" in path.name]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
     hidden = [json.loads(line)["hidden"] for line in lines if '"train"' in line]
     assert hidden[-1] < hidden[0]
+
+
+def test_projections_go_on_where_a_stopped_run_left_them(train, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "pieces"
+    train(**PROJECTED, out=whole)
+    SignalAt(monkeypatch, [2])
+    with pytest.raises(Stopped):
+        train(**PROJECTED, out=out)
+    train(**PROJECTED, out=out)
+    assert losses(out) == losses(whole)
+    last = weights(out / "checkpoint-6")
+    torch.testing.assert_close(last, weights(whole / "checkpoint-6"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("hidden_loss", ["mse", "cosine", "contrastive"])
+def test_every_hidden_loss_falls_on_a_cache_of_some_states(train, tmp_path, capture, hidden_loss):
+    """fp8 states of every third position, layers mapped by themselves."""
+    cache = capture(hidden_layers=(0, 1, -1), hidden_codec="fp8", hidden_every=3)
+    options = {"soft_weight": 0.0, "hard_weight": 0.0, "hidden_weight": 1.0, "max_steps": 25}
+    out = tmp_path / "run"
+    train(cache=(cache,), hidden_loss=hidden_loss, hidden_map=("last",), out=out, **options)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    hidden = [line["hidden"] for line in lines if line["kind"] == "train"]
+    assert hidden[0] == pytest.approx(lines[0]["loss"], rel=1e-5)
+    assert sum(hidden[-3:]) < 0.9 * sum(hidden[:3])
+
+
+@pytest.mark.parametrize(
+    ("hidden_map", "cached", "blocks", "expected"),
+    [
+        ((), (-1, 3), 6, [(-1, -1)]),
+        (("3:0", "-1:5"), (-1, 3), 6, [(3, 0), (-1, 5)]),
+        (("last",), (-1, 3), 6, [(-1, -1)]),
+        (("last",), (3, 7), 6, [(7, -1)]),
+        (("uniform",), (3, 7, 11), 6, [(3, 1), (7, 3), (11, 5)]),
+        (("uniform",), (-1, 3, 7), 6, [(3, 1), (7, 3), (-1, -1)]),
+        (("uniform",), (-1, 0, 1, 2), 3, [(0, 0), (1, 1), (2, 2), (-1, -1)]),
+        (("uniform",), (5,), 4, [(5, 3)]),
+        (("uniform",), (0, 1, 2), 4, [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_which_cached_layer_goes_to_which_of_the_student(hidden_map, cached, blocks, expected):
+    options: dict[str, Any] = {"student": "s", "cache": (Path("c"),), "out": Path("o")}
+    config = TrainConfig(**options, hidden_weight=1.0, hidden_map=hidden_map)
+    assert list(config.layer_pairs(cached, blocks)) == expected
+    assert TrainConfig(**options, hidden_map=hidden_map).layer_pairs(cached, blocks) == ()
+
+
+def test_more_layers_than_blocks_are_not_spread(train, cache_dir):
+    options: dict[str, Any] = {"student": "s", "cache": (Path("c"),), "out": Path("o")}
+    config = TrainConfig(**options, hidden_weight=1.0, hidden_map=("uniform",))
+    with pytest.raises(ConfigError, match=r"uniform: 3 cached layers .* 2 blocks: name pairs"):
+        config.layer_pairs((0, 1, 2), 2)
 
 
 def test_early_stopping_keeps_the_best_model(train, tmp_path, cache_dir):
@@ -308,6 +368,15 @@ def test_another_config_in_the_same_folder_is_refused(train):
     assert "soft_weight: this run has 1.0, asked for 0.7" in str(error.value)
 
 
+def test_micro_batches_may_change_unless_rows_are_compared_within_them(train, tmp_path):
+    train(micro_batch_tokens=500, out=tmp_path / "mse", hidden_weight=1.0)
+    train(micro_batch_tokens=300, out=tmp_path / "mse", hidden_weight=1.0)
+    options = {"out": tmp_path / "rows", "hidden_weight": 1.0, "hidden_loss": "contrastive"}
+    train(micro_batch_tokens=500, **options)
+    with pytest.raises(CacheMismatch, match="micro_batch_tokens: this run has 500, asked for 300"):
+        train(micro_batch_tokens=300, **options)
+
+
 def test_a_folder_with_something_else_is_not_touched(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
@@ -351,6 +420,12 @@ def test_resume_ignores_shards_committed_since(train, tmp_path, cache_copy, cach
     [
         ({"temperature": 3.0}, "exact at 1, 2 only"),
         ({"hidden_weight": 1.0, "hidden_map": ("5:0",)}, "holds hidden layers -1, 0, not 5"),
+        (
+            {"hidden_weight": 1.0, "hidden_map": ("-1:1",)},
+            "--hidden-map -1:1: the student has blocks 0 to 0",
+        ),
+        ({"hidden_map": ("first",)}, "--hidden-map first: expected T:S"),
+        ({"hidden_map": ("last", "0:0")}, "--hidden-map last 0:0: last and uniform each stand"),
         ({"settings": ("learning_rate=1",)}, "use --learning-rate"),
         ({"settings": ("adam_bata2=0.9",)}, "did you mean adam_beta2"),
         ({"settings": ("adam_beta2={",)}, r"--set adam_beta2=\{: '\{' is no YAML value: while"),

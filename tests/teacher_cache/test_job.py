@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from shared import Cache, open_cache, shards
 from shared.errors import NonFiniteTargets, Refused, Stopped, TeacherCacheError
 from teacher_cache.config import VerifyConfig
-from teacher_cache.inspection import verify
+from teacher_cache.inspection import summary, verify
+from teacher_cache.report import inspect_text
 from teacher_cache.teacher import Teacher, TeacherOutput
 from tests.conftest import Capture
 
@@ -159,6 +160,65 @@ def test_statistics_of_commits_are_sums_over_the_dense_teacher(exact_dir, dense)
     assert total["documents"] == 60
     assert total["empty_documents"] == 1
     assert total["nonfinite_rows"] == 0
+
+
+@pytest.fixture(scope="module")
+def live_states(exact_dir: Path, teacher_dir: Path) -> list[torch.Tensor]:
+    """The final states of every row's positions, of the teacher alone in float32: [P, D] each."""
+    teacher = LlamaForCausalLM.from_pretrained(teacher_dir)
+    with torch.no_grad():
+        return [
+            teacher.model(row.input_ids[None]).last_hidden_state[0, row.positions]
+            for row in open_cache(exact_dir)
+        ]
+
+
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("codec", ["bf16", "fp8", "int8"])
+def test_hidden_states_are_the_teachers_as_far_as_the_commits_say(
+    codec, every, capture, live_states
+):
+    """Against the teacher in float32: bf16 is its rounding, the others are their codec's error."""
+    options = {"hidden_layers": (-1,), "hidden_codec": codec, "hidden_every": every}
+    cache = open_cache(capture(**SMALL, **options))
+    expected = [states_PD[::every] for states_PD in live_states]
+    for row, states_SD in zip(cache, expected, strict=True):
+        assert row.hidden[-1].shape == states_SD.shape
+        assert torch.equal(row.hidden_positions, row.positions[::every])
+    found_SD = torch.cat([row.hidden[-1] for row in cache]).double()
+    truth_SD = torch.cat(expected).double()
+    error = float((found_SD - truth_SD).norm() / truth_SD.norm())
+    worst = float(((found_SD - truth_SD).norm(dim=1) / truth_SD.norm(dim=1)).max())
+    assert error <= {"bf16": 0.002, "fp8": 0.03, "int8": 0.012}[codec]
+    reported = summary(cache)["hidden_error"]["-1"]
+    assert reported["mean"] == pytest.approx(error, rel=0.02)
+    # Of 32 channels, the two roundings of one position are not quite at right angles.
+    assert reported["worst"] == pytest.approx(worst, rel=0.01 if codec == "bf16" else 0.15)
+    told = f"hidden      layer -1: {codec}" + (" of every position in 5" if every > 1 else "")
+    off = f"off by {reported['mean']:.2%} of its length, {reported['worst']:.2%} at worst"
+    assert f"{told}; {off}" in inspect_text(summary(cache))
+
+
+def test_a_teacher_in_bfloat16_loses_nothing(capture):
+    cache = open_cache(capture(**SMALL, hidden_layers=(-1, 0), dtype="bfloat16"))
+    exact = {"mean": 0.0, "worst": 0.0}
+    assert summary(cache)["hidden_error"] == {"-1": exact, "0": exact}
+    assert "layer -1: bf16; off by 0.00% of its length, 0.00% at worst" in inspect_text(
+        summary(cache)
+    )
+
+
+def test_a_state_beyond_bfloat16_counts_as_infinite(capture, teacher_dir, tmp_path, tokenizer_dir):
+    """3.4e38 is a float32, but the nearest bfloat16 is infinity."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher_dir, folder)
+    teacher = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        teacher.lm_head.weight.zero_()
+        teacher.model.norm.weight.fill_(3.4e38)
+    teacher.save_pretrained(folder)
+    with pytest.raises(NonFiniteTargets, match=r"document 0 .*, position 0"):
+        capture(**SMALL, teacher=str(folder), hidden_layers=(-1,))
 
 
 def by_chunk(cache: Cache) -> Iterator[tuple[tuple[int, ...], dict[str, torch.Tensor]]]:

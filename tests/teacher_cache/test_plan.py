@@ -122,6 +122,10 @@ def test_a_hidden_layer_that_does_not_exist(options):
         ({"value_bits": 8}, "targets.value_bits: the cache has 7, asked for 8"),
         ({"temperature": (2.0,)}, "targets.temperatures: the cache has (), asked for (2.0,)"),
         ({"hidden_layers": (-1,)}, "hidden.layers: the cache has (), asked for (-1,)"),
+        (
+            {"hidden_layers": (-1,), "hidden_every": 3},
+            "hidden.every: the cache has 1, asked for 3",
+        ),
         ({"dtype": "bfloat16"}, "teacher.dtype: the cache has 'float32', asked for 'bfloat16'"),
         ({"max_length": 32}, "preprocessing.max_length: the cache has 64, asked for 32"),
         ({"pack": True}, "preprocessing.pack: the cache has False, asked for True"),
@@ -388,6 +392,19 @@ def test_the_table_of_bytes_grows_with_k_and_holds_the_asked_one(options):
     sizes = plan_of(options, top_k=24)["target_bytes_per_position"]
     assert list(sizes) == ["8", "16", "24", "32", "64", "128"]
     assert list(sizes.values()) == sorted(sizes.values())
+
+
+def test_hidden_states_count_by_codec_and_by_how_often_they_are_kept(options):
+    """32 channels of two layers, of which no weights are read."""
+
+    def extra(**hidden):
+        layers = {"hidden_layers": (-1, 0)}
+        more = plan_of(options, **layers, **hidden)["other_bytes_per_position"]
+        return more - plan_of(options)["other_bytes_per_position"]
+
+    assert extra() == pytest.approx(2 * 32 * 1.4, abs=0.11)
+    assert extra(hidden_codec="fp8") == pytest.approx(2 * 32 * 0.85, abs=0.11)
+    assert extra(hidden_every=4) == pytest.approx(2 * 32 * 1.4 / 4, abs=0.11)
 
 
 def test_label_only_costs_no_target_bytes(options, tokenizer_dir):

@@ -10,7 +10,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError
 from shared.schema import layout
 from teacher_cache.config import RepackConfig, VerifyConfig
-from teacher_cache.inspection import verify
+from teacher_cache.inspection import summary, verify
 from teacher_cache.repack import repack
 
 
@@ -45,6 +45,24 @@ def test_a_slice_of_documents_keeps_whole_rows(cache_dir, tmp_path):
     assert torch.equal(new[5].targets.ids, row.targets.ids)
 
 
+@pytest.mark.parametrize("codec", ["fp8", "int8"])
+def test_states_of_some_positions_stay_with_their_rows(codec, capture, tmp_path):
+    options = {"hidden_layers": (-1, 0), "hidden_codec": codec, "hidden_every": 3}
+    source = capture(limit_documents=150, top_k=4, **options)
+    repack(RepackConfig(cache=source, out=tmp_path / "a", documents="40:90", hidden_layers=(0,)))
+    old, new = open_cache(source), open_cache(tmp_path / "a")
+    wanted = [row for row in old if 40 <= row.row_id >> 24 < 90]
+    for row, before in zip(new, wanted, strict=True):
+        assert row.hidden.keys() == {0}
+        assert torch.equal(row.hidden_positions, before.hidden_positions)
+        # fp8 again is the same; int8 is rounded once more
+        off = (row.hidden[0].float() - before.hidden[0].float()).norm(dim=1)
+        limit = 0 if codec == "fp8" else 0.01 * before.hidden[0].float().norm(dim=1)
+        assert (off <= limit).all()
+    errors = summary(new)["hidden_error"]
+    assert errors == {"0": summary(old)["hidden_error"]["0"]}
+
+
 def test_layers_can_be_dropped(cache_dir, tmp_path):
     repack(RepackConfig(cache=cache_dir, out=tmp_path / "a", hidden_layers=(0,)))
     repack(RepackConfig(cache=cache_dir, out=tmp_path / "b", drop_hidden=True))
@@ -58,10 +76,11 @@ def planes_by_row(cache: Cache) -> dict[int, dict[str, bytes]]:
     start = 0
     for number in range(cache.num_blocks):
         values = cache.read_planes(number, layout(cache.manifest))
-        at = {"row": 0, "token": 0, "position": 0, "segment": 0, "entry": 0}
+        at = {"row": 0, "token": 0, "position": 0, "segment": 0, "entry": 0, "state": 0}
         for line, row_id in enumerate(values["row_ids.0"].view(np.uint64).tolist()):
             items = {"row": 1, "token": int(cache.row_tokens[start + line])}
             items["position"] = int(cache.row_positions[start + line])
+            items["state"] = -(-items["position"] // cache.manifest.hidden.every)
             if "target_counts.0" in values:
                 counts = values["target_counts.0"]
                 counts = counts[at["position"] : at["position"] + items["position"]]
