@@ -1,6 +1,7 @@
 """Bytes, fidelity and speed of the target codec; prints one JSON line.
 
     python benchmarks/codec.py [--samples DIR] [--rows 4096 1024 128] [--k 64 32 16]
+                               [--mean-entries 12]
 
 DIR holds safetensors files with `ids` [N, M] by descending probability, `logits` [N, M], `lse` [N]
 over the full vocabulary, and `vocab_size` in the metadata; without it a Zipf-like set is made.
@@ -10,28 +11,43 @@ than that, on one block and the ranks of what is before it). Bytes are those of
 the frames, headers and checksums included. Speeds are positions per second of CPU time of one
 thread: encode with compression, decode with decompression and all checks of the frames.
 
-N positions, M classes known of each, P positions of a block, K entries.
+--mean-entries measures `adaptive` and `sample` too. What a sample draws of the mass beyond the M
+known classes are classes by how often the others are known, each once more: 119,000 of them never
+are.
+
+N positions, M classes known of each, P positions of a block, K entries of each or E of all.
 """
 
 import argparse
+import itertools
 import json
+import math
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import zstandard
 from safetensors import safe_open
 
-from shared import codec, frames
+from shared import codec, frames, ragged
 from shared.schema import MIN_BLOCK_POSITIONS
-from shared.target import ClassRanks, Target, TargetSpec
+from shared.target import (
+    MAX_ENTRIES,
+    RAGGED_KINDS,
+    ClassRanks,
+    Target,
+    TargetKind,
+    TargetSpec,
+)
+from teacher_cache.thresholds import find_threshold
 
 Doubles = npt.NDArray[np.float64]
 SYNTHETIC_CLASSES = 151_936
@@ -54,6 +70,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[MIN_BLOCK_POSITIONS, 1024, 128])
     parser.add_argument("--k", type=int, nargs="+", default=[64, 32, 16])
     parser.add_argument("--value-bits", type=int, nargs="+", default=[7], choices=[7, 8, 16])
+    parser.add_argument("--mean-entries", type=float, nargs="*", default=[12])
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     results = []
@@ -66,6 +83,11 @@ def main() -> None:
                 for rows in args.rows:
                     results.append(measure(sample, spec, rows, args.repeats))
                     print(table_line(results[-1]), file=sys.stderr)
+        for entries, kind in itertools.product(args.mean_entries, RAGGED_KINDS):
+            spec = ragged_spec(sample, kind, entries)
+            for rows in args.rows:
+                results.append(measure_ragged(sample, spec, rows, args.repeats))
+                print(ragged_line(results[-1]), file=sys.stderr)
     print(json.dumps({"benchmark": "codec", **environment(), "results": results}))
 
 
@@ -136,6 +158,103 @@ def measure(sample: Sample, spec: TargetSpec, rows: int, repeats: int) -> dict[s
         ),
         "unpack_per_s": speed(lambda: [unpack(b, rows, spec) for b in blocks], positions, repeats),
     }
+
+
+def ragged_spec(sample: Sample, kind: TargetKind, mean_entries: float) -> TargetSpec:
+    """With the threshold that calibration would find."""
+    known = torch.from_numpy(np.log(sample.probs_NM[:, :MAX_ENTRIES])).float()
+    spec = TargetSpec(kind=kind, num_classes=sample.num_classes, mean_entries=mean_entries)
+    return replace(spec, threshold=find_threshold(known, spec))
+
+
+def measure_ragged(sample: Sample, spec: TargetSpec, rows: int, repeats: int) -> dict[str, Any]:
+    """One line of the results, for positions that differ in their number of entries."""
+    half = min(len(sample.ids_NM) // 2, len(sample.ids_NM) - rows)
+    target = adaptive(sample, spec) if spec.kind == "adaptive" else drawn(sample, spec)
+    before = target.at(np.arange(half))
+    ranks = ClassRanks.from_counts(np.bincount(before.ids, minlength=spec.num_classes))
+    starts = range(half, len(sample.ids_NM) - rows + 1, rows)
+    targets = [target.at(np.arange(start, start + rows)) for start in starts]
+    planes = [codec.encode(each, spec, ranks) for each in targets]
+    blocks = [encode(each, spec, ranks) for each in targets]
+    sizes = [{name: plane.size for name, plane in each.items()} for each in planes]
+    positions = rows * len(blocks)
+    size = {
+        name: round(sum(len(block[name]) for block in blocks) / positions, 3) for name in blocks[0]
+    }
+
+    def decode_all() -> None:
+        for block, each in zip(blocks, sizes, strict=True):
+            parts = {
+                name: frames.decompress(frame, block=0, column=n, size=each[name], where="memory")
+                for n, (name, frame) in enumerate(block.items())
+            }
+            codec.decode(parts, rows, spec, ranks)
+
+    return {
+        "sample": sample.name,
+        "classes": spec.num_classes,
+        "kind": spec.kind,
+        "threshold": spec.threshold,
+        "mean_entries": round(float(target.counts.mean()), 3),
+        "value_bits": spec.value_bits,
+        "rows": rows,
+        "positions": positions,
+        "bytes_per_position": round(sum(size.values()), 2),
+        "planes": size,
+        "encode_per_s": speed(
+            lambda: [encode(t, spec, ranks) for t in targets], positions, repeats
+        ),
+        "decode_per_s": speed(decode_all, positions, repeats),
+    }
+
+
+def adaptive(sample: Sample, spec: TargetSpec) -> Target:
+    """Every known class of at least the threshold, and the largest."""
+    kept_NM = sample.probs_NM >= spec.threshold
+    kept_NM[:, 0] = True
+    tail_N = np.maximum(1 - (sample.probs_NM * kept_NM).sum(axis=1), 1e-7)
+    logs_NM = np.log(sample.probs_NM).astype(np.float32)
+    return Target(
+        sample.ids_NM[kept_NM],
+        logs_NM[kept_NM],
+        np.log(tail_N).astype(np.float32),
+        kept_NM.sum(axis=1).astype(np.int32),
+    )
+
+
+def drawn(sample: Sample, spec: TargetSpec) -> Target:
+    """A systematic sample of each position; the known classes come first along its line."""
+    rng = np.random.default_rng(0)
+    frequency = np.bincount(sample.ids_NM.ravel(), minlength=sample.num_classes) + 1.0
+    frequency /= frequency.sum()
+    ids: list[int] = []
+    logs: list[float] = []
+    counts: list[int] = []
+    for ids_M, probs_M in zip(sample.ids_NM, sample.probs_NM, strict=True):
+        kept_M = probs_M >= spec.threshold
+        kept_M[0] |= probs_M[0] >= spec.threshold * math.exp(-ragged.RANGE_BEYOND)
+        ends = np.cumsum(probs_M[~kept_M])
+        rest = max(0.0, 1 - probs_M[kept_M].sum())
+        points = np.arange(rng.random() * spec.threshold, rest, spec.threshold)
+        known = points[points < ends[-1]]
+        hit = ids_M[~kept_M][np.searchsorted(ends, known, side="right")]
+        beyond = rng.choice(sample.num_classes, len(points) - len(known), p=frequency)
+        others = dict.fromkeys([*hit.tolist(), *beyond.tolist()]).keys() - set(ids_M[kept_M])
+        ids += [*ids_M[kept_M].tolist(), *others]
+        logs += [
+            *np.log(probs_M[kept_M]).tolist(),
+            *[float(ragged.drawn_logprob(spec))] * len(others),
+        ]
+        counts.append(int(kept_M.sum()) + len(others))
+    positions = len(sample.ids_NM)
+    return Target(
+        np.array(ids, np.int32),
+        np.array(logs, np.float32),
+        np.full(positions, -np.inf, np.float32),
+        np.array(counts, np.int32),
+        rng.integers(0, 2**63, positions).astype(np.uint64),
+    )
 
 
 def cells(sample: Sample, rows: slice, entries: int) -> Doubles:
@@ -251,6 +370,15 @@ def table_line(result: dict[str, Any]) -> str:
         f"{result['rows']:>4} rows: {result['bytes_per_position']:6.2f} B "
         f"(no ids return: {result['bytes_if_no_ids_return']:6.2f}) "
         f"KL {result['kl_mean']:.1e}, p99 {result['kl_p99']:.1e}; "
+        f"encode {result['encode_per_s'] / 1e6:.2f}, decode {result['decode_per_s'] / 1e6:.2f} M/s"
+    )
+
+
+def ragged_line(result: dict[str, Any]) -> str:
+    """The main figures of one result."""
+    return (
+        f"{result['sample']:>5} {result['kind']} {result['mean_entries']:.1f} entries, "
+        f"{result['rows']:>4} rows: {result['bytes_per_position']:6.2f} B; "
         f"encode {result['encode_per_s'] / 1e6:.2f}, decode {result['decode_per_s'] / 1e6:.2f} M/s"
     )
 

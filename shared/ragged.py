@@ -135,7 +135,7 @@ def _sample_codes(target: Target, spec: TargetSpec) -> npt.NDArray[Any]:
         code_E = (-target.logprobs).clip(0).astype(np.float16).view(np.uint16)
         code_E[drawn_E] = DRAWN[16]
         return code_E
-    weights = np.exp(_value_table(spec)[1:].astype(np.float64))  # of codes 1..M, descending
+    weights = np.exp(_sample_table(spec)[1:].astype(np.float64))  # of codes 1..M, descending
     M, p_E = LEVELS[spec.value_bits], np.exp(target.logprobs.astype(np.float64))
     root_E = np.sqrt(target.logprobs.clip(max=0).astype(np.float64) / -value_range(spec))
     lower_E = np.floor(root_E * (M - 1)).clip(0, M - 2).astype(np.intp)
@@ -148,22 +148,24 @@ def _sample_codes(target: Target, spec: TargetSpec) -> npt.NDArray[Any]:
 
 
 @lru_cache(maxsize=64)
-def _value_table(spec: TargetSpec) -> Floats:
-    """ln of the weight of each code, before any scaling; f32 [256]."""
+def _sample_table(spec: TargetSpec) -> Floats:
+    """ln of the weight of each code of a sample; f32 [256]."""
     M, R = LEVELS[spec.value_bits], value_range(spec)
-    if spec.kind == "adaptive":
-        table = -R * (np.arange(256) / M) ** 2
-    else:
-        table = -R * ((np.arange(256) - 1) / (M - 1)) ** 2
-        table[0] = drawn_logprob(spec)
+    table = -R * ((np.arange(256) - 1) / (M - 1)) ** 2
+    table[0] = drawn_logprob(spec)
     return table.astype(np.float32)
 
 
 def _decode_values(planes: Mapping[str, Plane], spec: TargetSpec) -> Floats:
     """ln of the weight of each entry, [E]."""
     code_E = planes["target_codes.0"]
+    if spec.value_bits != 16 and spec.kind == "adaptive":  # in a third of the time of looking up
+        logprobs = code_E.astype(np.float32)
+        logprobs *= logprobs
+        logprobs *= np.float32(-value_range(spec) / LEVELS[spec.value_bits] ** 2)
+        return logprobs
     if spec.value_bits != 16:
-        return _value_table(spec).take(code_E)
+        return _sample_table(spec).take(code_E)
     half_E = join_planes([code_E, planes["target_codes.1"]], np.uint16)
     logprobs = -half_E.view(np.float16).astype(np.float32)
     if spec.kind == "sample":
