@@ -228,6 +228,7 @@ def drawn(sample: Sample, spec: TargetSpec) -> Target:
     rng = np.random.default_rng(0)
     frequency = np.bincount(sample.ids_NM.ravel(), minlength=sample.num_classes) + 1.0
     frequency /= frequency.sum()
+    weight = float(ragged.drawn_logprob(spec))
     ids: list[int] = []
     logs: list[float] = []
     counts: list[int] = []
@@ -242,10 +243,7 @@ def drawn(sample: Sample, spec: TargetSpec) -> Target:
         beyond = rng.choice(sample.num_classes, len(points) - len(known), p=frequency)
         others = dict.fromkeys([*hit.tolist(), *beyond.tolist()]).keys() - set(ids_M[kept_M])
         ids += [*ids_M[kept_M].tolist(), *others]
-        logs += [
-            *np.log(probs_M[kept_M]).tolist(),
-            *[float(ragged.drawn_logprob(spec))] * len(others),
-        ]
+        logs += [*np.log(probs_M[kept_M]).tolist(), *[weight] * len(others)]
         counts.append(int(kept_M.sum()) + len(others))
     positions = len(sample.ids_NM)
     return Target(
