@@ -23,7 +23,7 @@ class Block:
 
     `positions` are token indices inside the row; `labels` is None where the hard label is the next
     token; `segments` are the lengths of the documents' parts of packed rows; `hidden` holds
-    bfloat16 bit patterns. Written blocks leave `positions` empty where they are the task's default.
+    bfloat16 bit patterns. `positions` are written only where they are not the task's default.
     """
 
     row_ids: np.ndarray  # u64 [R]
@@ -94,9 +94,11 @@ def from_planes(
     segments = num_segments = None
     if "segments.0" in values:
         segments, num_segments = _joined(values, "segments"), _unsigned(values["num_segments.0"])
-        _check_segments(segments, num_segments, num_tokens, num_positions)
+        predicted = None if "positions.0" in values else num_positions
+        _check_segments(segments, num_segments, num_tokens, predicted)
     if "positions.0" in values:
         positions = _joined(values, "positions")
+        _check_positions(positions, num_tokens, num_positions, own_labels="labels.0" in values)
     else:
         positions = _default_positions(num_tokens, num_positions, segments)
     block = Block(
@@ -139,9 +141,12 @@ def _check_segments(
     segments: np.ndarray,
     num_segments: np.ndarray,
     num_tokens: np.ndarray,
-    num_positions: np.ndarray,
+    predicted: np.ndarray | None,
 ) -> None:
-    """Each has a token at least, and they add up to their rows; the last token has no target."""
+    """Each has a token at least, and they add up to their rows.
+
+    `predicted`: the positions of each row where every token but a segment's last has a target.
+    """
     ends = np.cumsum(num_segments)
     sums = np.diff(np.concatenate([[0], np.cumsum(segments)])[np.concatenate([[0], ends])])
     fits = len(segments) == ends[-1] if len(ends) else not len(segments)
@@ -149,10 +154,22 @@ def _check_segments(
         not fits
         or segments.min(initial=1) < 1
         or not np.array_equal(sums, num_tokens)
-        or not np.array_equal(num_tokens - num_segments, num_positions)
+        or (predicted is not None and not np.array_equal(num_tokens - num_segments, predicted))
     ):
         raise CorruptCache(
             "segments: found lengths that do not add up to the rows that the commit lists. "
+            "Run cache-teacher verify CACHE --drop-bad, then run again."
+        )
+
+
+def _check_positions(
+    positions: np.ndarray, num_tokens: np.ndarray, num_positions: np.ndarray, *, own_labels: bool
+) -> None:
+    """Each is a token of its row, and has one behind it where that is its hard label."""
+    limits = np.repeat(num_tokens - (not own_labels), num_positions)
+    if (positions >= limits).any():
+        raise CorruptCache(
+            "positions: found one behind the end of its row. "
             "Run cache-teacher verify CACHE --drop-bad, then run again."
         )
 

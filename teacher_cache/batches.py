@@ -49,8 +49,7 @@ def batch_of(
         input_ids[line, :size] = row.input_ids
         mask[line, :size] = 1
         places[line] = _places(row, width)
-        last = np.cumsum(row.segments) - 1  # the last token of a segment has no target
-        at.append(line * width + np.delete(np.arange(size), last))
+        at.append(line * width + row.positions())
         into.append(np.arange(starts[index], starts[index + 1]))
     position_index = torch.from_numpy(np.concatenate(at))
     ids = torch.from_numpy(input_ids)

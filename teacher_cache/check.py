@@ -106,7 +106,8 @@ class _Live(_Cells):
 
 def _row(cache: Cache, index: int) -> Row:
     row = cache[index]
-    return Row(row.row_id, row.input_ids.numpy().astype(np.int32), row.segments)
+    ids, positions = row.input_ids.numpy().astype(np.int32), row.positions.numpy()
+    return Row(row.row_id, ids, row.segments, positions)
 
 
 def _cached(cache: Cache, chosen: list[int]) -> _Cells:

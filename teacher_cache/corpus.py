@@ -22,7 +22,9 @@ import xxhash
 from shared.errors import CorpusError
 from shared.manifest import CorpusInfo
 from shared.shards import file_hash
+from teacher_cache.chat import Conversation, Exchange
 from teacher_cache.config import CaptureConfig
+from teacher_cache.rows import Document
 
 log = logging.getLogger(__name__)
 
@@ -33,35 +35,72 @@ _LOADERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-_TEXT_NAMES = ("text", "content", "body", "document", "article")
+# Role -> names that are taken for it, in this order, where --columns says nothing.
+_NAMES = {
+    "messages": ("messages", "conversations", "conversation", "dialogue"),
+    "text": ("text", "content", "body", "document", "article"),
+    "prompt": ("prompt", "question", "instruction", "input"),
+    "completion": ("completion", "answer", "response", "output"),
+}
+_WAYS = (("messages",), ("text",), ("prompt", "completion"))  # what a document may consist of
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Documents by index; `texts` of a range is one memory-mapped read."""
+    """Documents by index; `read` of a range is one memory-mapped read."""
 
     info: CorpusInfo
     documents: datasets.Dataset
-    text_column: str
+    columns: dict[str, str]  # role -> column
 
     def __len__(self) -> int:
         return len(self.documents)
 
-    def texts(self, indices: Sequence[int]) -> list[str]:
-        """The text of each document; a null is an empty document."""
-        values = self.documents[list(indices)][self.text_column] if indices else []
-        for index, value in zip(indices, values, strict=True):
-            if value is not None and not isinstance(value, str):
+    @property
+    def supervised(self) -> bool:
+        """Whether only a part of each document is predicted: what an assistant says."""
+        return "text" not in self.columns
+
+    def read(self, indices: Sequence[int]) -> list[Document]:
+        """Texts, conversations, or prompts with their completions; a null is an empty document."""
+        if not indices:
+            return []
+        rows = self.documents[list(indices)]
+        if "messages" in self.columns:
+            found = rows[self.columns["messages"]]
+            return [self._conversation(*pair) for pair in zip(indices, found, strict=True)]
+        parts = {role: rows[column] for role, column in self.columns.items()}
+        for role, values in parts.items():
+            parts[role] = [self._text(i, v, role) for i, v in zip(indices, values, strict=True)]
+        if "text" in parts:
+            return list(parts["text"])
+        return [Exchange(*pair) for pair in zip(parts["prompt"], parts["completion"], strict=True)]
+
+    def _text(self, index: int, value: Any, role: str) -> str:
+        if value is not None and not isinstance(value, str):
+            raise CorpusError(
+                f"{self.info.source}: document {index} has a {type(value).__name__} in column "
+                f"{self.columns[role]!r} where a text is expected. Name another one with --columns."
+            )
+        return value or ""
+
+    def _conversation(self, index: int, value: Any) -> Conversation:
+        messages = value or []
+        for number, message in enumerate(messages):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise CorpusError(
-                    f"{self.info.source}: document {index} has a {type(value).__name__} in column "
-                    f"{self.text_column!r} where a text is expected. Name another one with "
-                    "--columns."
+                    f"{self.info.source}: document {index}, message {number} of column "
+                    f"{self.columns['messages']!r}: found {str(message)[:80]!r}, expected an "
+                    "object with role and content."
                 )
-        return [value or "" for value in values]
+        # `datasets` gives every message every key of any: null ones were not there.
+        return Conversation(
+            tuple({k: v for k, v in message.items() if v is not None} for message in messages)
+        )
 
 
 def open_corpus(config: CaptureConfig) -> Corpus:
-    """Opens the corpus a config asks for, and picks its text column."""
+    """Opens the corpus a config asks for, and picks its columns."""
     datasets.disable_progress_bars()
     files = _local_files(config.corpus)
     if files:
@@ -79,7 +118,7 @@ def open_corpus(config: CaptureConfig) -> Corpus:
         fingerprint=fingerprint,
         num_documents=len(documents),
     )
-    return Corpus(info, documents, _text_column(documents, config))
+    return Corpus(info, documents, _columns(documents, config))
 
 
 def _shown(source: str, *, local: bool) -> str:
@@ -219,27 +258,43 @@ def _open_hub(config: CaptureConfig) -> tuple[datasets.Dataset, str]:
     return documents, xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
 
-def _text_column(documents: datasets.Dataset, config: CaptureConfig) -> str:
-    names = list(documents.column_names)
-    asked = config.column_of
-    unknown = sorted(set(asked) - {"text"})
+def _columns(documents: datasets.Dataset, config: CaptureConfig) -> dict[str, str]:
+    """The column of each role: as asked, else by its usual names."""
+    names, asked = list(documents.column_names), config.column_of
+    unknown = sorted(set(asked) - set(_NAMES))
     if unknown:
         raise CorpusError(
-            f"--columns {unknown[0]}=...: --task {config.task} reads the role text only"
+            f"--columns {unknown[0]}=...: --task {config.task} reads the roles {', '.join(_NAMES)}"
         )
-    if "text" in asked:
-        if asked["text"] not in names:
+    for column in asked.values():
+        if column not in names:
+            raise CorpusError(f"{config.corpus}: no column {column!r}; there are {_listed(names)}")
+    ways: tuple[tuple[str, ...], ...] = _WAYS
+    if asked:
+        ways = tuple(way for way in _WAYS if set(asked) <= set(way))
+        if not ways:
             raise CorpusError(
-                f"{config.corpus}: no column {asked['text']!r}; there are {', '.join(names)}"
+                f"--columns {' '.join(asked)}: a document is messages, or text, or prompt and "
+                "completion, not several of them"
             )
-        return asked["text"]
-    for name in _TEXT_NAMES:
-        if name in names:
-            return name
+    for way in ways:
+        found = {role: asked.get(role) or _usual(role, names) for role in way}
+        chosen = {role: column for role, column in found.items() if column is not None}
+        if len(chosen) == len(way):
+            return chosen
     raise CorpusError(
-        f"{config.corpus}: no text column among {', '.join(names)}. "
-        f"Say which one it is: --columns text={names[0] if names else 'NAME'}"
+        f"{config.corpus}: no column of text or messages among {_listed(names)}. "
+        f"Say which one it is: --columns text={names[0] if names else 'NAME'}, or messages=..., or "
+        "prompt=... and completion=..."
     )
+
+
+def _usual(role: str, names: list[str]) -> str | None:
+    return next((name for name in _NAMES[role] if name in names), None)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names)
 
 
 def _first_fault(files: list[Path], loader: str, error: BaseException) -> str:

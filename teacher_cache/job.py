@@ -30,7 +30,7 @@ from teacher_cache import rows
 from teacher_cache.capture import WindowTargets, capture_window
 from teacher_cache.config import CaptureConfig
 from teacher_cache.plan import Draft, publish_or_adopt, resolve
-from teacher_cache.rows import Row
+from teacher_cache.rows import Document, Row
 from teacher_cache.statistics import add, block_sums, encode_and_measure
 from teacher_cache.teacher import Teacher
 from teacher_cache.workers import (
@@ -139,8 +139,9 @@ def capture_shard(job: Job, shard: int) -> None:
 
 def _blocks(job: Job, documents: range, statistics: Counter[str]) -> Iterator[Captured]:
     """Blocks of a shard in order; the teacher runs over a window of them at a time."""
-    texts = _texts(job, documents)
-    built = rows.build(texts, job.draft.tokenizer, job.draft.preprocessing, statistics)
+    built = rows.build(
+        _documents(job, documents), job.draft.tokenizer, job.draft.preprocessing, statistics
+    )
     window: list[list[Row]] = []
     tokens = 0
     for block in _cut_blocks(built):
@@ -154,10 +155,10 @@ def _blocks(job: Job, documents: range, statistics: Counter[str]) -> Iterator[Ca
         yield from _captured(job, window, statistics)
 
 
-def _texts(job: Job, documents: range) -> Iterator[tuple[int, str]]:
+def _documents(job: Job, documents: range) -> Iterator[tuple[int, Document]]:
     for start in range(documents.start, documents.stop, 256):
         part = range(start, min(start + 256, documents.stop))
-        yield from zip(part, job.draft.corpus.texts(part), strict=True)
+        yield from zip(part, job.draft.corpus.read(part), strict=True)
 
 
 def _cut_blocks(built: Iterator[Row]) -> Iterator[list[Row]]:
@@ -222,7 +223,7 @@ def _assemble(
         num_tokens=np.array([len(row.input_ids) for row in chosen], np.int32),
         num_positions=np.array([row.num_positions for row in chosen], np.int32),
         input_ids=np.concatenate([row.input_ids for row in chosen]),
-        positions=np.zeros(0, np.int32),  # the task's default, not stored
+        positions=np.concatenate([row.positions() for row in chosen]).astype(np.int32),
     )
     if packed:
         block.segments = np.array([size for row in chosen for size in row.segments], np.int32)

@@ -236,7 +236,7 @@ def _num_classes(config: CaptureConfig, teacher: Teacher | None, info: Tokenizer
 def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
     return Preprocessing(
         split=config.split,
-        columns=(f"text={corpus.text_column}",),
+        columns=tuple(f"{role}={column}" for role, column in corpus.columns.items()),
         sample_by=config.sample_by,
         encoding_errors=config.encoding_errors,
         limit_documents=config.limit_documents,
@@ -294,8 +294,10 @@ def sample_corpus(draft: Draft) -> Sample:
     built: list[rows.Row] = []
     tokens = documents = 0
     for index in spread:
-        text = draft.corpus.texts([index])
-        for row in rows.build([(index, text[0])], draft.tokenizer, draft.preprocessing, counters):
+        document = draft.corpus.read([index])
+        for row in rows.build(
+            [(index, document[0])], draft.tokenizer, draft.preprocessing, counters
+        ):
             tokens += len(row.input_ids)
             token_counts += np.bincount(row.input_ids, minlength=len(token_counts))
             built.append(row)
@@ -353,7 +355,7 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
 def _manifest(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Manifest:
     columns = optional_columns(
         packed=draft.preprocessing.pack,
-        positions=False,
+        positions=draft.corpus.supervised,
         labels=False,
         targets=draft.teacher is not None,
     )

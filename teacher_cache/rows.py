@@ -1,5 +1,7 @@
 """Documents to rows: tokens with BOS and EOS, cut to --max-length, packed where asked for.
 
+Of a text every token but the first is predicted; of a conversation what the assistant says.
+
 Rows are built inside a shard from the shard's own documents, so that a shard depends on nothing but
 the manifest and its number. A chunk of a long document neither sees nor predicts the next chunk.
 """
@@ -7,6 +9,7 @@ the manifest and its number. A chunk of a long document neither sees nor predict
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +17,12 @@ import numpy as np
 from shared.errors import CorpusError
 from shared.manifest import Preprocessing
 from shared.schema import ROW_CHUNK_BITS
+from teacher_cache.chat import Conversation, Exchange, encode_conversation, encode_exchange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Document = str | Conversation | Exchange
 
 _TOKENIZE_AT_ONCE = 256  # documents
 _OPEN_ROWS = 32  # rows that packing may still add to; more fill little better and cost time
@@ -24,15 +30,28 @@ _OPEN_ROWS = 32  # rows that packing may still add to; more fill little better a
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training example: `input_ids` i32 [T]; `segments` are the lengths of its parts."""
+    """One training example: `input_ids` i32 [T]; `segments` are the lengths of its parts.
+
+    `supervised` i32 [P] are the positions with a target, where they are not all but the last of
+    each segment.
+    """
 
     row_id: int
     input_ids: np.ndarray
     segments: tuple[int, ...]
+    supervised: np.ndarray | None = None
 
     @property
     def num_positions(self) -> int:
+        if self.supervised is not None:
+            return len(self.supervised)
         return len(self.input_ids) - len(self.segments)
+
+    def positions(self) -> np.ndarray:
+        """Every position with a target, as an index of the row."""
+        if self.supervised is not None:
+            return self.supervised
+        return np.delete(np.arange(len(self.input_ids)), np.cumsum(self.segments) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,55 +78,92 @@ def document_ends(tokenizer: "PreTrainedTokenizerBase") -> Ends:
 
 
 def build(
-    documents: Iterable[tuple[int, str]],
+    documents: Iterable[tuple[int, Document]],
     tokenizer: "PreTrainedTokenizerBase",
     preprocessing: Preprocessing,
     counters: Counter[str],
 ) -> Iterator[Row]:
-    """Rows of the given (index, text) documents, in order; what is left out is counted."""
+    """Rows of the given (index, document) pairs, in order; what is left out is counted."""
     chunks = _chunks(documents, tokenizer, preprocessing.max_length, counters)
     return _pack(chunks, preprocessing.max_length) if preprocessing.pack else chunks
 
 
 def _chunks(
-    documents: Iterable[tuple[int, str]],
+    documents: Iterable[tuple[int, Document]],
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     counters: Counter[str],
 ) -> Iterator[Row]:
-    ends = document_ends(tokenizer)
     for index, tokens in _tokenized(documents, tokenizer):
         counters["documents"] += 1
-        if not tokens:
+        ids, predicted = tokens.input_ids, tokens.predicted
+        if not len(ids):
             counters["empty_documents"] += 1
             continue
-        ids = np.array([*ends.bos, *tokens, *ends.eos], np.int32)
         counters["cut_documents"] += len(ids) > max_length
         for chunk, start in enumerate(range(0, len(ids), max_length)):
             part = ids[start : start + max_length]
             if len(part) < 2:  # a lone token has nothing to predict
                 counters["lone_tokens"] += 1
                 continue
-            yield Row(index << ROW_CHUNK_BITS | chunk, part, (len(part),))
+            supervised = None
+            if predicted is not None:
+                # A chunk does not predict its first token: what comes before is not seen.
+                supervised = np.flatnonzero(predicted[start + 1 : start + max_length])
+                if not len(supervised):
+                    counters["rows_without_targets"] += 1
+                    continue
+                supervised = supervised.astype(np.int32)
+            yield Row(index << ROW_CHUNK_BITS | chunk, part, (len(part),), supervised)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """A document's ids i32 [T], and which of them are predicted, bool [T]; None: all but one."""
+
+    input_ids: np.ndarray
+    predicted: np.ndarray | None = None
 
 
 def _tokenized(
-    documents: Iterable[tuple[int, str]], tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[tuple[int, list[int]]]:
-    waiting: list[tuple[int, str]] = []
+    documents: Iterable[tuple[int, Document]], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[int, _Tokens]]:
+    iterator = iter(documents)
+    while some := list(islice(iterator, _TOKENIZE_AT_ONCE)):
+        texts = [document for _, document in some if isinstance(document, str)]
+        encoded = iter(_between_ends(texts, tokenizer))
+        for index, document in some:
+            if isinstance(document, str):
+                yield index, _Tokens(next(encoded))
+            else:
+                yield index, _spoken(document, tokenizer, f"document {index}")
 
-    def flush() -> Iterator[tuple[int, list[int]]]:
-        texts = [text for _, text in waiting]
-        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        yield from zip([index for index, _ in waiting], encoded, strict=True)
-        waiting.clear()
 
-    for document in documents:
-        waiting.append(document)
-        if len(waiting) == _TOKENIZE_AT_ONCE:
-            yield from flush()
-    if waiting:
-        yield from flush()
+def _between_ends(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[np.ndarray]:
+    if not texts:
+        return
+    ends = document_ends(tokenizer)
+    for tokens in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+        yield np.array([*ends.bos, *tokens, *ends.eos] if tokens else [], np.int32)
+
+
+def _spoken(
+    document: Conversation | Exchange, tokenizer: "PreTrainedTokenizerBase", where: str
+) -> _Tokens:
+    if isinstance(document, Exchange) and tokenizer.chat_template is None:
+        ends = document_ends(tokenizer)
+        spoken = encode_exchange(document, tokenizer, (ends.bos, ends.eos))
+        return _Tokens(spoken.input_ids, spoken.by_assistant)
+    if tokenizer.chat_template is None:
+        raise CorpusError(
+            f"{tokenizer.name_or_path}: this tokenizer has no chat template, which a column of "
+            "messages needs. Name another --tokenizer, or put a chat_template.jinja beside it."
+        )
+    conversation = document.conversation() if isinstance(document, Exchange) else document
+    if not conversation.messages:
+        return _Tokens(np.zeros(0, np.int32))
+    spoken = encode_conversation(conversation, tokenizer, where)
+    return _Tokens(spoken.input_ids, spoken.by_assistant)
 
 
 def _pack(chunks: Iterable[Row], max_length: int) -> Iterator[Row]:
@@ -134,8 +190,16 @@ def _pack(chunks: Iterable[Row], max_length: int) -> Iterator[Row]:
 
 
 def _joined(parts: list[Row]) -> Row:
+    sizes = [len(part.input_ids) for part in parts]
+    starts = np.cumsum([0, *sizes[:-1]])
+    supervised = [
+        part.supervised + start
+        for part, start in zip(parts, starts, strict=True)
+        if part.supervised is not None
+    ]
     return Row(
         parts[0].row_id,
         np.concatenate([part.input_ids for part in parts]),
-        tuple(len(part.input_ids) for part in parts),
+        tuple(sizes),
+        np.concatenate(supervised).astype(np.int32) if supervised else None,
     )

@@ -81,7 +81,8 @@ def random_block(manifest, rows, seed=0, *, one_token_rows=False):
         block.segments = np.array([length for part in parts for length in part], np.int32)
         block.num_segments = np.array([len(part) for part in parts], np.int32)
     if "positions" in manifest.columns:
-        block.positions = rng.integers(0, 64, P).astype(np.int32)
+        limits = np.repeat(block.num_tokens - 1, num_positions)
+        block.positions = rng.integers(0, limits).astype(np.int32)
     if "labels" in manifest.columns:
         block.labels = rng.integers(0, CLASSES, P).astype(np.int32)
     if spec.kind != "none":

@@ -37,7 +37,7 @@ def opened(corpus: Path | str, **options: object) -> Corpus:
 
 def texts_of(corpus: Path | str, **options: object) -> list[str]:
     corpus = opened(corpus, **options)
-    return corpus.texts(range(len(corpus)))
+    return corpus.read(range(len(corpus)))
 
 
 def refusal(corpus: Path | str, **options: object) -> str:
@@ -87,8 +87,8 @@ WRITERS: dict[str, Callable[[Path, list[str]], Path]] = {
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_every_kind_of_file_gives_its_documents_in_order(suffix, tmp_path):
     corpus = opened(WRITERS[suffix](tmp_path / f"corpus{suffix}", TEXTS))
-    assert corpus.texts(range(len(corpus))) == TEXTS
-    assert corpus.texts([4, 0]) == [TEXTS[4], TEXTS[0]]
+    assert corpus.read(range(len(corpus))) == TEXTS
+    assert corpus.read([4, 0]) == [TEXTS[4], TEXTS[0]]
     assert (corpus.info.source, corpus.info.num_documents) == (f"corpus{suffix}", len(TEXTS))
 
 
@@ -334,7 +334,7 @@ def test_an_empty_file_is_named(suffix, tmp_path):
 
 def test_no_text_column_lists_the_columns(tmp_path):
     message = refusal(write_jsonl(tmp_path / "c.jsonl", ["x"], column="story"))
-    assert "no text column among story, n" in message
+    assert "no column of text or messages among story, n" in message
     assert "--columns text=story" in message
 
 

@@ -197,7 +197,7 @@ def test_a_small_corpus_is_sampled_whole(draft_of):
     draft = draft_of([3, 0, 9, 200, 4], max_length=64)
     sample = plan.sample_corpus(draft)
     counters: Counter[str] = Counter()
-    texts = enumerate(draft.corpus.texts(range(5)))
+    texts = enumerate(draft.corpus.read(range(5)))
     rows = list(build(texts, draft.tokenizer, draft.preprocessing, counters))
     assert sample.documents == 5
     assert sorted(row.row_id for row in sample.rows) == sorted(row.row_id for row in rows)
