@@ -14,7 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_TERMS = ("soft", "hard", "hidden", "agreement", "student_entropy", "teacher_entropy")
+_TERMS = (
+    "soft",
+    "soft_cross_entropy",
+    "hard",
+    "hidden",
+    "agreement",
+    "student_entropy",
+    "teacher_entropy",
+)
 
 
 class MetricsLog:

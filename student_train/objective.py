@@ -139,11 +139,13 @@ class Attachment:
         if objective.with_entropy:
             sums["student_entropy"] = result.student_entropy_sum
         if "target_ids" in targets:
-            soft = result.soft_sum
-            if objective.target_kind == "sample":  # from cross-entropy to KL
+            name, soft = "soft", result.soft_sum
+            if objective.target_kind == "sample" and "entropy" in targets:  # cross-entropy to KL
                 soft = soft - targets["entropy"].sum()
                 loss = loss + objective.soft_weight * (soft - result.soft_sum) / _count(targets)
-            sums |= {"soft": soft, "agreement": result.agreement}
+            elif objective.target_kind == "sample":  # of a mixture, whose entropy nobody knows
+                name = "soft_cross_entropy"
+            sums |= {name: soft, "agreement": result.agreement}
         if objective.layer_pairs:
             layers[-1] = states
             hidden = self._hidden_sum(layers, at, targets)

@@ -21,7 +21,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import ConfigError, Stopped
 from shared.tokenizer import load_cached_tokenizer
 from student_train.arguments import micro_batch_tokens, refuse_what_breaks, training_arguments
-from student_train.cache_set import CacheSet
+from student_train.cache_set import Source
 from student_train.callbacks import ProgressLine, StopOnSignal
 from student_train.config import TrainConfig
 from student_train.evaluate import evaluate
@@ -131,7 +131,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         check_cache(config, cache)
 
     spec = OrderSpec(batch_tokens=config.batch_tokens, seed=config.seed)
-    order = Order(caches.block_rows, caches.row_tokens, spec)
+    order = Order(caches.block_rows, caches.row_tokens, spec, caches.parts)
     max_steps = config.max_steps or order.steps_for_epochs(config.epochs)
     finished = folder.result(max_steps)
     if finished is not None:
@@ -156,7 +156,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return _finish(config, folder, trainer, caches, max_steps)
 
 
-def _student(config: TrainConfig, caches: CacheSet) -> tuple[Any, Attachment]:
+def _student(config: TrainConfig, caches: Source) -> tuple[Any, Attachment]:
     student: Any = build_student(config.student, seed=config.seed)
     torch.manual_seed(config.seed)  # adapters and projections
     if config.lora_rank:
@@ -174,7 +174,7 @@ def _student(config: TrainConfig, caches: CacheSet) -> tuple[Any, Attachment]:
     return student, attachment
 
 
-def objective_for(config: TrainConfig, caches: CacheSet) -> Objective:
+def objective_for(config: TrainConfig, caches: Source) -> Objective:
     """The loss a config asks for on these caches."""
     return Objective(
         spec=config.loss_spec,
@@ -193,7 +193,7 @@ def _trainer(
     config: TrainConfig,
     folder: RunFolder,
     student: nn.Module,
-    caches: CacheSet,
+    caches: Source,
     order: Order,
     max_steps: int,
     validation: Cache | None,
@@ -239,7 +239,7 @@ def _finish(
     config: TrainConfig,
     folder: RunFolder,
     trainer: DistillTrainer,
-    caches: CacheSet,
+    caches: Source,
     max_steps: int,
 ) -> dict[str, Any]:
     """Evaluates, saves the model with its tokenizer, and writes the result last."""
@@ -250,6 +250,8 @@ def _finish(
         "out": str(config.out),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "cache_ids": caches.cache_ids,
+        "cache_weights": list(config.cache_weights),
+        "ensemble": config.ensemble,
         "max_steps": max_steps,
         "steps": trainer.state.global_step,
         "seconds": round(trainer.metrics.seconds, 2),
