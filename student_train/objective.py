@@ -74,8 +74,9 @@ class Attachment:
         self._targets: dict[str, Tensor] | None = None
         self._states: Tensor | None = None
         self._layers: dict[int, Tensor] = {}
+        # The newest attachment takes the targets: evaluation in the middle of training is at T = 1.
         self._handles = [
-            student.register_forward_pre_hook(self._take_targets, with_kwargs=True),
+            student.register_forward_pre_hook(self._take_targets, with_kwargs=True, prepend=True),
             student.register_forward_hook(self._return_loss),
             self.head_module.register_forward_pre_hook(self._hold_back),
         ]
