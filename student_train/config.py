@@ -1,16 +1,19 @@
 """The options of every `train-student` command, each declared once."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from shared.errors import ConfigError
 from shared.options import Option, check_bounds
 from student_train.loss_spec import HiddenLoss, LossSpec, SoftLoss, Tail
+from student_train.schedule import ScheduleKind
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 EvalMetric = Literal["loss", "kl"]
+
+_SCHEDULED: dict[str, tuple[ScheduleKind, ...]] = {"loss_schedule": ("linear", "cosine")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +62,31 @@ class TrainConfig:
         0.5
     )
     hidden_weight: Annotated[float, Option(help="Weight of the hidden-state loss.", min=0)] = 0.0
+    loss_schedule: Annotated[
+        ScheduleKind,
+        Option(help="How temperature and weights go to their --...-end values over the run."),
+    ] = "constant"
+    temperature_end: Annotated[
+        float | None,
+        Option(
+            help="Temperature at the last step; needs a dense cache.",
+            min=0.05,
+            max=20,
+            read_when=_SCHEDULED,
+        ),
+    ] = None
+    soft_weight_end: Annotated[
+        float | None,
+        Option(help="Weight of the soft loss at the last step.", min=0, read_when=_SCHEDULED),
+    ] = None
+    hard_weight_end: Annotated[
+        float | None,
+        Option(help="Weight of the hard loss at the last step.", min=0, read_when=_SCHEDULED),
+    ] = None
+    hidden_weight_end: Annotated[
+        float | None,
+        Option(help="Weight of the hidden loss at the last step.", min=0, read_when=_SCHEDULED),
+    ] = None
     hidden_loss: Annotated[HiddenLoss, Option(help="Distance of hidden states.")] = "mse"
     hidden_map: Annotated[
         tuple[str, ...],
@@ -121,7 +149,9 @@ class TrainConfig:
             raise ConfigError("--cache is missing: name the folder of a cache")
         _ = self.cache_weights  # refuses what is no weight
         _ = self.loss_spec  # refuses combinations that have no loss
-        if self.soft_weight == self.hard_weight == self.hidden_weight == 0:
+        self._check_schedule()
+        hard_weight = max(self.hard_weight, self.hard_weight_end or 0)
+        if not (self.uses_soft_loss or hard_weight or self.uses_hidden_loss):
             raise ConfigError(
                 "--soft-weight, --hard-weight and --hidden-weight are all 0: nothing to learn from"
             )
@@ -154,11 +184,48 @@ class TrainConfig:
         )
 
     @property
+    def scheduled(self) -> dict[str, tuple[float, float]]:
+        """First and last value of everything that has an end value; empty: all is constant."""
+        ends = {
+            "temperature": (self.temperature, self.temperature_end),
+            "soft_weight": (self.soft_weight, self.soft_weight_end),
+            "hard_weight": (self.hard_weight, self.hard_weight_end),
+            "hidden_weight": (self.hidden_weight, self.hidden_weight_end),
+        }
+        return {name: (start, end) for name, (start, end) in ends.items() if end is not None}
+
+    @property
+    def uses_soft_loss(self) -> bool:
+        """Whether it has a weight at any step."""
+        return max(self.soft_weight, self.soft_weight_end or 0) > 0
+
+    @property
+    def uses_hidden_loss(self) -> bool:
+        """Whether it has a weight at any step."""
+        return max(self.hidden_weight, self.hidden_weight_end or 0) > 0
+
+    @property
     def layer_pairs(self) -> tuple[tuple[int, int], ...]:
         """(teacher layer, student layer) for the hidden loss; empty where it has no weight."""
-        if self.hidden_weight == 0:
+        if not self.uses_hidden_loss:
             return ()
         return tuple(self._layer_pair(pair) for pair in self.hidden_map or ("-1:-1",))
+
+    def _check_schedule(self) -> None:
+        if self.loss_schedule != "constant" and not self.scheduled:
+            raise ConfigError(
+                f"--loss-schedule {self.loss_schedule}: nothing changes over the run. Give an end "
+                "value with --soft-weight-end, --hard-weight-end, --hidden-weight-end or "
+                "--temperature-end."
+            )
+        if self.temperature_end is None:
+            return
+        _ = replace(self.loss_spec, temperature=self.temperature_end)  # refuses mse at T != 1
+        if self.ensemble:
+            raise ConfigError(
+                "--temperature-end with --ensemble: teachers are tempered and mixed while blocks "
+                "are read, long before their step is known. Use one --temperature for the run."
+            )
 
     def _layer_pair(self, pair: str) -> tuple[int, int]:
         teacher, _, student = pair.partition(":")

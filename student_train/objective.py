@@ -10,7 +10,7 @@ Shapes: B rows, T tokens, N positions with a target, K entries, V logit width, D
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,17 @@ class Objective:
     layer_pairs: tuple[tuple[int, int], ...] = ()  # (teacher layer, student layer)
     deviations: Mapping[int, Tensor] = field(default_factory=dict)  # teacher layer -> [D]
     with_entropy: bool = True
+
+    def with_values(self, values: Mapping[str, float]) -> "Objective":
+        """The same with other `temperature`, `soft_weight`, `hard_weight` or `hidden_weight`."""
+        temperature = values.get("temperature", self.spec.temperature)
+        return replace(
+            self,
+            spec=replace(self.spec, temperature=temperature),
+            soft_weight=values.get("soft_weight", self.soft_weight),
+            hard_weight=values.get("hard_weight", self.hard_weight),
+            hidden_weight=values.get("hidden_weight", self.hidden_weight),
+        )
 
 
 @dataclass(frozen=True, slots=True)

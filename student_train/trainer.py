@@ -29,6 +29,7 @@ from student_train.metrics_log import MetricsLog
 from student_train.objective import PROJECTIONS, Attachment, Objective, attach
 from student_train.order import Order, OrderSpec, accumulation_for
 from student_train.run_folder import RunFolder, kl_of
+from student_train.schedule import LossSchedule, ScheduledLoss
 from student_train.stream import BatchStream, StreamSpec
 from student_train.student import add_adapters, build_student, check_cache, check_fit, load_config
 
@@ -52,11 +53,13 @@ class DistillTrainer(Trainer):
         stream: BatchStream,
         validation: Cache | None = None,
         metrics: MetricsLog | None = None,
+        scheduled: ScheduledLoss | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, compute_loss_func=_never_called, eval_dataset=[], **kwargs)
         self.remove_callback(PrinterCallback)
         self.stream, self.validation, self.metrics = stream, validation, metrics
+        self.scheduled = scheduled
 
     def get_train_dataloader(self) -> BatchStream:
         """The stream itself: it shards, orders and resumes on its own."""
@@ -74,9 +77,11 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss that the model's hooks return."""
+        step = self.state.global_step
+        values = {} if self.scheduled is None else self.scheduled.set_step(step)
         output = model(**inputs)
         if self.metrics is not None:
-            self.metrics.add(self.state.global_step + 1, output, inputs)
+            self.metrics.add(step + 1, output, inputs, values)
         loss = output["loss"] * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
@@ -142,6 +147,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     folder.start(config, caches)
     stop = StopOnSignal()
     trainer = _trainer(config, folder, student, caches, order, max_steps, validation, stop)
+    if config.loss_schedule != "constant":
+        schedule = LossSchedule(config.loss_schedule, max_steps, config.scheduled)
+        trainer.scheduled = ScheduledLoss(attachment, schedule)
     checkpoint = folder.last_checkpoint()
     if checkpoint is not None:
         log.info("%s: going on from %s", config.out, checkpoint.name)
@@ -208,7 +216,7 @@ def _trainer(
         world_size=arguments.world_size,
         rank=arguments.process_index,
         threads=config.threads,
-        targets=config.soft_weight > 0,
+        targets=config.uses_soft_loss,
         temperature=config.temperature,
         hidden_layers=tuple(sorted({layer for layer, _ in config.layer_pairs})),
     )
@@ -260,6 +268,7 @@ def _finish(
             "hard": config.hard_weight,
             "hidden": config.hidden_weight,
         },
+        "scheduled": {name: list(ends) for name, ends in config.scheduled.items()},
         "teacher_parameters": None
         if caches.manifest.teacher is None
         else caches.manifest.teacher.parameters,
