@@ -1,11 +1,12 @@
 """Several caches as one: their blocks one after another, for a cache and what was added to it.
 
-A student run reads a `CacheSet`, of one cache or of many. Rows and blocks are numbered through, in
-the order in which the caches were named.
+A student run reads a `CacheSet`, of one cache or of many, or an `Ensemble` of teachers on the same
+rows. Rows and blocks of a set are numbered through, in the order in which the caches were named.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,13 +15,18 @@ from shared.blocks import Block
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch
 from shared.manifest import Manifest
+from student_train.ensemble import Ensemble
+from student_train.order import Part
 
 
 class CacheSet:
-    """Caches of the same tokenizer, task and kind of targets, read as one. Safe in threads."""
+    """Caches of the same tokenizer, task and kind of targets, read as one. Safe in threads.
 
-    def __init__(self, caches: Sequence[Cache]) -> None:
-        self.caches = tuple(caches)
+    With `weights`, one for each cache, a run takes its tokens from the caches in this proportion.
+    """
+
+    def __init__(self, caches: Sequence[Cache], weights: Sequence[float] = ()) -> None:
+        self.caches, self.weights = tuple(caches), tuple(weights)
         for other in self.caches[1:]:
             _check_joins(self.caches[0], other)
         self.block_rows = np.concatenate([cache.block_rows for cache in self.caches])
@@ -40,6 +46,12 @@ class CacheSet:
     @property
     def cache_ids(self) -> list[str]:
         return [cache.cache_id for cache in self.caches]
+
+    @property
+    def parts(self) -> list[Part]:
+        """What `Order` mixes; empty where all blocks are one set."""
+        pairs = zip(self.caches, self.weights, strict=bool(self.weights))
+        return [Part(cache.num_blocks, weight) for cache, weight in pairs]
 
     def read_block(
         self,
@@ -64,9 +76,8 @@ class CacheSet:
         """Standard deviation of each channel of a stored layer, float32 [D]."""
         return self.first.channel_deviation(layer)
 
-    def snapshot(self) -> list[dict[str, object]]:
-        """Cache id and shard hashes of each cache."""
-        return [{"cache_id": c.cache_id, "shards": c.snapshot()} for c in self.caches]
+
+Source: TypeAlias = CacheSet | Ensemble
 
 
 def open_caches(paths: Sequence[Path], *, allow_partial: bool) -> CacheSet:

@@ -38,7 +38,8 @@ class ProgressLine(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        shown = ("loss", "soft", "hard", "hidden", "agreement", "eval_loss", "eval_kl")
+        terms = ("loss", "soft", "soft_cross_entropy", "hard", "hidden", "agreement")
+        shown = (*terms, "eval_loss", "eval_kl")
         self.progress.advance(0, **{n: f"{v:.4f}" for n, v in (logs or {}).items() if n in shown})
 
     def on_train_end(

@@ -1,15 +1,19 @@
 """The options of every `train-student` command, each declared once."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from shared.errors import ConfigError
 from shared.options import Option, check_bounds
 from student_train.loss_spec import HiddenLoss, LossSpec, SoftLoss, Tail
+from student_train.schedule import ScheduleKind
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 EvalMetric = Literal["loss", "kl"]
+
+_SCHEDULED: dict[str, tuple[ScheduleKind, ...]] = {"loss_schedule": ("linear", "cosine")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,12 +24,20 @@ class TrainConfig:
         str, Option(help="Hub id or folder; a folder with only config.json: from scratch.")
     ]
     cache: Annotated[
-        tuple[Path, ...], Option(help="Folder of the cache to train from. Repeatable: joined.")
+        tuple[Path, ...],
+        Option(
+            help="Folder of the cache to train from. Repeatable: joined, or mixed by tokens where "
+            "one is given as DIR=WEIGHT (a plain DIR then has weight 1)."
+        ),
     ]
     out: Annotated[Path, Option(help="Folder of this run.")]
     validation_cache: Annotated[
         Path | None, Option(help="Held-out cache, for evaluation and early stopping.")
     ] = None
+    ensemble: Annotated[
+        bool,
+        Option(help="The caches are teachers on the same rows: learn from their weighted mixture."),
+    ] = False
     allow_partial: Annotated[
         bool, Option(help="Train on the shards that are there if some are missing.")
     ] = False
@@ -50,6 +62,31 @@ class TrainConfig:
         0.5
     )
     hidden_weight: Annotated[float, Option(help="Weight of the hidden-state loss.", min=0)] = 0.0
+    loss_schedule: Annotated[
+        ScheduleKind,
+        Option(help="How temperature and weights go to their --...-end values over the run."),
+    ] = "constant"
+    temperature_end: Annotated[
+        float | None,
+        Option(
+            help="Temperature at the last step; needs a dense cache.",
+            min=0.05,
+            max=20,
+            read_when=_SCHEDULED,
+        ),
+    ] = None
+    soft_weight_end: Annotated[
+        float | None,
+        Option(help="Weight of the soft loss at the last step.", min=0, read_when=_SCHEDULED),
+    ] = None
+    hard_weight_end: Annotated[
+        float | None,
+        Option(help="Weight of the hard loss at the last step.", min=0, read_when=_SCHEDULED),
+    ] = None
+    hidden_weight_end: Annotated[
+        float | None,
+        Option(help="Weight of the hidden loss at the last step.", min=0, read_when=_SCHEDULED),
+    ] = None
     hidden_loss: Annotated[
         HiddenLoss,
         Option(help="Distance of hidden states; contrastive: of the mean states of whole rows."),
@@ -125,8 +162,11 @@ class TrainConfig:
         check_bounds(self)
         if not self.cache:
             raise ConfigError("--cache is missing: name the folder of a cache")
+        _ = self.cache_weights  # refuses what is no weight
         _ = self.loss_spec  # refuses combinations that have no loss
-        if self.soft_weight == self.hard_weight == self.hidden_weight == 0:
+        self._check_schedule()
+        hard_weight = max(self.hard_weight, self.hard_weight_end or 0)
+        if not (self.uses_soft_loss or hard_weight or self.uses_hidden_loss):
             raise ConfigError(
                 "--soft-weight, --hard-weight and --hidden-weight are all 0: nothing to learn from"
             )
@@ -141,6 +181,19 @@ class TrainConfig:
                 self._layer_pair(pair)
 
     @property
+    def cache_paths(self) -> tuple[Path, ...]:
+        """The folders that --cache names, without weights."""
+        return tuple(_path_and_weight(given)[0] for given in self.cache)
+
+    @property
+    def cache_weights(self) -> tuple[float, ...]:
+        """A weight for each cache, 1 where none is given; empty where there is nothing to weigh."""
+        weights = [_path_and_weight(given)[1] for given in self.cache]
+        if len(weights) == 1 or all(weight is None for weight in weights):
+            return ()
+        return tuple(1.0 if weight is None else weight for weight in weights)
+
+    @property
     def loss_spec(self) -> LossSpec:
         """The soft loss these options ask for."""
         return LossSpec(
@@ -150,6 +203,27 @@ class TrainConfig:
             jsd_beta=self.jsd_beta,
         )
 
+    @property
+    def scheduled(self) -> dict[str, tuple[float, float]]:
+        """First and last value of everything that has an end value; empty: all is constant."""
+        ends = {
+            "temperature": (self.temperature, self.temperature_end),
+            "soft_weight": (self.soft_weight, self.soft_weight_end),
+            "hard_weight": (self.hard_weight, self.hard_weight_end),
+            "hidden_weight": (self.hidden_weight, self.hidden_weight_end),
+        }
+        return {name: (start, end) for name, (start, end) in ends.items() if end is not None}
+
+    @property
+    def uses_soft_loss(self) -> bool:
+        """Whether it has a weight at any step."""
+        return max(self.soft_weight, self.soft_weight_end or 0) > 0
+
+    @property
+    def uses_hidden_loss(self) -> bool:
+        """Whether it has a weight at any step."""
+        return max(self.hidden_weight, self.hidden_weight_end or 0) > 0
+
     def layer_pairs(self, cached: tuple[int, ...], blocks: int) -> tuple[tuple[int, int], ...]:
         """(teacher layer, student layer) for the hidden loss; empty where it has no weight.
 
@@ -157,7 +231,7 @@ class TrainConfig:
         the i-th of L cached layers, from 1 and by depth, goes to the student's block
         ceil(i blocks / L) - 1, counted from 0; the final state goes to the final state.
         """
-        if self.hidden_weight == 0:
+        if not self.uses_hidden_loss:
             return ()
         by_depth = sorted(cached or (-1,), key=lambda layer: (layer == -1, layer))
         if self.hidden_map == ("last",):
@@ -184,6 +258,22 @@ class TrainConfig:
         pairs = zip(by_depth, places, strict=True)
         return tuple((layer, -1 if layer == -1 else place) for layer, place in pairs)
 
+    def _check_schedule(self) -> None:
+        if self.loss_schedule != "constant" and not self.scheduled:
+            raise ConfigError(
+                f"--loss-schedule {self.loss_schedule}: nothing changes over the run. Give an end "
+                "value with --soft-weight-end, --hard-weight-end, --hidden-weight-end or "
+                "--temperature-end."
+            )
+        if self.temperature_end is None:
+            return
+        _ = replace(self.loss_spec, temperature=self.temperature_end)  # refuses mse at T != 1
+        if self.ensemble:
+            raise ConfigError(
+                "--temperature-end with --ensemble: teachers are tempered and mixed while blocks "
+                "are read, long before their step is known. Use one --temperature for the run."
+            )
+
     def _layer_pair(self, pair: str) -> tuple[int, int]:
         teacher, _, student = pair.partition(":")
         try:
@@ -192,6 +282,30 @@ class TrainConfig:
             raise ConfigError(
                 f"--hidden-map {pair}: expected T:S, such as -1:-1 or 11:5, or last, or uniform"
             ) from None
+
+
+_LIGHTEST, _HEAVIEST = 1e-6, 1e6  # of weights: more would make an epoch of any cache endless
+
+
+def _path_and_weight(given: Path) -> tuple[Path, float | None]:
+    """DIR or DIR=WEIGHT: a number behind the last `=` is a weight, anything else part of the name.
+
+    A folder whose own name ends so is named with a weight behind it: `runs/lr=2=1`.
+    """
+    path, equals, number = str(given).rpartition("=")
+    try:
+        weight = float(number) if equals else None
+    except ValueError:
+        weight = None
+    if weight is None:
+        return given, None
+    if not path or math.isnan(weight) or not _LIGHTEST <= weight <= _HEAVIEST:
+        raise ConfigError(
+            f"--cache {given}: expected DIR or DIR=WEIGHT with a weight from {_LIGHTEST:g} to "
+            f"{_HEAVIEST:,.0f}. A folder whose own name ends in =NUMBER needs a weight behind it: "
+            f"{given}=1"
+        )
+    return Path(path), weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_TERMS = ("soft", "hard", "hidden", "agreement", "student_entropy", "teacher_entropy")
+_TERMS = (
+    "soft",
+    "soft_cross_entropy",
+    "hard",
+    "hidden",
+    "agreement",
+    "student_entropy",
+    "teacher_entropy",
+)
 
 
 class MetricsLog:
@@ -25,18 +33,26 @@ class MetricsLog:
         self.seconds = seconds_before
         self._pending: dict[int, list[Tensor]] = {}
         self._counts: dict[int, Tensor] = {}
+        self._scheduled: dict[int, Mapping[str, float]] = {}
         self._terms: tuple[str, ...] = ()
         self._since_log: list[dict[str, float]] = []
         self._last_flush_s = time.monotonic()
         self._waited_s = 0.0
 
-    def add(self, step: int, output: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> None:
+    def add(
+        self,
+        step: int,
+        output: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
+        scheduled: Mapping[str, float],
+    ) -> None:
         """One micro-batch of `step`; nothing is copied to the host yet."""
         self._terms = tuple(name for name in _TERMS if name in output)
         values = [output["loss"].detach(), *(output[name].detach() for name in self._terms)]
         stacked = torch.stack([value.to(torch.float64) for value in values])
         self._pending.setdefault(step, []).append(stacked)
         self._counts[step] = inputs["num_positions"]
+        self._scheduled[step] = scheduled
 
     def flush(self, seconds_waited: float) -> dict[str, float]:
         """Writes the steps since the last flush; means since the last log for other trackers."""
@@ -67,12 +83,14 @@ class MetricsLog:
             numbers = {
                 name: term / max(1, count) for name, term in zip(self._terms, terms, strict=True)
             }
+            numbers |= self._scheduled[step]
             line = {"loss": loss, "loss_hex": loss.hex(), **numbers, "positions": count}
             self._since_log.append({name: v for name, v in line.items() if isinstance(v, float)})
             self.write("train", step, line)
         self._last_step, self._positions = steps[-1], sum(counts)
         self._pending.clear()
         self._counts.clear()
+        self._scheduled.clear()
 
     def _write_speed(self, seconds_waited: float) -> None:
         now = time.monotonic()

@@ -10,7 +10,7 @@ Shapes: B rows, T tokens, N positions with a target, K entries, V logit width, D
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,17 @@ class Objective:
     deviations: Mapping[int, Tensor] = field(default_factory=dict)  # teacher layer -> [D]
     with_entropy: bool = True
 
+    def with_values(self, values: Mapping[str, float]) -> "Objective":
+        """The same with other `temperature`, `soft_weight`, `hard_weight` or `hidden_weight`."""
+        temperature = values.get("temperature", self.spec.temperature)
+        return replace(
+            self,
+            spec=replace(self.spec, temperature=temperature),
+            soft_weight=values.get("soft_weight", self.soft_weight),
+            hard_weight=values.get("hard_weight", self.hard_weight),
+            hidden_weight=values.get("hidden_weight", self.hidden_weight),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -82,8 +93,9 @@ class Attachment:
         self._targets: dict[str, Tensor] | None = None
         self._states: Tensor | None = None
         self._layers: dict[int, Tensor] = {}
+        # The newest attachment takes the targets: evaluation in the middle of training is at T = 1.
         self._handles = [
-            student.register_forward_pre_hook(self._take_targets, with_kwargs=True),
+            student.register_forward_pre_hook(self._take_targets, with_kwargs=True, prepend=True),
             student.register_forward_hook(self._return_loss),
             self.head_module.register_forward_pre_hook(self._hold_back),
         ]
@@ -147,11 +159,13 @@ class Attachment:
         if objective.with_entropy:
             sums["student_entropy"] = result.student_entropy_sum
         if "target_ids" in targets:
-            soft = result.soft_sum
-            if objective.target_kind == "sample":  # from cross-entropy to KL
+            name, soft = "soft", result.soft_sum
+            if objective.target_kind == "sample" and "entropy" in targets:  # cross-entropy to KL
                 soft = soft - targets["entropy"].sum()
                 loss = loss + objective.soft_weight * (soft - result.soft_sum) / _count(targets)
-            sums |= {"soft": soft, "agreement": result.agreement}
+            elif objective.target_kind == "sample":  # of a mixture, whose entropy nobody knows
+                name = "soft_cross_entropy"
+            sums |= {name: soft, "agreement": result.agreement}
         if objective.layer_pairs:
             layers[-1] = states
             hidden, count = self._hidden_sum(layers, targets), self._hidden_count(targets)

@@ -5,12 +5,22 @@ are permuted inside it, so that a block is decoded once per epoch and few are in
 cut from the sequence of all rows by a token budget; they may reach over the end of a window or of
 an epoch. No data is read: the lengths of the rows are enough.
 
+With weighted parts (several caches, each with its share) every part is an endless sequence of
+tokens of its own: its blocks in a permutation, then in another one, and so on. A window takes from
+each part the blocks that begin in the next `weight * v` tokens of its sequence, with one v for all
+windows and parts, so that the shares of tokens are as asked in every window, up to a block of each
+part. An epoch ends when every part has been read through: the one with most tokens per weight
+exactly once, the others more than once. v is the largest for which an epoch is a whole number of
+windows of at most `window_blocks` blocks on average.
+
 R rows. Windows are counted over all epochs: window w is in epoch w // windows_per_epoch.
 """
 
 import bisect
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import count
 
 import numpy as np
@@ -38,6 +48,18 @@ class OrderSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive blocks of a set, all those of one cache, and the weight of their tokens."""
+
+    blocks: int
+    weight: float
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1 or not 0 < self.weight < math.inf:
+            raise ValueError(f"{self}: expected at least one block and a weight above 0")
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """The rows of one optimiser step, in order, and the window each of them is in; i64 [R]."""
 
@@ -49,12 +71,20 @@ class Step:
 class Order:
     """The steps over a cache with `block_rows` [blocks] and `row_tokens` [rows].
 
+    Without `parts` all blocks are one set; with them they are mixed by weight.
+
     A step takes rows until the next one would exceed the budget, and at least one. Finding a step
     walks the lengths of all rows before it, once: what the walk found is kept for every chunk of
     windows.
     """
 
-    def __init__(self, block_rows: np.ndarray, row_tokens: np.ndarray, spec: OrderSpec) -> None:
+    def __init__(
+        self,
+        block_rows: np.ndarray,
+        row_tokens: np.ndarray,
+        spec: OrderSpec,
+        parts: Sequence[Part] = (),
+    ) -> None:
         if int(block_rows.sum()) != len(row_tokens) or not len(row_tokens):
             raise ValueError(
                 f"blocks with {int(block_rows.sum())} rows in all, but the lengths of "
@@ -63,8 +93,13 @@ class Order:
         self.spec = spec
         self.block_starts = np.concatenate([[0], np.cumsum(block_rows, dtype=np.int64)])
         self.row_tokens = row_tokens
+        self._mixture = _Mixture(self.block_starts, row_tokens, spec, parts) if parts else None
+        epoch_rows = float(len(row_tokens))
         self.windows_per_epoch = -(-len(block_rows) // spec.window_blocks)
-        self._chunk_windows = max(1, _CHUNK * self.windows_per_epoch // len(row_tokens))
+        if self._mixture is not None:
+            epoch_rows = self._mixture.rows_per_epoch
+            self.windows_per_epoch = self._mixture.windows_per_epoch
+        self._chunk_windows = max(1, int(_CHUNK * self.windows_per_epoch // epoch_rows))
         self._chunks_per_epoch = -(-self.windows_per_epoch // self._chunk_windows)
         self._end = None if spec.epochs is None else spec.epochs * self._chunks_per_epoch
         # Before each chunk: how many steps have started, and the tokens of the one still open.
@@ -117,20 +152,93 @@ class Order:
     def _rows(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of a chunk of windows in the order they are trained on, and their windows."""
         epoch, part = divmod(chunk, self._chunks_per_epoch)
-        size, first = self.spec.window_blocks, part * self._chunk_windows
+        first = part * self._chunk_windows
         last = min(first + self._chunk_windows, self.windows_per_epoch)
-        num_blocks = len(self.block_starts) - 1
-        blocks = np.arange(first * size, min(last * size, num_blocks))
-        if self.spec.shuffle:
-            blocks = permute(blocks, num_blocks, _mix(self.spec.seed, 2 * epoch))
+        windows = np.arange(first, last) + epoch * self.windows_per_epoch
+        if self._mixture is None:
+            blocks, window_blocks = self._blocks(epoch, first, last)
+        else:
+            blocks, window_blocks = self._mixture.blocks(int(windows[0]), len(windows))
         starts = self.block_starts[blocks]
         block_rows = self.block_starts[blocks + 1] - starts
         rows = ranges(starts, block_rows)
-        window_rows = np.add.reduceat(block_rows, np.arange(0, len(blocks), size))
+        ends = np.concatenate([[0], np.cumsum(block_rows)])[np.cumsum(window_blocks)]
+        window_rows = np.diff(ends, prepend=0)
         if self.spec.shuffle:
             rows = rows[_inside_windows(window_rows, _mix(self.spec.seed, 2 * epoch + 1))]
-        windows = np.arange(first, last) + epoch * self.windows_per_epoch
         return rows, np.repeat(windows, window_rows)
+
+    def _blocks(self, epoch: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks of windows `first` to `last` of an epoch, and how many are in each."""
+        size, num_blocks = self.spec.window_blocks, len(self.block_starts) - 1
+        blocks = np.arange(first * size, min(last * size, num_blocks))
+        if self.spec.shuffle:
+            blocks = permute(blocks, num_blocks, _mix(self.spec.seed, 2 * epoch))
+        return blocks, np.diff(np.append(np.arange(0, len(blocks), size), len(blocks)))
+
+
+class _Mixture:
+    """Which blocks of each part are in which window. Exact: fractions and whole numbers only."""
+
+    def __init__(
+        self,
+        block_starts: np.ndarray,
+        row_tokens: np.ndarray,
+        spec: OrderSpec,
+        parts: Sequence[Part],
+    ) -> None:
+        firsts = np.cumsum([0, *(part.blocks for part in parts)])
+        if firsts[-1] != len(block_starts) - 1:
+            raise ValueError(f"parts of {firsts[-1]} blocks, but there are {len(block_starts) - 1}")
+        token_ends = np.concatenate([[0], np.cumsum(row_tokens, dtype=np.int64)])[block_starts]
+        self.spec, self._firsts = spec, firsts.tolist()
+        self._block_tokens = np.split(np.diff(token_ends), firsts[1:-1])
+        totals = [int(tokens.sum()) for tokens in self._block_tokens]
+        if min(totals) < 1:
+            raise ValueError(f"parts of {totals} tokens: expected at least 1 in each")
+        weights = [Fraction(part.weight) for part in parts]
+        longest = max(total / weight for total, weight in zip(totals, weights, strict=True))
+        passes = [longest * weight / n for n, weight in zip(totals, weights, strict=True)]
+        blocks = sum(part.blocks * each for part, each in zip(parts, passes, strict=True))
+        part_rows = np.diff(block_starts[firsts]).tolist()
+        self.rows_per_epoch = float(sum(n * p for n, p in zip(part_rows, passes, strict=True)))
+        self.windows_per_epoch = math.ceil(blocks / spec.window_blocks)
+        # Tokens that a window takes from each part.
+        self._quotas = [weight * longest / self.windows_per_epoch for weight in weights]
+        self._pass_starts: dict[int, tuple[int, np.ndarray, np.ndarray]] = {}  # the last, by part
+
+    def blocks(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks of `count` windows from window `first` on, and how many are in each."""
+        found = [self._of_part(part, first, count) for part in range(len(self._quotas))]
+        blocks, windows = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        by_window = np.argsort(windows, kind="stable")
+        return blocks[by_window], np.bincount(windows, minlength=count)
+
+    def _of_part(self, part: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """A part's blocks in the windows, and the window of each, counted from `first`."""
+        quota, total = self._quotas[part], int(self._block_tokens[part].sum())
+        # A block that begins at token t is in the window with begin <= t < next begin.
+        begins = np.array([math.ceil(quota * (first + n)) for n in range(count + 1)], np.int64)
+        passes = range(int(begins[0]) // total, max(0, int(begins[-1]) - 1) // total + 1)
+        pieces = [self._pass(part, number) for number in passes]
+        blocks = np.concatenate([piece for piece, _ in pieces])
+        at = np.concatenate([s + n * total for n, (_, s) in zip(passes, pieces, strict=True)])
+        window = np.searchsorted(begins, at, side="right") - 1
+        inside = (window >= 0) & (window < count)
+        return blocks[inside], window[inside]
+
+    def _pass(self, part: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """All blocks of a part as its pass `number` orders them, and at which token each begins."""
+        known = self._pass_starts.get(part)
+        if known is not None and known[0] == number:
+            return known[1:]
+        tokens = self._block_tokens[part]
+        order = np.arange(len(tokens))
+        if self.spec.shuffle:
+            order = permute(order, len(tokens), _mix(_mix(self.spec.seed, 2 * number), part))
+        starts = np.cumsum(tokens[order]) - tokens[order]
+        self._pass_starts[part] = number, order + self._firsts[part], starts
+        return self._pass_starts[part][1:]
 
 
 def split(row_tokens: np.ndarray, groups: int) -> list[np.ndarray]:
@@ -192,6 +300,8 @@ def _cut(tokens: np.ndarray, spent: int, budget: int) -> tuple[list[int], int]:
 
     `spent` tokens are in the step that is open before the first row.
     """
+    if not len(tokens):
+        return [], spent
     ends = np.cumsum(tokens, dtype=np.int64).data  # bisect on it takes 0.6 us a step
     start, cuts = bisect.bisect_right(ends, budget - spent), []
     while start < len(ends):

@@ -75,7 +75,6 @@ def _result(path: Path) -> dict[str, Any]:
 
 def _student_line(path: Path, result: dict[str, Any]) -> Line:
     numbers = result["validation"]
-    weights = " ".join(f"{name} {weight:g}" for name, weight in result["weights"].items() if weight)
     curve = tuple(
         (int(line["step"]), float(line["hard"] if line.get("hard") is not None else line["loss"]))
         for line in RunFolder(path).metrics()
@@ -88,9 +87,19 @@ def _student_line(path: Path, result: dict[str, Any]) -> Line:
         kl_of(numbers),
         numbers.get("agreement"),
         result["seconds"],
-        weights,
+        _weights_text(result),
         curve,
     )
+
+
+def _weights_text(result: dict[str, Any]) -> str:
+    """`soft 1-0.2 hard 0.5`: first and last value of what was scheduled."""
+    parts = []
+    for name, weight in result["weights"].items():
+        start, end = result.get("scheduled", {}).get(f"{name}_weight", (weight, weight))
+        if start or end:
+            parts.append(f"{name} {start:g}" if start == end else f"{name} {start:g}-{end:g}")
+    return " ".join(parts)
 
 
 def _teacher_line(results: Sequence[tuple[Path, dict[str, Any]]]) -> Line:

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class CacheSnapshot:
 
     cache_id: str
     shards: dict[str, str]
+    weight: float | None = field(default=None, metadata={"added": True})
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,21 +10,25 @@ OUT/result.json     numbers of the finished run; beside it the model itself
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, CorruptCache, CorruptRun
 from shared.manifest import differences
 from shared.options import resolved, write_resolved
 from shared.storage import Storage
-from student_train.cache_set import CacheSet, open_caches
+from student_train.cache_set import CacheSet, Source
 from student_train.config import TrainConfig
+from student_train.ensemble import Ensemble
 from student_train.run_files import (
     CONFIG,
     METRICS,
     RESULT,
     SNAPSHOT,
+    CacheSnapshot,
     read_metrics,
     read_options,
     read_result,
@@ -65,26 +69,43 @@ class RunFolder:
         self.path = path
         self.storage = Storage(path)
 
-    def open_caches(self, config: TrainConfig) -> CacheSet:
+    def open_caches(self, config: TrainConfig) -> Source:
         """The caches of this run: as they are at the first start, later as they were then.
 
         Writes nothing, so that a run which is refused leaves nothing behind.
         """
         if not self.storage.exists(SNAPSHOT):
             self._check_free()
-            return open_caches(config.cache, allow_partial=config.allow_partial)
+            partial = config.allow_partial
+            caches = [open_cache(path, allow_partial=partial) for path in config.cache_paths]
+            return _assembled(caches, config)
         self._check_same(config)
-        snapshot = read_snapshot(self.storage)
-        caches = open_caches(config.cache, allow_partial=True)
-        before = [each.cache_id for each in snapshot]
-        if caches.cache_ids != before:
+        before = read_snapshot(self.storage)
+        caches = [open_cache(path, allow_partial=True) for path in config.cache_paths]
+        self._check_same_caches(before, _snapshot(caches, config.cache_weights))
+        pairs = zip(caches, before, strict=True)
+        return _assembled([cache.restrict(each.shards) for cache, each in pairs], config)
+
+    def _check_same_caches(
+        self, before: Sequence[CacheSnapshot], now: Sequence[CacheSnapshot]
+    ) -> None:
+        """The same caches with the same weights, in the same order; they may have moved."""
+        ids, other_ids = ([each.cache_id for each in caches] for caches in (before, now))
+        if ids != other_ids:
             raise CacheMismatch(
-                f"{self.path}: this run was started on cache {_short(before)}, but now named is "
-                f"{_short(caches.cache_ids)}. Name the same caches, or start a new run with "
-                "another --out."
+                f"{self.path}: this run was started on cache {_short(ids)}, but now named is "
+                f"{_short(other_ids)}. Name the same caches, or start a new run with another --out."
             )
-        pairs = zip(caches.caches, snapshot, strict=True)
-        return CacheSet([cache.restrict(each.shards) for cache, each in pairs])
+        weights, other_weights = (
+            ["no weight" if each.weight is None else each.weight for each in caches]
+            for caches in (before, now)
+        )
+        if weights != other_weights:
+            raise CacheMismatch(
+                f"{self.path}: this folder holds another run. Weights of the caches: this run has "
+                f"{', '.join(map(str, weights))}, asked for {', '.join(map(str, other_weights))}. "
+                "Choose another --out, or ask for the same run to go on with it."
+            )
 
     def _check_free(self) -> None:
         if is_main_process() and self.path.is_dir() and any(self.path.iterdir()):
@@ -93,19 +114,19 @@ class RunFolder:
                 "choose another --out."
             )
 
-    def start(self, config: TrainConfig, caches: CacheSet) -> None:
+    def start(self, config: TrainConfig, caches: Source) -> None:
         """Writes config and snapshot at the first start; a later one changes nothing."""
         if self.storage.exists(SNAPSHOT) or not is_main_process():
             return
         self.path.mkdir(parents=True, exist_ok=True)
         write_resolved(config, self.path / CONFIG)
-        snapshot = {"caches": caches.snapshot()}
-        self.storage.put(SNAPSHOT, json.dumps(snapshot, indent=1).encode())
+        caches_now = [asdict(each) for each in _snapshot(caches.caches, config.cache_weights)]
+        self.storage.put(SNAPSHOT, json.dumps({"caches": caches_now}, indent=1).encode())
 
     def _check_same(self, config: TrainConfig) -> None:
         before, now = read_options(self.storage), resolved(config)
         free = FREE_TO_CHANGE
-        if config.hidden_weight and config.hidden_loss == "contrastive":
+        if config.uses_hidden_loss and config.hidden_loss == "contrastive":
             free -= {"micro_batch_tokens"}  # a row is compared with the others of its micro-batch
         found, asked = (
             {key: value for key, value in options.items() if key not in free}
@@ -161,6 +182,24 @@ class RunFolder:
 
     def save_result(self, numbers: Mapping[str, Any]) -> None:
         self.storage.put(RESULT, json.dumps(numbers, indent=1).encode())
+
+
+def _assembled(caches: Sequence[Cache], config: TrainConfig) -> Source:
+    """One set of rows, or one ensemble of teachers."""
+    if config.ensemble:
+        return Ensemble(
+            caches,
+            config.cache_weights,
+            temperature=config.temperature,
+            hidden_layers=caches[0].manifest.hidden.layers if config.uses_hidden_loss else (),
+        )
+    return CacheSet(caches, config.cache_weights)
+
+
+def _snapshot(caches: Sequence[Cache], weights: Sequence[float]) -> list[CacheSnapshot]:
+    each: Sequence[float | None] = weights or [None] * len(caches)
+    pairs = zip(caches, each, strict=True)
+    return [CacheSnapshot(cache.cache_id, cache.snapshot(), weight) for cache, weight in pairs]
 
 
 def kl_of(numbers: Mapping[str, Any]) -> float | None:

@@ -33,7 +33,7 @@ from student_train.order import Order, Step, split
 
 if TYPE_CHECKING:
     from shared.cache import Cache
-    from student_train.cache_set import CacheSet
+    from student_train.cache_set import Source
 
 _UNUSED = ("label_logprob",)  # no loss needs it
 _BLOCKS_PER_JOB = 4  # handing a job to a thread takes 20 us, decoding a block 500
@@ -63,7 +63,7 @@ class BatchStream:
 
     def __init__(
         self,
-        cache: "Cache | CacheSet",
+        cache: "Cache | Source",
         order: Order,
         spec: StreamSpec,
         *,
@@ -152,7 +152,7 @@ class _Plan:
 class _Reader:
     """Plans, reads and collates; owns the decoding threads and the windows in memory."""
 
-    def __init__(self, cache: "Cache | CacheSet", order: Order, spec: StreamSpec) -> None:
+    def __init__(self, cache: "Cache | Source", order: Order, spec: StreamSpec) -> None:
         self.cache, self.order, self.spec = cache, order, spec
         self._pool = ThreadPoolExecutor(spec.threads, thread_name_prefix="batch-stream-decode")
         self._windows: dict[int, Window] = {}

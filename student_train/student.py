@@ -142,7 +142,7 @@ def layer_pairs(
     config: TrainConfig, model_config: PretrainedConfig, cache: Cache
 ) -> tuple[tuple[int, int], ...]:
     """(teacher layer, student layer) for the hidden loss of this student on this cache."""
-    if config.hidden_weight == 0:
+    if not config.uses_hidden_loss:
         return ()
     blocks = int(model_config.get_text_config().num_hidden_layers)
     return config.layer_pairs(cache.manifest.hidden.layers, blocks)
@@ -151,20 +151,26 @@ def layer_pairs(
 def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cache) -> None:
     """Refuses a loss that the cache holds nothing for."""
     manifest = cache.manifest
-    if manifest.targets.kind == "none" and (config.soft_weight or config.hidden_weight):
+    if manifest.targets.kind == "none" and (config.uses_soft_loss or config.uses_hidden_loss):
         raise CacheMismatch(
             f"{cache.path}: holds hard labels only (--targets none). Train with --soft-weight 0 "
             "--hard-weight 1, or cache a teacher."
         )
-    if config.soft_weight and manifest.targets.kind == "sample":
+    if config.uses_soft_loss and manifest.targets.kind == "sample":
         _check_sample(config, cache)
     stored = (1.0, *manifest.targets.temperatures)
     exact = manifest.targets.kind == "dense" or config.temperature in stored
-    if config.soft_weight and not exact:
+    if config.uses_soft_loss and not exact:
         listed = ", ".join(f"{temperature:g}" for temperature in stored)
         raise CacheMismatch(
             f"--temperature {config.temperature:g}: {cache.path} is exact at {listed} only. Use "
             f"one of these, or cache again with --temperature {config.temperature:g}."
+        )
+    if config.temperature_end is not None and manifest.targets.kind != "dense":
+        raise CacheMismatch(
+            f"--temperature-end {config.temperature_end:g}: a schedule passes every temperature "
+            f"between {config.temperature:g} and there, and {cache.path} ({manifest.targets.kind}) "
+            "is exact at those it stores only. Leave it out, or train on a dense cache."
         )
     for layer, _ in layer_pairs(config, model_config, cache):
         if layer not in manifest.hidden.layers:

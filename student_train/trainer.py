@@ -20,7 +20,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import ConfigError, Stopped
 from shared.tokenizer import load_cached_tokenizer
 from student_train.arguments import micro_batch_tokens, refuse_what_breaks, training_arguments
-from student_train.cache_set import CacheSet
+from student_train.cache_set import Source
 from student_train.callbacks import ProgressLine, StopOnSignal
 from student_train.config import TrainConfig
 from student_train.evaluate import evaluate
@@ -28,6 +28,7 @@ from student_train.metrics_log import MetricsLog
 from student_train.objective import PROJECTIONS, Attachment, Objective, attach
 from student_train.order import Order, OrderSpec, accumulation_for
 from student_train.run_folder import RunFolder, is_main_process, kl_of
+from student_train.schedule import LossSchedule, ScheduledLoss
 from student_train.stream import BatchStream, StreamSpec
 from student_train.student import (
     add_adapters,
@@ -58,11 +59,13 @@ class DistillTrainer(Trainer):
         stream: BatchStream,
         validation: Cache | None = None,
         metrics: MetricsLog | None = None,
+        scheduled: ScheduledLoss | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, compute_loss_func=_never_called, eval_dataset=[], **kwargs)
         self.remove_callback(PrinterCallback)
         self.stream, self.validation, self.metrics = stream, validation, metrics
+        self.scheduled = scheduled
 
     def get_train_dataloader(self) -> BatchStream:
         """The stream itself: it shards, orders and resumes on its own."""
@@ -80,9 +83,11 @@ class DistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss that the model's hooks return."""
+        step = self.state.global_step
+        values = {} if self.scheduled is None else self.scheduled.set_step(step)
         output = model(**inputs)
         if self.metrics is not None:
-            self.metrics.add(self.state.global_step + 1, output, inputs)
+            self.metrics.add(step + 1, output, inputs, values)
         loss = output["loss"] * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
@@ -137,7 +142,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         check_cache(config, model_config, cache)
 
     spec = OrderSpec(batch_tokens=config.batch_tokens, seed=config.seed)
-    order = Order(caches.block_rows, caches.row_tokens, spec)
+    order = Order(caches.block_rows, caches.row_tokens, spec, caches.parts)
     max_steps = config.max_steps or order.steps_for_epochs(config.epochs)
     finished = folder.result(max_steps)
     if finished is not None:
@@ -155,6 +160,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     stream_spec = _stream_spec(config, objective, caches)
     stream = BatchStream(caches, order, stream_spec, max_steps=max_steps)
     trainer = _trainer(config, folder, student, stream, validation, stop)
+    if config.loss_schedule != "constant":
+        schedule = LossSchedule(config.loss_schedule, max_steps, config.scheduled)
+        trainer.scheduled = ScheduledLoss(attachment, schedule)
     if checkpoint is not None:
         log.info("%s: going on from %s", config.out, checkpoint.name)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -186,9 +194,7 @@ def _student(config: TrainConfig, objective: Objective) -> tuple[Any, Attachment
     return student, attachment
 
 
-def objective_for(
-    config: TrainConfig, model_config: PretrainedConfig, caches: CacheSet
-) -> Objective:
+def objective_for(config: TrainConfig, model_config: PretrainedConfig, caches: Source) -> Objective:
     """The loss a config asks for on these caches."""
     pairs = layer_pairs(config, model_config, caches.first)
     return Objective(
@@ -205,7 +211,7 @@ def objective_for(
     )
 
 
-def _stream_spec(config: TrainConfig, objective: Objective, caches: CacheSet) -> StreamSpec:
+def _stream_spec(config: TrainConfig, objective: Objective, caches: Source) -> StreamSpec:
     arguments = training_arguments(config, max_steps=1, accumulation=1)
     accumulation = accumulation_for(
         config.batch_tokens, micro_batch_tokens(config), arguments.world_size
@@ -215,7 +221,7 @@ def _stream_spec(config: TrainConfig, objective: Objective, caches: CacheSet) ->
         world_size=arguments.world_size,
         rank=arguments.process_index,
         threads=config.threads,
-        targets=config.soft_weight > 0,
+        targets=config.uses_soft_loss,
         temperature=config.temperature,
         hidden_layers=tuple(sorted({layer for layer, _ in objective.layer_pairs})),
         hidden_every=caches.manifest.hidden.every,
@@ -255,7 +261,7 @@ def _finish(
     config: TrainConfig,
     folder: RunFolder,
     trainer: DistillTrainer,
-    caches: CacheSet,
+    caches: Source,
     max_steps: int,
 ) -> dict[str, Any]:
     """Evaluates, saves the model with its tokenizer, and writes the result last."""
@@ -266,6 +272,8 @@ def _finish(
         "out": str(config.out),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "cache_ids": caches.cache_ids,
+        "cache_weights": list(config.cache_weights),
+        "ensemble": config.ensemble,
         "max_steps": max_steps,
         "steps": trainer.state.global_step,
         "seconds": round(trainer.metrics.seconds, 2),
@@ -274,6 +282,7 @@ def _finish(
             "hard": config.hard_weight,
             "hidden": config.hidden_weight,
         },
+        "scheduled": {name: list(ends) for name, ends in config.scheduled.items()},
         "teacher_parameters": None
         if caches.manifest.teacher is None
         else caches.manifest.teacher.parameters,

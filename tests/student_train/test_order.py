@@ -1,10 +1,12 @@
-from itertools import combinations, islice, pairwise
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import combinations, count, islice, pairwise
 
 import numpy as np
 import pytest
 
 from student_train import order as order_module
-from student_train.order import Order, OrderSpec, Step, accumulation_for, permute, split
+from student_train.order import Order, OrderSpec, Part, Step, accumulation_for, permute, split
 
 WORD = (1 << 64) - 1
 
@@ -251,3 +253,149 @@ def test_accumulation_covers_the_batch():
     assert accumulation_for(16384, 4096, world_size=1) == 4
     assert accumulation_for(16384, 4096, world_size=3) == 2
     assert accumulation_for(1000, 4096, world_size=8) == 1
+
+
+# ---- Parts mixed by weight
+
+
+def endless(blocks: int, key: int, part: int) -> Iterator[int]:
+    """The blocks of a part, pass after pass, one at a time."""
+    for number in count():
+        pass_key = mix(mix(key, 2 * number), part)
+        for index in range(blocks):
+            yield network(index, blocks, pass_key, (0, 1, 2, 3)) if blocks > 1 else 0
+
+
+def slow_mixed_windows(
+    block_rows: np.ndarray, row_tokens: np.ndarray, spec: OrderSpec, parts: list[Part], windows: int
+) -> tuple[list[list[int]], int]:
+    """Blocks of the first windows, each part walked block by block; and the windows of an epoch."""
+    row_starts = np.cumsum(block_rows) - block_rows
+    tokens = [int(row_tokens[s : s + n].sum()) for s, n in zip(row_starts, block_rows, strict=True)]
+    first = np.cumsum([0, *(part.blocks for part in parts)]).tolist()
+    totals = [sum(tokens[a:b]) for a, b in pairwise(first)]
+    weights = [Fraction(part.weight) for part in parts]
+    longest = max(t / w for t, w in zip(totals, weights, strict=True))
+    blocks = sum(
+        part.blocks * longest * w / t for part, w, t in zip(parts, weights, totals, strict=True)
+    )
+    per_epoch = -(-blocks // spec.window_blocks)
+    found: list[list[int]] = [[] for _ in range(windows)]
+    for part, weight in enumerate(weights):
+        at, quota = 0, weight * longest / per_epoch
+        for block in endless(parts[part].blocks, spec.seed, part):
+            window = int(at / quota)
+            if window >= windows:
+                break
+            found[window].append(block + first[part])
+            at += tokens[block + first[part]]
+    return found, int(per_epoch)
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 16])
+@pytest.mark.parametrize("window_blocks", [1, 3, 64])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 2.0), (5.0, 0.7)])
+def test_mixed_windows_equal_parts_walked_block_by_block(
+    weights, window_blocks, chunk, monkeypatch
+):
+    monkeypatch.setattr(order_module, "_CHUNK", chunk)
+    block_rows, row_tokens = lengths_and_blocks(120, seed=window_blocks)
+    spec = OrderSpec(batch_tokens=90, seed=11, window_blocks=window_blocks)
+    parts = [Part(len(block_rows) - 5, weights[0]), Part(5, weights[1])]
+    order = Order(block_rows, row_tokens, spec, parts)
+    windows = min(40, 3 * order.windows_per_epoch)
+    blocks, per_epoch = slow_mixed_windows(block_rows, row_tokens, spec, parts, windows)
+    assert order.windows_per_epoch == per_epoch
+    starts = np.cumsum(block_rows) - block_rows
+    expected = []
+    for window, some in enumerate(blocks):
+        rows = [int(starts[block]) + row for block in some for row in range(block_rows[block])]
+        key = mix(spec.seed, 2 * (window // per_epoch) + 1)
+        inside = [network(i, len(rows), key, (0, 1, 2, 3)) for i in range(len(rows))]
+        expected += [(rows[i], window) for i in inside]
+    steps = slow_steps([row for row, _ in expected], row_tokens, 90)[:-1]  # the last may go on
+    found = list(islice(order.steps(), len(steps)))
+    assert as_lists(found) == steps
+    in_windows = np.concatenate([step.windows for step in found]).tolist()
+    assert in_windows == [window for _, window in expected][: len(in_windows)]
+
+
+def test_mixed_steps_never_change():
+    spec = OrderSpec(batch_tokens=20, seed=3, window_blocks=4)
+    parts = [Part(5, 1.0), Part(3, 3.0)]
+    order = Order(np.full(8, 2), np.arange(1, 17), spec, parts)
+    assert as_lists(list(islice(order.steps(), 9))) == [
+        [7],
+        [14],
+        [13, 0, 2],
+        [6],
+        [15],
+        [10, 3],
+        [11],
+        [12, 1],
+        [9],
+    ]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 9.0), (0.35, 0.05)])
+def test_shares_of_tokens_are_as_asked_in_every_window(weights):
+    """To within one block of each part, however large the parts are."""
+    block_rows, row_tokens = lengths_and_blocks(4000, seed=8)
+    few = len(block_rows) // 10
+    parts = [Part(len(block_rows) - few, weights[0]), Part(few, weights[1])]
+    spec = OrderSpec(batch_tokens=500, window_blocks=64)
+    order = Order(block_rows, row_tokens, spec, parts)
+    block_starts = np.cumsum(block_rows) - block_rows
+    largest_block = np.add.reduceat(row_tokens, block_starts).max()
+    first_row = block_starts[parts[0].blocks]
+    steps = list(islice(order.steps(), 400))
+    rows, windows = (
+        np.concatenate([getattr(s, name) for s in steps]) for name in ("rows", "windows")
+    )
+    assert windows[-1] >= 5
+    quotas = []
+    for window in range(int(windows[-1])):
+        tokens, second = row_tokens[rows[windows == window]], rows[windows == window] >= first_row
+        quotas.append((int(tokens[~second].sum()), int(tokens[second].sum())))
+    for one, other in quotas:
+        v = (one + other) / sum(weights)
+        assert abs(one - v * weights[0]) <= 2 * largest_block
+        assert abs(other - v * weights[1]) <= 2 * largest_block
+    whole = np.sum(quotas, axis=0)
+    assert whole[1] / whole.sum() == pytest.approx(weights[1] / sum(weights), abs=0.02)
+
+
+def test_a_mixed_epoch_reads_the_part_with_most_tokens_per_weight_once():
+    block_rows = np.full(30, 2)
+    order = Order(
+        block_rows,
+        np.full(60, 5),
+        OrderSpec(batch_tokens=5, window_blocks=7, epochs=2),
+        [Part(20, 1.0), Part(10, 2.0)],
+    )
+    steps = list(order.steps())
+    assert len(steps) == order.steps_for_epochs(2) == 2 * order.steps_for_epochs(1)
+    rows = np.concatenate([step.rows for step in steps])
+    assert np.bincount(rows[: len(rows) // 2]).tolist() == [1] * 40 + [4] * 20
+
+
+@pytest.mark.parametrize("chunk", [1, 64, 1 << 16])
+def test_starting_at_a_mixed_step_equals_the_rest_of_the_sequence(chunk, monkeypatch):
+    monkeypatch.setattr(order_module, "_CHUNK", chunk)
+    block_rows, row_tokens = lengths_and_blocks(150, seed=4)
+    spec = OrderSpec(batch_tokens=130, window_blocks=3)
+    parts = [Part(7, 2.0), Part(len(block_rows) - 7, 0.5)]
+    made = lambda: Order(block_rows, row_tokens, spec, parts)  # noqa: E731
+    uninterrupted = as_lists(list(islice(made().steps(), 120)))
+    used_before = made()
+    for start in (117, 0, 1, 64, 17, 116):
+        for order in (made(), used_before):
+            assert as_lists(list(islice(order.steps(start), 3))) == uninterrupted[start : start + 3]
+
+
+def test_parts_that_are_no_mixture_are_named():
+    rows = np.full(4, 2), np.full(8, 5)
+    with pytest.raises(ValueError, match="parts of 3 blocks, but there are 4"):
+        Order(*rows, OrderSpec(batch_tokens=5), [Part(3, 1.0)])
+    with pytest.raises(ValueError, match="at least one block and a weight above 0"):
+        Part(3, 0.0)

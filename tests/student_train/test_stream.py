@@ -12,7 +12,7 @@ import torch
 from shared.blocks import Block
 from shared.target import Target
 from student_train.collate import Window
-from student_train.order import Order, OrderSpec, split
+from student_train.order import Order, OrderSpec, Part, split
 from student_train.stream import BatchStream, StreamSpec, _Background
 
 K, D, LAYER = 3, 4, -1
@@ -110,12 +110,11 @@ def bfloat16_bits(code: np.ndarray) -> np.ndarray:
     return states.to(torch.bfloat16).view(torch.uint16).numpy()
 
 
-def stream_of(cache, *, batch_tokens=70, window_blocks=4, max_steps=25, start=0, seed=0, **spec):
-    order = Order(
-        cache.block_rows,
-        cache.row_tokens,
-        OrderSpec(batch_tokens=batch_tokens, window_blocks=window_blocks, seed=seed),
-    )
+def stream_of(
+    cache, *, batch_tokens=70, window_blocks=4, max_steps=25, start=0, seed=0, parts=(), **spec
+):
+    order_spec = OrderSpec(batch_tokens=batch_tokens, window_blocks=window_blocks, seed=seed)
+    order = Order(cache.block_rows, cache.row_tokens, order_spec, parts)
     return BatchStream(
         cache, order, StreamSpec(**spec), max_steps=max_steps, start_step=lambda: start
     )
@@ -182,6 +181,31 @@ def test_neighbouring_groups_of_a_split_go_to_different_ranks():
             sorted(groups[rank]),
             sorted(groups[rank + 3]),
         ]
+
+
+def two_parts(cache) -> list[Part]:
+    """The first block, so often that windows repeat it, and all others."""
+    return [Part(1, 2.0), Part(len(cache.block_rows) - 1, 1.0)]
+
+
+@pytest.mark.parametrize(("world_size", "accumulation", "threads"), [(1, 2, 3), (3, 1, 1)])
+def test_a_mixed_step_is_the_same_rows_at_any_world_size(world_size, accumulation, threads):
+    cache, options = FakeCache(), {"parts": two_parts(FakeCache()), "threads": threads}
+    steps = list(islice(stream_of(cache, **options).order.steps(), 25))
+    assert any(len(set(step.rows.tolist())) < len(step.rows) for step in steps)
+    expected = [sorted(step.rows.tolist()) for step in steps]
+    assert rows_per_step(cache, world_size, accumulation, **options) == expected
+
+
+@pytest.mark.parametrize("start", [0, 7, 24])
+def test_starting_a_mixed_stream_late_equals_the_rest_of_it(start):
+    parts = two_parts(FakeCache())
+    whole = list(stream_of(FakeCache(), accumulation=2, parts=parts))
+    late = list(stream_of(FakeCache(), accumulation=2, parts=parts, start=start))
+    assert_same(late, whole[2 * start :])
+    for batch in late:
+        code = batch["input_ids"].reshape(-1)[batch["position_index"]]
+        assert torch.equal(batch["target_log_tail"], -code.float())
 
 
 @pytest.mark.parametrize("threads", [2, 3, 4])

@@ -235,6 +235,18 @@ def train_out(result: dict[str, Any]) -> Path:
     return Path(result["out"]) / "metrics.jsonl"
 
 
+@pytest.mark.parametrize(
+    "options", [{"temperature": 2.0}, {"soft_loss": "jsd"}, {"hidden_weight": 1.0}]
+)
+def test_evaluation_during_training_is_that_at_the_end(options, train, cache_dir, tmp_path):
+    """Loss and KL at T = 1, whatever the student is trained on."""
+    result = train(max_steps=2, eval_every=2, validation_cache=cache_dir, **options)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    (during,) = [line for line in lines if line["kind"] == "eval"]
+    for name in ("loss", "kl_bucketed", "agreement"):
+        assert during[name] == pytest.approx(result["validation"][name], rel=1e-6)
+
+
 def test_adapters_are_saved_and_reload(train, tmp_path, cache_dir, teacher_dir):
     from student_train.evaluate import evaluate
     from student_train.student import build_student
