@@ -33,6 +33,7 @@ class Block:
     positions: np.ndarray  # i32 [P]
     segments: np.ndarray | None = None  # i32, of all rows one after another
     num_segments: np.ndarray | None = None  # i32 [R]
+    token_type_ids: np.ndarray | None = None  # i32 [T]
     labels: np.ndarray | None = None  # i32 [P]
     target: Target | None = None
     label_logprob: np.ndarray | None = None  # f32 [P]
@@ -56,7 +57,7 @@ def to_planes(
     }
     if block.num_segments is not None:
         columns["num_segments"] = [_whole(block.num_segments, "<u4")]
-    for name in ("input_ids", "segments", "positions", "labels"):
+    for name in ("input_ids", "token_type_ids", "segments", "positions", "labels"):
         count = sum(plane.column == name for plane in planes)
         if count:
             columns[name] = frames.split_planes(getattr(block, name).astype(np.uint32), count)
@@ -110,6 +111,7 @@ def from_planes(
         segments=segments,
         num_segments=num_segments,
         labels=_joined(values, "labels") if "labels.0" in values else None,
+        token_type_ids=_joined(values, "token_type_ids") if "token_type_ids.0" in values else None,
     )
     for name, found_T, limit in (
         ("input_ids", block.input_ids, manifest.tokenizer.num_ids),

@@ -55,6 +55,7 @@ class Row:
     State s is that of token `hidden_positions[s]`: of all positions, or of every n-th.
 
     `segments` are the lengths of its documents' parts: one, unless rows are packed.
+    `token_type_ids` [T] where a row is a pair of texts.
     """
 
     row_id: int
@@ -65,6 +66,7 @@ class Row:
     targets: RowTargets | None
     hidden: dict[int, torch.Tensor]
     hidden_positions: torch.Tensor
+    token_type_ids: torch.Tensor | None = None
 
 
 class Cache(Sequence[Row]):
@@ -379,6 +381,10 @@ def _row(block: Block, index: int, hidden_every: int) -> Row:
         layer: torch.from_numpy(states[of_row].copy()).view(torch.bfloat16)
         for layer, states in block.hidden.items()
     }
+    types = None
+    if block.token_type_ids is not None:
+        row_types = block.token_type_ids[tokens[index] : tokens[index + 1]]
+        types = torch.from_numpy(row_types.astype(np.int64))
     return Row(
         row_id=int(block.row_ids[index]),
         segments=_segments(block, index),
@@ -388,6 +394,7 @@ def _row(block: Block, index: int, hidden_every: int) -> Row:
         targets=targets,
         hidden=hidden,
         hidden_positions=at[::hidden_every],
+        token_type_ids=types,
     )
 
 

@@ -23,6 +23,7 @@ from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCa
 from shared.hidden import HiddenCodec
 from shared.storage import Storage
 from shared.target import TargetSpec
+from shared.tasks import TASKS, TaskName
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -123,11 +124,11 @@ class Manifest:
     """Everything that is needed to read a cache.
 
     `teacher` is None in a label-only cache; `origin` names the cache that this one was repacked
-    from.
+    from. `labels` are the names of the classes of a label space, empty for a vocabulary.
     """
 
     format_version: int
-    task: str
+    task: TaskName
     teacher: TeacherInfo | None
     tokenizer: TokenizerInfo
     corpus: CorpusInfo
@@ -141,6 +142,7 @@ class Manifest:
     nonfinite: str
     origin: dict[str, str] | None
     side_files: dict[str, str]
+    labels: tuple[str, ...] = field(default=(), metadata={"added": True})
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False).encode()
@@ -242,6 +244,12 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
         )
     if manifest.targets.ragged and not manifest.targets.threshold:
         yield "targets.threshold: found 0, expected what calibration found"
+    of_labels = TASKS[manifest.task].target_space == "labels"
+    if len(manifest.labels) != (manifest.targets.num_classes if of_labels else 0):
+        yield (
+            f"labels: found {len(manifest.labels)} names for {manifest.targets.num_classes:,} "
+            f"classes of {manifest.task}"
+        )
     if len(manifest.side_files) > MAX_SIDE_FILES:
         yield f"side_files: found {len(manifest.side_files)}, expected at most {MAX_SIDE_FILES}"
     yield from _wrong_columns(manifest.columns)

@@ -44,6 +44,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("segments", 6, "uint32", "segment", "tokens", "length of each segment, in row order"),
     Column("positions", 7, "uint32", "position", "token index", "place of each target in its row"),
     Column("labels", 8, "uint32", "position", "class", "hard label of each position"),
+    Column("token_type_ids", 9, "uint8", "token", "-", "which of two texts a token is of"),
     Column("target_ids", 16, "uint32", "position", "rank gap", "entries, ascending by rank"),
     Column("target_codes", 17, "uint16", "position", "code", "log-probabilities of the entries"),
     Column("target_range", 18, "uint8", "position", "log step", "range of the log-probabilities"),
@@ -97,6 +98,7 @@ def layout(manifest: Manifest) -> tuple[Plane, ...]:
         "labels": bytes_for(manifest.targets.num_classes - 1),
         "label_logprob": 2,
         "entropy": 1,
+        "token_type_ids": 1,
     }
     described = {column.name: column for column in COLUMNS}
     for name in manifest.columns:
@@ -120,9 +122,13 @@ def layout(manifest: Manifest) -> tuple[Plane, ...]:
     return tuple(planes)
 
 
-def optional_columns(*, packed: bool, positions: bool, labels: bool, targets: bool) -> list[str]:
+def optional_columns(
+    *, packed: bool, positions: bool, labels: bool, targets: bool, token_types: bool = False
+) -> list[str]:
     """Names of the non-target columns a cache has; what is absent follows the task's default."""
     names = ["row_ids", "num_tokens", "num_positions", "input_ids"]
+    if token_types:
+        names.append("token_type_ids")
     if packed:
         names += ["num_segments", "segments"]
     if positions:

@@ -160,7 +160,7 @@ def paths_of(value, path=()):
 
 
 EVERY_FIELD = list(paths_of(json.loads(make_manifest().to_json())))
-ADDED = [("targets", "mean_entries"), ("targets", "threshold"), ("hidden", "every")]
+ADDED = [("targets", "mean_entries"), ("targets", "threshold"), ("hidden", "every"), ("labels",)]
 
 
 def at(raw, path):
