@@ -113,15 +113,14 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
         return shown
     shown["positions"] = []
     for place in range(min(4, len(row.positions))):
-        best = row.targets.logprobs[place].argsort(descending=True)[:4]
+        ids, logprobs = row.targets.entries(place)
+        best = logprobs.argsort(descending=True)[:4]
         shown["positions"].append(
             {
                 "after": tokenizer.decode(row.input_ids[: int(row.positions[place]) + 1][-8:]),
                 "hard_label": tokenizer.decode([int(row.labels[place])]),
                 "teacher": {
-                    tokenizer.decode([int(row.targets.ids[place, slot])]): round(
-                        float(row.targets.logprobs[place, slot].exp()), 4
-                    )
+                    tokenizer.decode([int(ids[slot])]): round(float(logprobs[slot].exp()), 4)
                     for slot in best.tolist()
                 },
                 "tail_mass": round(float(row.targets.tail_mass[place]), 4),
