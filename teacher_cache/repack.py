@@ -124,8 +124,17 @@ def _blocks(
         if len(block.row_ids) == 0:
             continue
         if block.target is not None:
-            block.target = fewer_entries(block.target, manifest.targets.num_entries)
+            block.target = _smaller_target(block.target, manifest.targets)
         yield block
+
+
+def _smaller_target(target: Target, spec: TargetSpec) -> Target:
+    """Weights of a sample are on a code already, so no random bit moves them."""
+    if spec.kind == "topk":
+        return fewer_entries(target, spec.num_entries)
+    if spec.kind == "sample":
+        target.random_bits = np.zeros(len(target.log_tail), np.uint64)
+    return target
 
 
 def only_rows(block: Block, kept_R: np.ndarray) -> Block:

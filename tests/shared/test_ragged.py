@@ -368,6 +368,22 @@ def test_other_random_bits_round_otherwise():
     assert one["target_ids.0"].tobytes() == other["target_ids.0"].tobytes()
 
 
+@pytest.mark.parametrize("value_bits", [7, 8, 16])
+@pytest.mark.parametrize("threshold", [MIN_SPACING, 0.05, 0.9])
+def test_what_was_read_and_is_written_again_is_the_same_bytes(value_bits, threshold):
+    """Weights of a sample are on a code already: no random bits can move them."""
+    spec, rng = spec_of("sample", 300, threshold, value_bits), np.random.default_rng(0)
+    positions = [sample_position(rng, spec, most=200, flat=i % 3 == 0) for i in range(200)]
+    planes = encode(target_of(positions, spec, random_bits(200)), spec)
+    found = codec.decode(planes, 200, spec, ranks_of(300))
+    for bits in (np.zeros(200, np.uint64), random_bits(200, 5)):
+        found.random_bits = bits
+        again = encode(found, spec)
+        assert {n: p.tobytes() for n, p in again.items()} == {
+            n: p.tobytes() for n, p in planes.items()
+        }
+
+
 def zipf(exponent):
     """1,000 classes in no order of their probability."""
     p_C = np.arange(1, 1001) ** -exponent

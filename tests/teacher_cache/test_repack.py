@@ -85,3 +85,21 @@ def test_run_again_resumes_and_another_wish_is_refused(cache_dir, tmp_path):
 def test_more_than_there_is_is_refused(cache_dir, tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
         repack(RepackConfig(cache=cache_dir, out=Path(tmp_path) / "out", **options))
+
+
+@pytest.mark.parametrize("kind", ["sample", "adaptive", "dense"])
+def test_other_kinds_keep_their_targets(kind, capture, tmp_path):
+    options = {} if kind == "dense" else {"mean_entries": 6.0}
+    old = open_cache(capture(targets=kind, limit_documents=40, **options))
+    repack(RepackConfig(cache=old.storage.root, out=tmp_path / "part", documents="5:30"))
+    new = open_cache(tmp_path / "part")
+    rows = {row.row_id: row.targets for row in old if 5 <= row.row_id >> 24 < 30}
+    assert [row.row_id for row in new] == list(rows)
+    for row in new:
+        before, after = rows[row.row_id], row.targets
+        assert torch.equal(after.ids, before.ids)
+        if kind == "sample":  # nothing is rounded, so nothing is drawn again
+            assert torch.equal(after.logprobs, before.logprobs)
+        torch.testing.assert_close(after.logprobs, before.logprobs, rtol=1e-3, atol=0.05)
+        torch.testing.assert_close(after.tail_mass, before.tail_mass, rtol=3e-4, atol=0)
+        assert after.counts is None or torch.equal(after.counts, before.counts)
