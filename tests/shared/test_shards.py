@@ -596,3 +596,19 @@ def test_a_commit_lacking_a_field_is_refused_even_with_a_right_checksum():
     body["checksum"] = shard_module._checksum(body)
     with pytest.raises(CorruptCache, match="here: the field 'rows' is missing"):
         parse_commit(json.dumps(body).encode(), "here")
+
+
+def test_a_plane_of_zeros_alone_does_not_make_a_block_too_large(tmp_path, monkeypatch):
+    """The high bytes of small gaps take next to nothing, however many entries a block has."""
+    monkeypatch.setattr(shard_module, "_FREE_BLOCK_BYTES", 0)
+    spec = TargetSpec(kind="adaptive", num_classes=CLASSES, mean_entries=8.0, threshold=0.001)
+    manifest = cache_manifest(targets=spec, hidden=NO_HIDDEN)
+    block = random_block(manifest, 500)
+    ranks = [np.arange(count) for count in block.target.counts]
+    block.target.ids = RANKS.classes[np.concatenate(ranks)].astype(np.int32)
+    encoded = encode_block(block, 0, manifest, RANKS)
+    assert len(encoded.frames["target_ids.1"]) * 64 * 8 < 8 * len(block.target.ids)
+    storage = Storage(tmp_path)
+    write(storage, manifest, [block])
+    (found,) = read_all(storage, manifest)
+    assert found.target.ids.tolist() == block.target.ids.tolist()
