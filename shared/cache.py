@@ -47,6 +47,13 @@ class RowTargets:
     tail_mass: torch.Tensor
     counts: torch.Tensor | None = None
 
+    def entries(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and logprobs of one position."""
+        if self.counts is None:
+            return self.ids[place], self.logprobs[place]
+        start, count = int(self.counts[:place].sum()), int(self.counts[place])
+        return self.ids[start : start + count], self.logprobs[start : start + count]
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

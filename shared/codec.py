@@ -30,6 +30,7 @@ from shared.planes import (
     PlaneShape,
     beyond_classes,
     bits_per_rank,
+    halves,
     id_planes,
     named,
     no_class_left,
@@ -263,8 +264,8 @@ def _decode_part(
 
 
 def _decode_dense(planes: Mapping[str, Plane], *, out_PK: Floats) -> None:
-    code_PK, high_PK = (planes[f"target_codes.{n}"].reshape(out_PK.shape) for n in range(2))
-    np.negative(join_planes([code_PK, high_PK], np.uint16).view(np.float16), out=out_PK)
+    both = [planes[f"target_codes.{n}"].reshape(out_PK.shape) for n in range(2)]
+    np.negative(halves(both), out=out_PK)
     weight_P = np.exp(out_PK).sum(axis=1)
     if not weight_P.all():
         raise no_class_left("target_codes")
@@ -276,7 +277,7 @@ def _decode_drops(planes: Mapping[str, Plane], spec: TargetSpec, *, out_PK: Floa
     code_PK = planes["target_codes.0"].reshape(out_PK.shape)
     if spec.value_bits == 16:
         high_PK = planes["target_codes.1"].reshape(out_PK.shape)
-        np.negative(join_planes([code_PK, high_PK], np.uint16).view(np.float16), out=out_PK)
+        np.negative(halves([code_PK, high_PK]), out=out_PK)
     else:
         range_P = RANGES.take(planes["target_range.0"])
         _curve_values(code_PK, range_P, LEVELS[spec.value_bits], out_PK=out_PK)

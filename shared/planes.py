@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import CorruptCache
-from shared.frames import Plane
+from shared.frames import Plane, join_planes
 from shared.target import Floats
 
 Per = Literal["row", "segment", "token", "position", "entry", "state"]
@@ -22,6 +22,9 @@ NO_TAIL = 65_535  # nothing is left: the tail is exactly 0
 _RATIOS = np.append(np.linspace(TAIL_MIN, TAIL_MAX, TAIL_STEPS + 1), -np.inf)
 LOG_KEPT: Floats = (-np.logaddexp(0, _RATIOS)).astype(np.float32)  # of each code
 LOG_TAIL: Floats = (-np.logaddexp(0, -_RATIOS)).astype(np.float32)
+
+DRAWN_HALF = 65_535  # code of a drawn entry of a sample at 16 bits: a NaN, so no drop has it
+_INFINITE_HALF = 0x7C00  # larger ones are NaN or negative
 
 _REPAIR = "Run cache-teacher verify CACHE --drop-bad, then run again."
 
@@ -58,6 +61,23 @@ def tail_codes(log_ratio_P: Floats, log_tail_P: Floats) -> npt.NDArray[np.uint16
     code_P = np.rint((log_ratio_P - TAIL_MIN) / step).clip(0, TAIL_STEPS).astype(np.uint16)
     code_P[log_tail_P == -np.inf] = NO_TAIL
     return code_P
+
+
+def halves(planes: Sequence[Plane], *, drawn: bool = False) -> npt.NDArray[np.float16]:
+    """Drops that are kept as IEEE halves in two planes, nats; infinity is probability 0.
+
+    What no drop looks like, negative numbers and NaN, is refused; but for 65535 where `drawn`.
+    """
+    codes = join_planes(planes, np.uint16)
+    wrong = codes > _INFINITE_HALF
+    if drawn:
+        wrong &= codes != DRAWN_HALF
+    if wrong.any():
+        found = int(codes[wrong][0])
+        raise CorruptCache(
+            f"target_codes: found 0x{found:04x}, expected an IEEE half of 0 or more. {_REPAIR}"
+        )
+    return codes.view(np.float16)
 
 
 def beyond_classes(largest: int, num_classes: int) -> CorruptCache:

@@ -7,7 +7,8 @@ Ids    Ranks ascend within a position; the gaps between them are kept, as in `co
 Values q = rint(M sqrt(drop / R)), drop = -ln p, with one R for the whole cache: -ln threshold for
        `adaptive`, whose decoder scales entries and tail to a sum of 1, and RANGE_BEYOND nats more
        for `sample`, so that the largest class is kept as it is in flat positions too. Code 0 of a
-       sample means drawn: its weight is the threshold. At 16 bits, drop in fp16; 65535: drawn.
+       sample means drawn: its weight is the threshold. A kept entry of a sample has the code
+       1 + q, with M - 1 in the place of M. At 16 bits, drop in fp16; 65535: drawn.
 Tail   As in `codec`; a sample has none.
 
 The probabilities of a sample are rounded to one of the two nearest codes at random, so that their
@@ -25,11 +26,13 @@ import numpy.typing as npt
 from shared.arrays import mixed_bits
 from shared.frames import Plane, join_planes, split_planes
 from shared.planes import (
+    DRAWN_HALF,
     LOG_KEPT,
     LOG_TAIL,
     PlaneShape,
     beyond_classes,
     bits_per_rank,
+    halves,
     id_planes,
     named,
     no_class_left,
@@ -39,7 +42,7 @@ from shared.target import MAX_ENTRIES, ClassRanks, Floats, Target, TargetSpec
 
 RANGE_BEYOND = 3.0  # nats below the spacing that the largest class of a sample may be
 LEVELS: dict[int, int] = {7: 127, 8: 255}  # M
-DRAWN = {7: 0, 8: 0, 16: 65_535}  # code of a drawn entry
+DRAWN = {7: 0, 8: 0, 16: DRAWN_HALF}  # code of a drawn entry
 
 
 def plane_shapes(spec: TargetSpec) -> list[PlaneShape]:
@@ -130,21 +133,36 @@ def _sample_codes(target: Target, spec: TargetSpec) -> npt.NDArray[Any]:
     """Codes of the mean p: between two codes, each with the probability that its distance gives."""
     assert target.random_bits is not None  # _check
     assert target.counts is not None
-    drawn_E = target.logprobs == drawn_logprob(spec)
-    if spec.value_bits == 16:
-        code_E = (-target.logprobs).clip(0).astype(np.float16).view(np.uint16)
-        code_E[drawn_E] = DRAWN[16]
-        return code_E
-    weights = np.exp(_sample_table(spec)[1:].astype(np.float64))  # of codes 1..M, descending
-    M, p_E = LEVELS[spec.value_bits], np.exp(target.logprobs.astype(np.float64))
-    root_E = np.sqrt(target.logprobs.clip(max=0).astype(np.float64) / -value_range(spec))
-    lower_E = np.floor(root_E * (M - 1)).clip(0, M - 2).astype(np.intp)
-    high_E, low_E = weights[lower_E], weights[lower_E + 1]
+    drop_E = -target.logprobs.clip(max=0).astype(np.float64)
+    first_E = _first_half(drop_E) if spec.value_bits == 16 else _first_code(drop_E, spec)
+    second_E = first_E + first_E.dtype.type(1)
+    high_E, low_E = (_weights(code_E, spec) for code_E in (first_E, second_E))
     bits_E = mixed_bits(np.repeat(target.random_bits, target.counts), target.ids.astype(np.uint64))
-    up_E = (bits_E >> np.uint64(11)) * 2.0**-53 * (high_E - low_E) >= p_E - low_E
-    code_E = (1 + lower_E + up_E).astype(np.uint8)
-    code_E[drawn_E] = DRAWN[spec.value_bits]
+    share_E = (bits_E >> np.uint64(11)) * 2.0**-53
+    takes_second_E = share_E * (high_E - low_E) >= np.exp(-drop_E) - low_E
+    code_E = np.where(takes_second_E, second_E, first_E)
+    code_E[target.logprobs == drawn_logprob(spec)] = DRAWN[spec.value_bits]
     return code_E
+
+
+def _first_code(drop_E: npt.NDArray[np.float64], spec: TargetSpec) -> npt.NDArray[np.uint8]:
+    """The last code of 1..M - 1 whose drop is not larger."""
+    M = LEVELS[spec.value_bits]
+    place_E = np.floor(np.sqrt(drop_E / value_range(spec)) * (M - 1))
+    return (1 + place_E.clip(0, M - 2)).astype(np.uint8)
+
+
+def _first_half(drop_E: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
+    """The bits of the largest IEEE half that is not larger; those of the next one are 1 more."""
+    half_E = drop_E.astype(np.float16)
+    return half_E.view(np.uint16) - (half_E > drop_E).astype(np.uint16)
+
+
+def _weights(code_E: npt.NDArray[Any], spec: TargetSpec) -> npt.NDArray[np.float64]:
+    """What kept entries of these codes are read as, float64."""
+    if spec.value_bits == 16:
+        return np.exp(-code_E.view(np.float16).astype(np.float64))
+    return np.exp(_sample_table(spec).astype(np.float64)).take(code_E)
 
 
 @lru_cache(maxsize=64)
@@ -166,10 +184,9 @@ def _decode_values(planes: Mapping[str, Plane], spec: TargetSpec) -> Floats:
         return logprobs
     if spec.value_bits != 16:
         return _sample_table(spec).take(code_E)
-    half_E = join_planes([code_E, planes["target_codes.1"]], np.uint16)
-    logprobs = -half_E.view(np.float16).astype(np.float32)
-    if spec.kind == "sample":
-        logprobs[half_E == DRAWN[16]] = drawn_logprob(spec)
+    drop_E = halves([code_E, planes["target_codes.1"]], drawn=spec.kind == "sample")
+    logprobs = -drop_E.astype(np.float32)
+    logprobs[np.isnan(logprobs)] = drawn_logprob(spec)
     return logprobs
 
 

@@ -36,6 +36,7 @@ MAX_COMMIT_BYTES = 16 << 20
 _MAX_METADATA_BYTES = 4 << 20  # of Arrow, in one message or in the footer; ours have a few KB
 _FREE_BLOCK_BYTES = 32 << 20  # what a block may hold however small its frames are, and how many
 _MOST_EXPANSION = 64  # times as much as its frames otherwise; real ones expand 1.1 to 3 times
+_DECODED_ENTRY_BYTES = 8  # of an entry of a ragged kind: class and log-probability
 _BATCH_BLOCKS = 64  # Arrow's own metadata costs 1.3 KB for each record batch, so blocks share one
 _BATCH_BYTES = 16 << 20
 
@@ -376,13 +377,10 @@ class ShardReader:
             sizes = self._sizes[first + row]
             size = sum(sizes[per] * count for per, count in item_bytes.items())
             if size > _FREE_BLOCK_BYTES + _MOST_EXPANSION * stored:
-                raise self._expands_too_far(first + row, stored, size)
-
-    def _expands_too_far(self, block: int, stored: int, size: int) -> CorruptCache:
-        return CorruptCache(
-            f"{self.path}: block {block}: found {stored:,} bytes in frames, which its commit says "
-            f"expand to {size:,}. {_REPAIR}"
-        )
+                raise CorruptCache(
+                    f"{self.path}: block {first + row}: found {stored:,} bytes in frames, which "
+                    f"its commit says expand to {size:,}. {_REPAIR}"
+                )
 
     def check_structure(self) -> None:
         """Every frame is there and decodes; used before a shard gets its name."""
@@ -409,10 +407,7 @@ class ShardReader:
                         f"{sizes['token']:,}, the tokens. {_REPAIR}"
                     )
             elif plane.per == "entry":
-                size = int(values["target_counts.0"].sum(dtype=np.int64))
-                stored = int(offsets[row + 1] - offsets[row])
-                if size > _FREE_BLOCK_BYTES // 8 + _MOST_EXPANSION * stored:
-                    raise self._expands_too_far(block, stored, size)
+                size = self._num_entries(block, row, columns, values["target_counts.0"])
             else:
                 size = sizes[plane.per]
             values[name] = frames.decompress(
@@ -423,6 +418,21 @@ class ShardReader:
                 where=where,
             )
         return values
+
+    def _num_entries(self, block: int, row: int, columns: "_Columns", counts: np.ndarray) -> int:
+        """Entries of a block of a ragged kind; refuses more than its frames can reasonably hold.
+
+        All planes of entries count together: one alone may be all zeros, and next to nothing.
+        """
+        entries = int(counts.sum(dtype=np.int64))
+        offsets = (columns[plane.name][0] for plane in self._planes if plane.per == "entry")
+        stored = sum(int(ends[row + 1] - ends[row]) for ends in offsets)
+        if entries * _DECODED_ENTRY_BYTES > _FREE_BLOCK_BYTES + _MOST_EXPANSION * stored:
+            raise CorruptCache(
+                f"{self.path}: block {block}, column target_counts: found {entries:,} entries in "
+                f"{stored:,} bytes of frames, far more than such a block can hold. {_REPAIR}"
+            )
+        return entries
 
     def read_block(
         self,

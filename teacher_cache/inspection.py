@@ -130,17 +130,16 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
         return shown
     shown["positions"] = []
     for place in range(min(4, len(row.positions))):
-        best = row.targets.logprobs[place].argsort(descending=True)[:4]
+        ids, logprobs = row.targets.entries(place)
+        shares: dict[str, float] = {}
+        for slot in logprobs.argsort(descending=True)[:4].tolist():  # several may be one text
+            text = tokenizer.decode([int(ids[slot])])
+            shares.setdefault(text, round(float(logprobs[slot].exp()), 4))
         shown["positions"].append(
             {
                 "after": tokenizer.decode(row.input_ids[: int(row.positions[place]) + 1][-8:]),
                 "hard_label": tokenizer.decode([int(row.labels[place])]),
-                "teacher": {
-                    tokenizer.decode([int(row.targets.ids[place, slot])]): round(
-                        float(row.targets.logprobs[place, slot].exp()), 4
-                    )
-                    for slot in best.tolist()
-                },
+                "teacher": shares,
                 "tail_mass": round(float(row.targets.tail_mass[place]), 4),
             }
         )

@@ -9,31 +9,41 @@ import math
 import torch
 from torch import Tensor
 
+from shared.ragged import RANGE_BEYOND
 from shared.target import MIN_SPACING, TargetKind, TargetSpec
 
 log = logging.getLogger(__name__)
 
 _LOWEST = 1e-7  # of adaptive: far below what a byte of entries can reach
+_HIGHEST = 0.9
 _DIGITS = 4  # kept of the result, so that a person can read it
 
 
 def find_threshold(logprobs_NK: Tensor, spec: TargetSpec) -> float:
     """The threshold with `spec.mean_entries` entries of a position on average."""
-    low, high = (MIN_SPACING if spec.kind == "sample" else _LOWEST), 0.9
-    if (most := mean_entries(logprobs_NK, spec.kind, low)) < spec.mean_entries:
+    lowest, highest = (MIN_SPACING if spec.kind == "sample" else _LOWEST), _HIGHEST
+    if (most := mean_entries(logprobs_NK, spec.kind, lowest)) < spec.mean_entries:
         log.warning(
             "--mean-entries %g: this teacher has %.1f at the lowest threshold there is, %.2g, "
             "which is used",
-            *(spec.mean_entries, most, low),
+            *(spec.mean_entries, most, lowest),
         )
-        return low
+        return lowest
+    if (least := mean_entries(logprobs_NK, spec.kind, highest)) > spec.mean_entries:
+        log.warning(
+            "--mean-entries %g: this teacher has %.1f at the highest threshold there is, %.2g, "
+            "which is used",
+            *(spec.mean_entries, least, highest),
+        )
+        return highest
+    low, high = lowest, highest
     for _ in range(40):
         middle = math.sqrt(low * high)
         if mean_entries(logprobs_NK, spec.kind, middle) > spec.mean_entries:
             low = middle
         else:
             high = middle
-    return max(low, float(f"{high:.{_DIGITS}g}"))
+    return max(lowest, float(f"{high:.{_DIGITS}g}"))
 
 
 def mean_entries(logprobs_NK: Tensor, kind: TargetKind, threshold: float) -> float:
@@ -46,7 +56,8 @@ def inclusion(logprobs_NK: Tensor, kind: TargetKind, threshold: float) -> tuple[
     """With which probability each class becomes an entry [N, K], and entries beyond these [N]."""
     p_NK = logprobs_NK.exp()
     kept_NK = p_NK >= threshold
-    kept_NK[:, 0] = True
+    lowest = threshold * math.exp(-RANGE_BEYOND) if kind == "sample" else 0.0
+    kept_NK[:, 0] = p_NK[:, 0] >= lowest
     if kind == "adaptive":
         return kept_NK.float(), torch.zeros(len(p_NK))
     drawn_NK = (p_NK / threshold).masked_fill(kept_NK, 1.0)

@@ -1,7 +1,7 @@
 """Reads a cache by the text of shared/FORMAT.md alone: nothing of our packages is imported.
 
 It is what a stranger would write: slow and obvious, with every check that the text allows for.
-P positions, K entries, C classes, D channels.
+P positions, E entries of all of them, C classes, D channels.
 """
 
 import base64
@@ -27,7 +27,8 @@ def read_cache(cache: Path) -> Iterator[dict[str, Any]]:
     check(line == f"{cache_id}  manifest.json\n", "manifest.sha256")
     manifest = json.loads(content)
     check(manifest["format_version"] == 1, "format_version")
-    check(manifest["targets"]["kind"] in ("topk", "none"), "targets.kind")
+    kinds = ("topk", "adaptive", "sample", "dense", "none")
+    check(manifest["targets"]["kind"] in kinds, "targets.kind")
     check(manifest["hidden"]["codec"] in ("bf16", "fp8", "int8"), "hidden.codec")
     learnt: dict[str, np.ndarray] = {}
     for name, digest in manifest["side_files"].items():
@@ -95,6 +96,8 @@ def read_shard(
                 values[column] |= content.view(f"<u{size}").astype(np.int64) << 8 * index
             if column == "num_segments":
                 counts["segment"] = values[column].sum()
+            if column == "target_counts":
+                counts["entry"] = values[column].sum()
         check(np.array_equal(values["num_tokens"], tokens), f"{name}: num_tokens")
         check(np.array_equal(values["num_positions"], positions), f"{name}: num_positions")
         yield values
@@ -103,7 +106,7 @@ def read_shard(
 def layout(manifest: dict[str, Any]) -> Layout:
     """Every column of this cache, as in the table."""
     targets, hidden = manifest["targets"], manifest["hidden"]
-    K = min(targets["top_k"], targets["num_classes"])
+    kind, C = targets["kind"], targets["num_classes"]
     class_bytes = num_bytes(targets["num_classes"] - 1)
     place_bytes = num_bytes(manifest["preprocessing"]["max_length"])
     table: Layout = {
@@ -119,11 +122,20 @@ def layout(manifest: dict[str, Any]) -> Layout:
         "entropy": (25, 1, 1, 1, "position"),
     }
     table = {name: column for name, column in table.items() if name in manifest["columns"]}
-    if targets["kind"] == "topk":
-        table["target_ids"] = (16, class_bytes, 1, K, "position")
-        table["target_codes"] = (17, 2 if targets["value_bits"] == 16 else 1, 1, K, "position")
-        if targets["value_bits"] != 16:
-            table["target_range"] = (18, 1, 1, 1, "position")
+    entries, per = {
+        "topk": (min(targets["top_k"], C), "position"),
+        "dense": (C, "position"),
+    }.get(kind, (1, "entry"))
+    halves = kind == "dense" or targets["value_bits"] == 16
+    if kind in ("adaptive", "sample"):
+        table["target_counts"] = (21, 1, 1, 1, "position")
+    if kind in ("topk", "adaptive", "sample"):
+        table["target_ids"] = (16, class_bytes, 1, entries, per)
+    if kind != "none":
+        table["target_codes"] = (17, 2 if halves else 1, 1, entries, per)
+    if kind == "topk" and not halves:
+        table["target_range"] = (18, 1, 1, 1, "position")
+    if kind in ("topk", "adaptive"):
         table["target_tail"] = (20, 2, 1, 1, "position")
     for index, T in enumerate(targets["temperatures"]):
         table[f"log_partition_ratio.{T:g}"] = (32 + index, 2, 1, 1, "position")
@@ -153,8 +165,16 @@ def rows(
         labels = cut(values["labels"], counts)
 
     of_positions: dict[str, np.ndarray] = {}
-    if targets["kind"] == "topk":
-        of_positions |= distributions(values, targets, learnt["class_by_rank"])
+    of_entries: dict[str, np.ndarray] = {}
+    sizes = counts
+    if targets["kind"] != "none":
+        entries, tail = distributions(values, targets, learnt)
+        if targets["kind"] in ("topk", "dense"):
+            of_positions |= {name: part.reshape(len(tail), -1) for name, part in entries.items()}
+        else:
+            of_entries, of_positions["target_counts"] = entries, values["target_counts"]
+            sizes = np.array([part.sum() for part in cut(values["target_counts"], counts)])
+        of_positions["target_tail"] = tail
         of_positions["label_logprob"] = half(values["label_logprob"])
         of_positions["entropy"] = values["entropy"] * np.log(targets["num_classes"]) / 255
     for T in targets["temperatures"]:
@@ -162,6 +182,7 @@ def rows(
         ratio *= (1 - 1 / T) * np.log(targets["num_classes"])
         of_positions[f"log_partition_ratio.{T:g}"] = ratio
     of_rows: dict[str, Any] = {name: cut(part, counts) for name, part in of_positions.items()}
+    of_rows |= {name: cut(part, sizes) for name, part in of_entries.items()}
     hidden = manifest["hidden"]
     states = np.ceil(counts / hidden.get("every", 1)).astype(np.int64)
     for layer, D in zip(hidden["layers"], hidden["widths"], strict=True):
@@ -174,31 +195,56 @@ def rows(
 
 
 def distributions(
-    values: dict[str, np.ndarray], targets: dict[str, Any], class_by_rank: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Class ids and probabilities of the entries [P, K], and the mass of the tail [P]."""
-    C = targets["num_classes"]
-    K = min(targets["top_k"], C)
-    check(np.array_equal(np.sort(class_by_rank), np.arange(C)), "class_by_rank")
-    ranks = np.cumsum(values["target_ids"].reshape(-1, K), axis=1)
-    check(ranks.max(initial=0) < C, "target_ids")
-    codes = values["target_codes"].reshape(-1, K)
-    if targets["value_bits"] == 16:
-        nats = half(codes)
+    values: dict[str, np.ndarray], targets: dict[str, Any], learnt: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Class and probability (of a sample: weight) of every entry, [E]; the mass of the tail [P]."""
+    kind, C, codes = targets["kind"], targets["num_classes"], values["target_codes"]
+    if kind in ("adaptive", "sample"):
+        counts = values["target_counts"]
     else:
-        code = values["target_range"]
-        ranges = np.where(code == 0, 0, 2 ** (code / 16 - 4))
-        levels = {7: 127, 8: 254}[targets["value_bits"]]
-        nats = np.where(codes == 255, np.inf, ranges[:, None] * (codes / levels) ** 2)
-    tail = values["target_tail"]
-    ratio = np.where(tail == 65535, -np.inf, -14 + 31 * tail / 65534)
-    kept = 1 / (1 + np.exp(ratio))
+        K = C if kind == "dense" else min(targets["top_k"], C)
+        counts = np.full(len(codes) // K, K)
+    check(counts.min(initial=1) >= 1, "target_counts")
+    if kind == "dense":
+        classes = np.tile(np.arange(C), len(counts))
+    else:
+        class_by_rank = learnt["class_by_rank"]
+        check(np.array_equal(np.sort(class_by_rank), np.arange(C)), "class_by_rank")
+        ranks = [np.cumsum(gaps) for gaps in cut(values["target_ids"], counts)]
+        check(max((end[-1] for end in ranks if len(end)), default=0) < C, "target_ids")
+        classes = class_by_rank[np.concatenate(ranks)].astype(np.int64)
+    nats = nats_of(codes, counts, values, targets)
     weights = np.exp(-nats)
-    return {
-        "target_ids": class_by_rank[ranks].astype(np.int64),
-        "target_probabilities": (kept / weights.sum(axis=1))[:, None] * weights,
-        "target_tail": 1 / (1 + np.exp(-ratio)),
-    }
+    if kind == "sample":
+        return {"target_ids": classes, "target_probabilities": weights}, np.zeros(len(counts))
+    tail = values.get("target_tail", np.full(len(counts), 65535))
+    ratio = np.where(tail == 65535, -np.inf, -14 + 31 * tail / 65534)
+    sums = np.array([part.sum() for part in cut(weights, counts)])[: len(counts)]
+    check(bool((sums > 0).all()), "target_codes")
+    probabilities = weights * np.repeat(1 / (1 + np.exp(ratio)) / sums, counts)
+    of_entries = {"target_ids": classes, "target_probabilities": probabilities}
+    return of_entries, 1 / (1 + np.exp(-ratio))
+
+
+def nats_of(
+    codes: np.ndarray, counts: np.ndarray, values: dict[str, np.ndarray], targets: dict[str, Any]
+) -> np.ndarray:
+    """How far each entry lies below the height of its kind, [E]."""
+    kind, bits = targets["kind"], targets["value_bits"]
+    if kind == "dense" or bits == 16:
+        drawn = (codes == 65535) & (kind == "sample")
+        check(bool((drawn | (codes <= 0x7C00)).all()), "target_codes")
+        return np.where(drawn, -np.log(targets.get("threshold") or 1), half(codes))
+    if kind == "topk":
+        code = values["target_range"]
+        ranges = np.repeat(np.where(code == 0, 0, 2 ** (code / 16 - 4)), counts)
+        levels = {7: 127, 8: 254}[bits]
+        return np.where(codes == 255, np.inf, ranges * (codes / levels) ** 2)
+    levels, nats_of_threshold = {7: 127, 8: 255}[bits], -np.log(targets["threshold"])
+    if kind == "adaptive":
+        return nats_of_threshold * (codes / levels) ** 2
+    kept = (3 + nats_of_threshold) * ((codes - 1) / (levels - 1)) ** 2
+    return np.where(codes == 0, nats_of_threshold, kept)
 
 
 def hidden_bits(

@@ -6,6 +6,7 @@ are small: frames, Arrow's metadata and JSON are the same in a large one.
 
 import os
 import random
+import re
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -159,6 +160,52 @@ def flip_everywhere(copy, expected, rng, flips):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_flipped_bit_anywhere_is_an_error_or_changes_nothing(copy, expected, seed):
     flip_everywhere(copy, expected, random.Random(seed), 300)
+
+
+@pytest.fixture(scope="module", params=["adaptive", "sample", "dense"])
+def other_kind(request, capture):
+    """20 documents in 2 shards."""
+    entries = {} if request.param == "dense" else {"mean_entries": 6.0}
+    return capture(targets=request.param, limit_documents=20, shard_tokens=700, **entries)
+
+
+def test_a_flipped_bit_in_a_cache_of_another_kind(other_kind, tmp_path):
+    copy, rng = Path(shutil.copytree(other_kind, tmp_path / "cache")), random.Random(0)
+    expected = values_of(copy)
+    errors = flip_everywhere(copy, expected, rng, 250)
+    assert all(errors[path] for path in errors if path.suffix == ".arrow")
+    for path, read in shard_reader(copy, expected).items():  # and in every column of targets
+        with Damage(path) as damage:
+            for start, end in frames_of_targets(path, expected):
+                damage.flip(8 * rng.randrange(start, end) + rng.randrange(8))
+                assert is_found(read, expected, path)
+                found = verify(VerifyConfig(cache=copy)).bad
+                assert len(found) == 1
+                assert re.search(rf"{path.name}: block 0, column \d+, plane \d", *found.values())
+
+
+def frames_of_targets(path, expected_values):
+    """Where the first frame of each plane of the targets lies in the file."""
+    commit = next(c for c in expected_values[1] if path.name in c.file)
+    columns = ShardReader(path, expected_values[0], commit)._columns(0)
+    data = path.read_bytes()
+    for name, (offsets, frames) in columns.items():
+        if name.startswith("target_"):
+            place = data.index(bytes(frames[offsets[0] : offsets[1]]))
+            yield place, place + int(offsets[1] - offsets[0])
+
+
+def test_a_cut_shard_of_another_kind(other_kind, tmp_path):
+    copy = Path(shutil.copytree(other_kind, tmp_path / "cache"))
+    expected = values_of(copy)
+    for path, read in shard_reader(copy, expected).items():
+        with Damage(path) as damage:
+            size = len(damage.good)
+            for length in sorted({0, 1, size - 1, *range(0, size, -(-size // 32))}):
+                path.write_bytes(damage.good[:length])
+                assert is_found(read, expected, path)
+            path.write_bytes(damage.good + b"\0")
+            assert is_found(read, expected, path)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ timer whose signal nobody handles: like SIGKILL the kernel ends the process ther
 moment does not depend on how busy the machine is.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -198,7 +199,10 @@ class Calm:
 
 @pytest.fixture(scope="module")
 def calm(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Calm:
-    out = tmp_path_factory.mktemp("calm") / "cache"
+    return run_calmly(server, tmp_path_factory.mktemp("calm") / "cache")
+
+
+def run_calmly(server: ForkServer, out: Path) -> Calm:
     assert server.run(Run(out=out)) == [0], server.log_text()
     return Calm(out, tree(out), open_cache(out).manifest.plan.num_shards, server.cpu_s[0])
 
@@ -308,6 +312,25 @@ def kill_until_done(
 def test_killed_at_random_moments(seed, server, calm, tmp_path):
     kill_until_done(server, tmp_path / "cache", calm, seed, world=1, most_kills=3)
     check_complete(server, calm, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "sample", "dense"])
+def test_every_kind_of_target_survives(kind, server, tmp_path):
+    """Killed at random, crashed with the first shard written, two workers: the calm run's bytes."""
+    entries = {} if kind == "dense" else {"mean-entries": "6"}
+    of_kind = copy.copy(server)
+    of_kind.defaults = {name: value for name, value in server.defaults.items() if name != "top-k"}
+    of_kind.defaults |= {"targets": kind, **entries}
+    calm = run_calmly(of_kind, tmp_path / "calm")
+    assert calm.num_shards > 1
+    assert open_cache(calm.path).manifest.targets.kind == kind
+    killed, crashed, shared_out = (tmp_path / name for name in ("killed", "crashed", "shared"))
+    kill_until_done(of_kind, killed, calm, seed=0, world=1, most_kills=2)
+    assert of_kind.run(Run(out=crashed, point="after-publish", occurrence=2)) == [CRASHED]
+    check_complete(of_kind, calm, killed, crashed)
+    workers = [Run(out=shared_out, worker=f"{rank}/2") for rank in range(2)]
+    assert of_kind.run(*workers) == [0, 0], of_kind.log_text()
+    assert tree(shared_out) == calm.tree
 
 
 @pytest.mark.slow

@@ -29,10 +29,17 @@ FEW = settings(
 MANY = settings(FEW, max_examples=1500)
 
 
-@pytest.fixture(scope="module")
-def pristine(capture):
+KINDS = {
+    "topk": {"top_k": 4, "hidden_layers": (-1,), "temperature": (2.0,)},
+    "sample": {"targets": "sample", "mean_entries": 6.0},
+    "adaptive": {"targets": "adaptive", "mean_entries": 6.0, "value_bits": 16},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pristine(request, capture):
     """20 documents in one shard."""
-    return capture(limit_documents=20, top_k=4, hidden_layers=(-1,), temperature=(2.0,))
+    return capture(limit_documents=20, **KINDS[request.param])
 
 
 class Forgery:
@@ -84,7 +91,7 @@ WEIRD = st.sampled_from(
     [
         *(0, 1, -1, 255, 2**31 - 1, 2**31, 2**62, 2**63, 2**64, -(2**63), 10**30),
         *(0.5, math.nan, math.inf, -math.inf, 1e308),
-        *("", "x", "\ud800", "../x", "a\0b", "x" * 1000, "00", "none", "topk", "bf16"),
+        *("", "x", "\ud800", "../x", "a\0b", "x" * 1000, "00", "none", "topk", "adaptive", "bf16"),
         *(None, True, [], {}, [0], [[]], ["x"], {"x": 0}, [2**40] * 3),
     ]
 )

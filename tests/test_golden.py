@@ -19,11 +19,12 @@ import xxhash
 from safetensors.numpy import save as save_safetensors
 
 import shared
-from shared import cache, open_cache, shards, storage
+from shared import cache, frames, open_cache, shards, storage
 from shared import manifest as manifests
+from shared.blocks import to_planes
 from shared.errors import CacheMismatch, CorruptCache
 from shared.schema import COLUMNS, layout
-from shared.shards import ShardWriter, encode_block
+from shared.shards import EncodedBlock, ShardWriter, encode_block
 from shared.storage import Storage
 from shared.target import TargetSpec
 from teacher_cache import seal
@@ -31,12 +32,17 @@ from teacher_cache.config import VerifyConfig
 from teacher_cache.inspection import verify
 from tests import plain_reader
 from tests.plain_reader import read_cache
-from tests.shared.test_shards import CLASSES, RANKS, cache_manifest, random_block
+from tests.shared.test_shards import CLASSES, NO_HIDDEN, RANKS, cache_manifest, random_block
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = ["format-1", "format-1-labels"]
+NAMES = [
+    *("format-1", "format-1-labels"),
+    *("format-1-adaptive", "format-1-sample", "format-1-dense"),
+]
 FLOAT32 = 3e-6  # a few roundings of a probability or of a unit of log-probability
-EXACT = ("row_id", "input_ids", "segments", "positions", "labels", "target_ids")
+OF_ROWS = ("row_id", "input_ids", "segments", "positions", "labels")
+OF_ENTRIES = ("target_ids", "target_probabilities")
+EXACT = (*OF_ROWS, "target_ids", "target_counts")
 
 each_cache = pytest.mark.parametrize("name", NAMES)
 
@@ -63,6 +69,8 @@ def rows_of(path):
                 found["target_ids"] = row.targets.ids.numpy()
                 found["target_probabilities"] = row.targets.logprobs.exp().numpy()
                 found["target_tail"] = row.targets.tail_mass.numpy()
+                if row.targets.counts is not None:
+                    found["target_counts"] = row.targets.counts.numpy()
             start = end - block.num_positions[index]
             states = slice(state_ends[index - 1] if index else 0, state_ends[index])
             found |= {name: values[states] for name, values in hidden.items()}
@@ -95,15 +103,25 @@ def frozen(name):
     return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
+def first_and_last(row):
+    """The row with two of its positions only; of their entries, all."""
+    found = {
+        part: values if part in OF_ROWS else values[[0, -1]]
+        for part, values in row.items()
+        if "target_counts" not in row or part not in OF_ENTRIES
+    }
+    if "target_counts" in row:
+        first, last = row["target_counts"][[0, -1]]
+        for part in OF_ENTRIES:
+            found[part] = np.concatenate([row[part][:first], row[part][-last:]])
+    return found
+
+
 @each_cache
 def test_a_golden_cache_gives_its_frozen_values(name):
     rows, expected = golden_rows(name), frozen(name)
     assert len(rows) == expected["num_rows"]
-    of_positions = rows[0].keys() - {"row_id", "input_ids", "segments", "positions", "labels"}
-    found = [
-        {part: values[[0, -1]] if part in of_positions else values for part, values in row.items()}
-        for row in (rows[int(index)] for index in expected["rows"])
-    ]
+    found = [first_and_last(rows[int(index)]) for index in expected["rows"]]
     assert_same(found, list(expected["rows"].values()))
     every_integer = hashlib.sha256()
     for row in rows:
@@ -170,6 +188,50 @@ def test_the_plain_reader_agrees_on_hidden_states_of_every_codec(codec, every, c
     }
     for row in rows:
         assert len(row["hidden.0"]) == -(-len(row["positions"]) // every)
+
+
+@pytest.mark.parametrize("value_bits", [7, 8, 16])
+@pytest.mark.parametrize("kind", ["adaptive", "sample", "dense"])
+def test_the_plain_reader_agrees_on_every_code_of_the_other_kinds(kind, value_bits, tmp_path):
+    """Codes and tails at random, also those that no writer makes."""
+    spec = TargetSpec(
+        kind=kind, num_classes=CLASSES, value_bits=value_bits, mean_entries=9, threshold=0.013
+    )
+    cache = one_shard(tmp_path / "cache", spec, code_seed=value_bits)
+    assert_same(list(read_cache(cache)), rows_of(cache))
+
+
+def one_shard(path, spec, *, code_seed):
+    """A cache of one shard of two blocks whose planes of codes and tails are random."""
+    rng = np.random.default_rng(code_seed)
+    learnt = save_safetensors({"class_by_rank": RANKS.classes})
+    digest = xxhash.xxh3_128_hexdigest(learnt)
+    name = f"learnt-{digest[:16]}.safetensors"
+    manifest = cache_manifest(targets=spec, hidden=NO_HIDDEN)
+    plan = replace(manifest.plan, num_shards=1)
+    manifest = replace(manifest, side_files={name: digest}, plan=plan)
+    storage = Storage(path)
+    storage.put_new(name, learnt)
+    manifests.publish(storage, manifest)
+    with ShardWriter(storage, manifest, manifest.cache_id, 0) as writer:
+        for number in range(2):
+            block = random_block(manifest, 6, seed=number)
+            planes = to_planes(block, manifest, RANKS)
+            for plane in layout(manifest):
+                if plane.column in ("target_codes", "target_tail"):
+                    size = planes[plane.name].size
+                    high = 0x50 if plane.name == "target_codes.1" else 256  # 32 nats
+                    planes[plane.name] = rng.integers(0, high, size).astype(np.uint8)
+            frames_of = {
+                plane.name: frames.compress(
+                    planes[plane.name],
+                    block=number,
+                    column=frames.column_code(plane.number, plane.plane),
+                )
+                for plane in layout(manifest)
+            }
+            writer.write(EncodedBlock(frames_of, block.num_tokens, block.num_positions))
+    return path
 
 
 def test_the_text_lists_exactly_the_columns_of_the_schema():

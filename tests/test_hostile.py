@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -919,16 +920,159 @@ def test_an_index_of_other_content_is_refused(sealed_copy, how):
     refused_seal(sealed_copy, r"index\.arrow: the shards and commits are not the ones")
 
 
+# Targets whose positions differ in their entries ------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["adaptive", "sample"])
+def ragged(request, capture):
+    """20 documents in one shard of one block; 16 bits, so that there are codes of no number."""
+    return capture(targets=request.param, limit_documents=20, mean_entries=6.0, value_bits=16)
+
+
+@pytest.fixture
+def ragged_copy(ragged, tmp_path):
+    return Path(shutil.copytree(ragged, tmp_path / "ragged"))
+
+
+def counts_set(place, value):
+    def change(values):
+        values["target_counts.0"][place] = value
+
+    return change
+
+
+def one_position_without(values):
+    """Its entries go to the next one, so that every length is right."""
+    counts = values["target_counts.0"]
+    counts[1] += counts[0]
+    counts[0] = 0
+
+
+def lone_high_gap(values):
+    values["target_ids.1"][values["target_counts.0"][0]] = 255
+
+
+def halves_of(high):
+    def change(values):
+        values["target_codes.1"][5] = high
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (counts_set(slice(None), 255), "column 16, plane 0: found"),  # the frames are shorter
+        (counts_set(0, 200), "column 16, plane 0: found"),
+        (counts_set(slice(None), 0), "column 16, plane 0: found"),
+        (one_position_without, "column target_counts: found a position without any class"),
+        (lone_high_gap, "column target_ids: found rank"),
+        (all_ones("target_ids.1"), "column target_ids: found rank"),
+        (halves_of(0x7E), "column target_codes: found 0x7e"),
+        (halves_of(0x80), "column target_codes: found 0x80"),
+    ],
+    ids=["255 each", "one longer", "none", "one empty", "a rank", "ranks", "NaN", "negative"],
+)
+def test_entries_that_no_position_has_are_refused(ragged_copy, change, said):
+    """By reading and by verify, with the same words: shard, block and column."""
+    forge_planes(ragged_copy, change)
+    expected = rf"shards/00000-\w+\.arrow: block 0, {said}"
+    refused(ragged_copy, expected)
+    assert re.search(expected, verify(VerifyConfig(cache=ragged_copy)).bad[0])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("threshold", 0),
+        ("threshold", -0.1),
+        ("threshold", 1),
+        ("threshold", 1e-12),
+        ("threshold", float("nan")),
+        ("threshold", float("inf")),
+        ("threshold", "0.1"),
+        ("mean_entries", 0),
+        ("mean_entries", 256),
+        ("mean_entries", float("nan")),
+    ],
+)
+def test_thresholds_that_calibration_cannot_find_are_refused(ragged_copy, field, value):
+    forge_manifest(ragged_copy, setter(f"targets.{field}", value))
+    refused(ragged_copy, rf"manifest\.json: .*{field}")
+
+
+def test_a_kind_that_the_planes_are_not_of_is_refused(ragged_copy):
+    kind = open_cache(ragged_copy).manifest.targets.kind
+    other = "sample" if kind == "adaptive" else "adaptive"
+    forge_manifest(ragged_copy, setter("targets.kind", "topk"))
+    refused(ragged_copy, r"column target_tail\.0 is missing|column 16, plane 0: found")
+    forge_manifest(ragged_copy, setter("targets.kind", "dense"))
+    refused(ragged_copy, "column 17, plane 0: found")
+    forge_manifest(ragged_copy, setter("targets.kind", other))
+    if other == "adaptive":
+        refused(ragged_copy, r"column target_tail\.0 is missing")
+
+
+def claims(positions, *, no_number=False):
+    """A first row so long that the shard has `positions` more, each of 255 entries: all zeros."""
+
+    def make(path):
+        manifest, commit = open_cache(path).manifest, commit_of(path)
+        (rows,) = commit.block_rows
+        tokens, places = (lengths.astype(np.int64) for lengths in commit.lengths("here"))
+        tokens[0] += positions
+        places[0] += positions
+        sizes = {"row": rows, "token": tokens.sum(), "position": places.sum()}
+        sizes["entry"] = 255 * sizes["position"]
+
+        def change(values):
+            for plane in layout(manifest):
+                old, new = values[plane.name], int(sizes[plane.per] * plane.item_bytes)
+                values[plane.name] = np.zeros(new, np.uint8)
+                values[plane.name][: min(old.size, new)] = old[:new]
+            for name, lengths in (("num_tokens.0", tokens), ("num_positions.0", places)):
+                values[name] = lengths.astype("<u4").view(np.uint8)
+            values["target_counts.0"][:] = 255
+            for name in values:
+                if name.startswith(("target_ids", "target_codes")):
+                    values[name][:] = 0
+            if no_number:
+                values["target_codes.1"][-1] = 0x7E  # told after the classes are decoded
+
+        forge_planes(path, change)
+        lengths = {"row_tokens": _pack(tokens), "row_positions": _pack(places)}
+        totals = {"tokens": int(tokens.sum()), "positions": int(places.sum())}
+        forge_commit(path, lambda body: body | lengths | totals)
+
+    return make
+
+
+RAGGED_BOMBS = {
+    "255-entries-for-all": claims(100_000),
+    "255-entries-just-too-many": claims(16_500),
+    "255-entries-as-many-as-may-be": claims(15_200, no_number=True),
+}
+
+
+def test_no_forged_count_takes_memory_or_time(ragged, tmp_path):
+    found = measured(ragged, RAGGED_BOMBS, tmp_path)
+    said = [said for _, said, *_ in found]
+    assert "block 0, column target_counts: found 25," in said[0]
+    assert "block 0, column target_counts: found 4," in said[1]
+    assert "block 0, column target_codes: found 0x7e00" in said[2]
+
+
 # Memory -----------------------------------------------------------------------------------------
 
 _MEASURE = """
-import json, resource, sys, time
+import json, re, sys, time
 from pathlib import Path
 from tests.test_hostile import VerifyConfig, read_all, verify
 from shared.errors import TeacherCacheError
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # of this program alone: ru_maxrss begins with that of the process that started it
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024
 
 def read(path):
     read_all(path)
@@ -1077,20 +1221,25 @@ BOMBS = {
 
 
 def test_no_bomb_takes_memory_or_time(sealed, tmp_path):
+    measured(sealed, BOMBS, tmp_path)
+
+
+def measured(good, bombs, tmp_path):
     """Measured from outside: less than 200 MB more than reading a good cache, 1 s of CPU each."""
-    paths = [tmp_path / name for name in BOMBS]
+    paths = [tmp_path / name for name in bombs]
     for path in paths:
-        shutil.copytree(sealed, path)
-        BOMBS[path.name](path)
-    command = [sys.executable, "-c", _MEASURE, str(sealed), *map(str, paths)]
+        shutil.copytree(good, path)
+        bombs[path.name](path)
+    command = [sys.executable, "-c", _MEASURE, str(good), *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [name for name, *_ in found] == list(BOMBS)
+    assert [name for name, *_ in found] == list(bombs)
     for name, said, seconds, _ in found:
         assert said.startswith("CorruptCache: "), (name, said)
         assert seconds < 1, (name, seconds)
     assert sum(grown for *_, grown in found) < 200e6, found
+    return found
 
 
 # The student's own checkpoint -------------------------------------------------------------------

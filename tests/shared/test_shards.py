@@ -15,6 +15,7 @@ from shared import shards as shard_module
 from shared.blocks import Block, from_planes, to_planes
 from shared.errors import CorruptCache, DiskFull
 from shared.manifest import HiddenSpec
+from shared.ragged import drawn_logprob
 from shared.schema import COLUMNS, layout, optional_columns
 from shared.shards import (
     Commit,
@@ -86,13 +87,7 @@ def random_block(manifest, rows, seed=0, *, one_token_rows=False):
     if "labels" in manifest.columns:
         block.labels = rng.integers(0, CLASSES, P).astype(np.int32)
     if spec.kind != "none":
-        K = spec.num_entries
-        logits = rng.normal(size=(P, K + 1)) * 3  # the last cell is the tail
-        logprobs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
-        ids = [rng.choice(CLASSES, K, replace=False) for _ in range(P)]
-        block.target = Target(
-            np.array(ids, np.int32).reshape(P, K), logprobs[:, :-1], logprobs[:, -1]
-        )
+        block.target = random_ragged(spec, P, rng) if spec.ragged else random_target(spec, P, rng)
         block.label_logprob = -rng.exponential(size=P).astype(np.float16).astype(np.float32)
         block.entropy = rng.uniform(0, np.log(CLASSES), P).astype(np.float32)
         block.log_partition_ratio = {
@@ -106,6 +101,32 @@ def random_block(manifest, rows, seed=0, *, one_token_rows=False):
             for layer, width in zip(manifest.hidden.layers, manifest.hidden.widths, strict=True)
         }
     return block
+
+
+def random_target(spec, P, rng):
+    K = spec.num_entries
+    logits = rng.normal(size=(P, K + 1)) * 3  # the last cell is the tail
+    logprobs = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
+    ids = [rng.choice(CLASSES, K, replace=False) for _ in range(P)]
+    return Target(np.array(ids, np.int32).reshape(P, K), logprobs[:, :-1], logprobs[:, -1])
+
+
+def random_ragged(spec, P, rng):
+    """1 to 12 entries at each position, those of a sample drawn ones for the most part."""
+    counts = rng.integers(1, 13, P).astype(np.int32)
+    ids = [rng.choice(CLASSES, count, replace=False) for count in counts]
+    parts = [rng.dirichlet(np.ones(count + 1)) for count in counts]  # the last is the tail
+    entries = np.concatenate([*(part[:-1] for part in parts), np.zeros(0)])
+    logprobs = np.log(np.maximum(entries, spec.threshold)).astype(np.float32)
+    if spec.kind == "sample":
+        logprobs[rng.random(len(logprobs)) < 0.6] = drawn_logprob(spec)
+    return Target(
+        np.concatenate([*ids, np.zeros(0)]).astype(np.int32),
+        logprobs,
+        np.log(np.array([part[-1] for part in parts], np.float32)),
+        counts,
+        rng.integers(0, 2**64, P, np.uint64) if spec.kind == "sample" else None,
+    )
 
 
 def arrays_of(block):
@@ -581,3 +602,19 @@ def test_a_commit_lacking_a_field_is_refused_even_with_a_right_checksum():
     body["checksum"] = shard_module._checksum(body)
     with pytest.raises(CorruptCache, match="here: the field 'rows' is missing"):
         parse_commit(json.dumps(body).encode(), "here")
+
+
+def test_a_plane_of_zeros_alone_does_not_make_a_block_too_large(tmp_path, monkeypatch):
+    """The high bytes of small gaps take next to nothing, however many entries a block has."""
+    monkeypatch.setattr(shard_module, "_FREE_BLOCK_BYTES", 0)
+    spec = TargetSpec(kind="adaptive", num_classes=CLASSES, mean_entries=8.0, threshold=0.001)
+    manifest = cache_manifest(targets=spec, hidden=NO_HIDDEN)
+    block = random_block(manifest, 500)
+    ranks = [np.arange(count) for count in block.target.counts]
+    block.target.ids = RANKS.classes[np.concatenate(ranks)].astype(np.int32)
+    encoded = encode_block(block, 0, manifest, RANKS)
+    assert len(encoded.frames["target_ids.1"]) * 64 * 8 < 8 * len(block.target.ids)
+    storage = Storage(tmp_path)
+    write(storage, manifest, [block])
+    (found,) = read_all(storage, manifest)
+    assert found.target.ids.tolist() == block.target.ids.tolist()

@@ -9,6 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from shared.cache import Cache, open_cache
 from shared.ragged import drawn_logprob
+from shared.tokenizer import load_cached_tokenizer
+from teacher_cache.config import InspectConfig
+from teacher_cache.inspection import inspect
 from tests.conftest import Capture
 
 
@@ -103,3 +106,17 @@ def test_dense_holds_everything(small, live):
     torch.testing.assert_close(
         row.targets.logprobs.double(), live(row.input_ids), rtol=1e-3, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "sample", "dense"])
+def test_inspect_shows_the_best_classes_of_each_position(small, kind):
+    cache = small(kind)
+    shown = inspect(InspectConfig(cache=cache.storage.root, rows=1))["rows_shown"][0]
+    row, tokenizer = cache[0], load_cached_tokenizer(cache.storage)
+    for place, found in enumerate(shown["positions"]):
+        ids, logprobs = row.targets.entries(place)
+        best = logprobs.max().exp().item()
+        texts = {tokenizer.decode([i]) for i in ids.tolist()}
+        assert max(found["teacher"].values()) == pytest.approx(best, abs=1e-4)
+        assert found["teacher"].keys() <= texts
+    assert len(shown["positions"]) == 4
