@@ -182,7 +182,7 @@ def _captured(job: Job, window: list[list[Row]], statistics: Counter[str]) -> It
     for block in window:
         kept = [index for index in range(start, start + len(block)) if index not in bad]
         if kept:
-            assembled = _assemble(flat, kept, targets, packed=job.manifest.preprocessing.pack)
+            assembled = assemble(flat, kept, targets, packed=job.manifest.preprocessing.pack)
             statistics.update(block_sums(assembled, job.manifest.targets))
             yield assembled
         start += len(block)
@@ -202,7 +202,7 @@ def _report_nonfinite(job: Job, row: Row, position: int) -> None:
     log.warning("%s: row dropped", message)
 
 
-def _assemble(
+def assemble(
     window: Sequence[Row], kept: Sequence[int], targets: WindowTargets | None, *, packed: bool
 ) -> Block:
     """The rows `kept` of a window as a block, with their targets."""
