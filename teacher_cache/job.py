@@ -133,7 +133,7 @@ def _blocks(job: Job, documents: range, statistics: Counter[str]) -> Iterator[Bl
     built = rows.build(texts, job.draft.tokenizer, job.draft.preprocessing, statistics)
     window: list[list[Row]] = []
     tokens = 0
-    for block in _cut_blocks(built):
+    for block in cut_blocks(built):
         job.check_stop()
         window.append(block)
         tokens += sum(len(row.input_ids) for row in block)
@@ -150,7 +150,7 @@ def _texts(job: Job, documents: range) -> Iterator[tuple[int, str]]:
         yield from zip(part, job.draft.corpus.texts(part), strict=True)
 
 
-def _cut_blocks(built: Iterator[Row]) -> Iterator[list[Row]]:
+def cut_blocks(built: Iterator[Row]) -> Iterator[list[Row]]:
     """Consecutive rows, together MIN_BLOCK_POSITIONS; the last block of a shard may be less."""
     block: list[Row] = []
     positions = 0

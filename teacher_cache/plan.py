@@ -47,6 +47,7 @@ from teacher_cache.targets import select
 from teacher_cache.teacher import (
     Teacher,
     config_hash,
+    hidden_width_of,
     load_tokenizer,
     logit_width_of,
     weights_digest,
@@ -268,8 +269,14 @@ def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
 
 def _hidden_spec(config: CaptureConfig, teacher: Teacher | None) -> HiddenSpec:
     layers = tuple(sorted(set(config.hidden_layers)))
-    widths = () if teacher is None else tuple(teacher.hidden_width for _ in layers)
-    return HiddenSpec(layers=layers, widths=widths, codec=config.hidden_codec)
+    if not layers or config.teacher is None:
+        return HiddenSpec(layers=(), widths=(), codec=config.hidden_codec)
+    width = (
+        hidden_width_of(config.teacher, config.revision)
+        if teacher is None
+        else teacher.hidden_width
+    )
+    return HiddenSpec(layers=layers, widths=tuple(width for _ in layers), codec=config.hidden_codec)
 
 
 def sample_corpus(draft: Draft) -> Sample:
@@ -498,7 +505,8 @@ def learn_targets(
         ids_NK, logprobs_NK = ids_NK[:, : spec.num_entries], logprobs_NK[:, : spec.num_entries]
     share_NK = torch.ones_like(logprobs_NK)
     if spec.ragged:
-        spec = replace(spec, threshold=find_threshold(logprobs_NK, spec))
+        if not spec.threshold:  # --like brings its own
+            spec = replace(spec, threshold=find_threshold(logprobs_NK, spec))
         share_NK, _ = inclusion(logprobs_NK, spec.kind, spec.threshold)
     kept = np.bincount(ids_NK.flatten(), share_NK.flatten().double(), spec.num_classes)
     seen = sample.token_counts[: len(kept)]

@@ -35,6 +35,7 @@ __all__ = [
     "TeacherBatch",
     "TeacherOutput",
     "config_hash",
+    "hidden_width_of",
     "load_tokenizer",
     "logit_width_of",
     "weights_digest",
@@ -308,11 +309,20 @@ def load_tokenizer(
 
 def logit_width_of(teacher: str, revision: str | None = None) -> int:
     """V by the teacher's config alone, before anything large is read."""
+    return int(_text_config(teacher, revision).vocab_size)
+
+
+def hidden_width_of(teacher: str, revision: str | None = None) -> int:
+    """D by the teacher's config alone."""
+    return int(_text_config(teacher, revision).hidden_size)
+
+
+def _text_config(teacher: str, revision: str | None) -> Any:
     try:
         config = AutoConfig.from_pretrained(_model_source(teacher), revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise Refused(f"{teacher}: its config cannot be read. {error}") from error
-    return int(config.get_text_config().vocab_size)
+    return config.get_text_config()
 
 
 def weights_digest(model: nn.Module) -> str:
