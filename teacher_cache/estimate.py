@@ -34,7 +34,7 @@ from teacher_cache.teacher import Teacher
 
 # Bytes/position of all target columns at 7 bits and 151,936 classes: benchmarks/README.md. A strong
 # teacher's candidates are less driven by frequency, so a quarter is added. Between two sizes, bytes
-# per entry go with the logarithm of the size.
+# per entry go with the logarithm of the size; beyond them they stay what they are at the nearest.
 _TABLE: dict[str, dict[float, float]] = {
     "topk": {8: 18.0, 16: 31.0, 32: 56.0, 64: 104.0, 128: 196.0},
     "adaptive": {12: 21.0, 16: 26.0},

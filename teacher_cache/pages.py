@@ -45,7 +45,7 @@ def write_plan(numbers: dict[str, Any], path: Path) -> None:
         table=table,
         rows=list(zip(table[1:], [choice["asked"] for choice in choices], strict=True)),
         notes=[_sentence(note) for note in CHOICE_NOTES],
-        parts=_bars(numbers["bytes_per_position"], "{:.1f}"),
+        parts=_bars({n: b for n, b in numbers["bytes_per_position"].items() if b}, "{:.1f}"),
     )
 
 

@@ -172,7 +172,9 @@ def _like(draft: Draft, old: Storage) -> Draft:
     manifest, _ = manifests.read(old)
     fields = asdict(manifest)
     fields["targets"] = _asked_targets(fields["targets"])
-    names = ("teacher", "tokenizer", "targets", "hidden")
+    names = {"teacher", "tokenizer", "targets", "hidden"}
+    if draft.teacher is None:  # of a plan that reads no weights nobody can say whose they are
+        names.remove("teacher")
     asked = {name: value for name, value in draft.asked().items() if name in names}
     lines = list(manifests.differences({name: fields[name] for name in names}, asked))
     if lines:

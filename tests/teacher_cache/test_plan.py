@@ -487,6 +487,13 @@ def test_the_bytes_of_every_kind_are_those_of_its_cache(options, capture, name):
         assert table["hidden"] == pytest.approx(states / positions, rel=0.4)
 
 
+def test_a_plan_like_a_cache_is_of_its_targets(options, small_dir):
+    plain = {k: v for k, v in options.items() if k not in ("top_k", "max_length")}
+    numbers = plan_of(plain, like=small_dir)
+    assert numbers["asked"] == "topk 8"
+    assert [c["text"] for c in numbers["choices"] if c["asked"]] == ["topk 8"]
+
+
 def test_a_page_needs_something_measured(options):
     with pytest.raises(ConfigError, match="--html draws what --calibrate measures: give both"):
         PlanConfig(**options, html=options["out"] / "plan.html")
