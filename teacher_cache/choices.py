@@ -91,13 +91,10 @@ def specs(draft: Draft) -> list[TargetSpec]:
                 kind=kind,
                 top_k=1,
                 mean_entries=mean,
-                threshold=asked.threshold
-                if (kind, mean) == (asked.kind, asked.mean_entries)
-                else 0.0,
                 temperatures=() if kind == "sample" else plain.temperatures,
             )
             for mean in sorted(means)
-            if mean < classes
+            if mean < classes or mean == asked.mean_entries
         ]
     if asked.kind == "dense" or classes <= _DENSE_CLASSES:
         found.append(TargetSpec(kind="dense", num_classes=classes, top_k=1, value_bits=16))

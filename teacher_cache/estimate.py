@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared.errors import NonFiniteTargets
 from shared.manifest import BatchPlan, HiddenSpec, Manifest
 from shared.shards import encode_block
 from shared.target import MAX_ENTRIES, ClassRanks, TargetSpec
@@ -234,6 +235,11 @@ def _calibrate(draft: Draft, teacher: Teacher, sample: Sample) -> _Calibrated:
         draft, targets=TargetSpec(kind="topk", num_classes=draft.targets.num_classes, top_k=most)
     )
     largest = plan.run_largest(wide, teacher, plan.learning_rows(sample), forward_tokens)
+    if not len(largest.ids_NK):
+        raise NonFiniteTargets(
+            f"{draft.config.teacher}: NaN or infinity at every position of the sample, so there is "
+            "nothing to measure. Try --dtype float32 or bfloat16."
+        )
     targets, ranks = plan.learn_targets(draft.targets, largest, sample)
     manifest = plan.manifest_of(
         replace(draft, targets=targets), _batch_plan(forward_tokens, teacher.chunk_positions), {}

@@ -1,6 +1,7 @@
 """Gradient errors against autograd through the losses that train; choices against a teacher."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from shared.errors import NonFiniteTargets
 from shared.target import Target, TargetSpec
 from student_train.loss_spec import LossSpec
 from student_train.losses import SoftTarget, forward_kl, log_cells, sampled_rows, teacher_cells
@@ -220,3 +222,21 @@ def test_nothing_is_recommended_that_lacks_a_temperature(numbers):
         for choice in numbers["choices"]
     ]
     assert "itself" in recommendation(numbers | {"choices": choices})
+
+
+def test_a_teacher_of_nothing_but_nan_is_refused(options, teacher_dir, tmp_path):
+    broken = Path(shutil.copytree(teacher_dir, tmp_path / "broken"))
+    teacher = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        teacher.lm_head.weight.fill_(math.nan)
+    teacher.save_pretrained(broken)
+    config = PlanConfig(**options | {"teacher": str(broken)}, calibrate=True)
+    with pytest.raises(NonFiniteTargets, match=r"broken: NaN or infinity at every position.*dtype"):
+        estimate(config)
+
+
+def test_more_entries_than_classes_are_still_planned_for(options):
+    few = PlanConfig(**options, targets="sample", mean_entries=250.0, calibrate=True)
+    asked = [choice for choice in estimate(few)["choices"] if choice["asked"]]
+    assert [choice["text"] for choice in asked] == ["sample 250"]
+    assert 1 < asked[0]["entries"] < 250  # as many as the smallest spacing gives
