@@ -36,6 +36,10 @@ def plan_command(config: PlanConfig) -> None:
     from teacher_cache.report import estimate_text
 
     numbers = estimate(config)
+    if config.html is not None:
+        from teacher_cache.pages import write_plan
+
+        write_plan(numbers, config.html)
     _show(numbers, estimate_text(numbers), as_json=config.json)
 
 
@@ -54,6 +58,10 @@ def inspect_command(config: InspectConfig) -> None:
     from teacher_cache.report import inspect_text
 
     numbers = inspect(config)
+    if config.html is not None:
+        from teacher_cache.pages import write_inspection
+
+        write_inspection(numbers, config.html)
     _show(numbers, inspect_text(numbers), as_json=config.json)
 
 

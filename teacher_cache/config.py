@@ -177,9 +177,21 @@ class PlanConfig(CaptureConfig):
     """`cache-teacher plan`: a `run` that is only counted."""
 
     calibrate: Annotated[
-        bool, Option(help="Also run the teacher on a sample: kept mass, hours, disk speed.")
+        bool,
+        Option(
+            help="Also run the teacher on a sample: bytes, kept mass and gradient error of every "
+            "kind and size, hours, disk speed."
+        ),
     ] = False
+    html: Annotated[
+        Path | None, Option(help="Also draw what was measured, as one file to open in a browser.")
+    ] = None
     json: Annotated[bool, Option(help="Print one JSON object.")] = False
+
+    def __post_init__(self) -> None:
+        CaptureConfig.__post_init__(self)
+        if self.html is not None and not self.calibrate:
+            raise ConfigError("--html draws what --calibrate measures: give both")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,6 +200,9 @@ class InspectConfig:
 
     cache: Annotated[Path, Option(help="Folder of the cache.", argument=True)]
     rows: Annotated[int, Option(help="Decoded rows to show.", min=0, max=100)] = 3
+    html: Annotated[Path | None, Option(help="Also draw it, as one file to open in a browser.")] = (
+        None
+    )
     json: Annotated[bool, Option(help="Print one JSON object.")] = False
 
     def __post_init__(self) -> None:

@@ -26,26 +26,33 @@ from shared.cache import (
 from shared.errors import CorruptCache, TeacherCacheError
 from shared.manifest import Manifest
 from shared.progress import Progress
+from shared.ragged import drawn_logprob
 from shared.schema import layout
 from shared.shards import Commit, ShardReader, commit_name, file_hash
 from shared.storage import Storage, temporary_files, temporary_writer
 from shared.tokenizer import load_cached_tokenizer
 from teacher_cache import seal as seals
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
-from teacher_cache.statistics import HIDDEN_ERRORS, add
+from teacher_cache.statistics import HIDDEN_ERRORS, add, histogram, kept_masses
 
 log = logging.getLogger(__name__)
 
+_PLACES_SHOWN, _CLASSES_SHOWN = 6, 6  # of a decoded row
+_HISTOGRAM_BLOCKS = 16  # about 65,000 positions
+_MISSING_LISTED = 20
 _STALE_AFTER_S = 24 * 3600.0  # a temporary file of another host this old has no writer any more
 
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
     """Provenance, completeness, sizes, kept mass, entropy and a few decoded rows."""
     cache = open_cache(config.cache, allow_partial=True)
-    return {
+    numbers = {
         **summary(cache),
         "rows_shown": [_decoded(cache, index) for index in _spread(cache, config.rows)],
     }
+    if config.html is not None and cache.has_targets:
+        numbers["histograms"] = histograms(cache)
+    return numbers
 
 
 def summary(cache: Cache) -> dict[str, Any]:
@@ -63,6 +70,7 @@ def summary(cache: Cache) -> dict[str, Any]:
         "cache_id": cache.cache_id,
         "format_version": manifest.format_version,
         "complete": not cache.missing_shards,
+        "missing_shards": cache.missing_shards[:_MISSING_LISTED],
         "shards": len(commits),
         "num_shards": manifest.plan.num_shards,
         "rows": cache.num_rows,
@@ -73,6 +81,7 @@ def summary(cache: Cache) -> dict[str, Any]:
         "target_bytes_per_position": target_bytes * per_position,
         "column_bytes_per_position": {n: s * per_position for n, s in sorted(columns.items())},
         "kept_mass": _kept_mass(statistics, per_position),
+        "entries": statistics["sum_entries"] * per_position,  # of ragged kinds
         "hidden_error": {
             str(layer): _hidden_error(statistics, layer)
             for layer in manifest.hidden.layers
@@ -128,22 +137,65 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
     }
     if row.targets is None:
         return shown
+    targets, spec = row.targets, cache.manifest.targets
+    sample = spec.kind == "sample"
+    drawn = float(drawn_logprob(spec)) if sample else 1.0
+    sizes = [spec.num_entries] * len(row.positions)
+    if targets.counts is not None:
+        sizes = targets.counts.tolist()
+    ids, logprobs = targets.ids.flatten().split(sizes), targets.logprobs.flatten().split(sizes)
     shown["positions"] = []
-    for place in range(min(4, len(row.positions))):
-        ids, logprobs = row.targets.entries(place)
-        shares: dict[str, float] = {}
-        for slot in logprobs.argsort(descending=True)[:4].tolist():  # several may be one text
-            text = tokenizer.decode([int(ids[slot])])
-            shares.setdefault(text, round(float(logprobs[slot].exp()), 4))
+    for place in range(min(_PLACES_SHOWN, len(row.positions))):
+        best = logprobs[place].argsort(descending=True, stable=True)
+        as_they_are = logprobs[place] != drawn
+        rest = 1 - float(logprobs[place][as_they_are].exp().sum())
         shown["positions"].append(
             {
                 "after": tokenizer.decode(row.input_ids[: int(row.positions[place]) + 1][-8:]),
                 "hard_label": tokenizer.decode([int(row.labels[place])]),
-                "teacher": shares,
-                "tail_mass": round(float(row.targets.tail_mass[place]), 4),
+                "teacher": [
+                    {
+                        "token": tokenizer.decode([int(ids[place][slot])]),
+                        "p": round(float(logprobs[place][slot].exp()), 4),
+                        "drawn": not bool(as_they_are[slot]),
+                    }
+                    for slot in best[:_CLASSES_SHOWN].tolist()
+                ],
+                "entries": sizes[place],
+                # Of a sample the tail is what its drawn entries stand for.
+                "rest": "left to the drawn" if sample else "tail",
+                "tail_mass": round(
+                    max(0.0, rest) if sample else float(targets.tail_mass[place]), 4
+                ),
             }
         )
     return shown
+
+
+def histograms(cache: Cache) -> dict[str, Any]:
+    """Positions by entropy, by tail mass and by entries, of some blocks spread over the cache.
+
+    The tail mass of a sample is that of all classes not kept as they are.
+    """
+    spec = cache.manifest.targets
+    chosen = np.unique(np.linspace(0, cache.num_blocks - 1, _HISTOGRAM_BLOCKS).astype(int))
+    blocks = [cache.read_block(number) for number in chosen.tolist()]
+    entropy = np.concatenate([block.entropy for block in blocks if block.entropy is not None])
+    targets = [block.target for block in blocks if block.target is not None]
+    tail = np.concatenate([1 - kept_masses(target, spec, {})[1.0] for target in targets])
+    step = math.log(spec.num_classes) / 255
+    found = {
+        "blocks": len(blocks),
+        "positions": len(entropy),
+        # 8 of the 256 stored steps in each bar: another number would draw a comb.
+        "entropy": histogram(entropy, -step / 2, 255.5 * step, bars=32),
+        "tail_mass": histogram(tail.clip(0, 1), 0, 1),
+    }
+    if spec.ragged:
+        counts = np.concatenate([t.counts for t in targets if t.counts is not None])
+        most = int(counts.max())
+        found["entries"] = histogram(counts, 0.5, most + 0.5, bars=min(40, most))
+    return found
 
 
 @dataclass(slots=True)

@@ -144,7 +144,7 @@ def _blocks(job: Job, documents: range, statistics: Counter[str]) -> Iterator[Ca
     )
     window: list[list[Row]] = []
     tokens = 0
-    for block in _cut_blocks(built):
+    for block in cut_blocks(built):
         job.check_stop()
         window.append(block)
         tokens += sum(len(row.input_ids) for row in block)
@@ -161,7 +161,7 @@ def _documents(job: Job, documents: range) -> Iterator[tuple[int, Document]]:
         yield from zip(part, job.draft.corpus.read(part), strict=True)
 
 
-def _cut_blocks(built: Iterator[Row]) -> Iterator[list[Row]]:
+def cut_blocks(built: Iterator[Row]) -> Iterator[list[Row]]:
     """Consecutive rows, together MIN_BLOCK_POSITIONS; the last block of a shard may be less."""
     block: list[Row] = []
     positions = 0
@@ -193,7 +193,7 @@ def _captured(job: Job, window: list[list[Row]], statistics: Counter[str]) -> It
     for block in window:
         kept = [index for index in range(start, start + len(block)) if index not in bad]
         if kept:
-            assembled = _assemble(flat, kept, targets, packed=job.manifest.preprocessing.pack)
+            assembled = assemble(flat, kept, targets, packed=job.manifest.preprocessing.pack)
             add(statistics, block_sums(assembled, job.manifest.targets))
             yield assembled, {} if targets is None else targets.roundings(kept)
         start += len(block)
@@ -213,7 +213,7 @@ def _report_nonfinite(job: Job, row: Row, position: int) -> None:
     log.warning("%s: row dropped", message)
 
 
-def _assemble(
+def assemble(
     window: Sequence[Row], kept: Sequence[int], targets: WindowTargets | None, *, packed: bool
 ) -> Block:
     """The rows `kept` of a window as a block, with their targets."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from shared import manifest as manifests
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
-from shared.hidden import ChannelStatistics, int8_scale, without_massive
+from shared.hidden import ChannelScale, ChannelStatistics, int8_scale, without_massive
 from shared.manifest import (
     BatchPlan,
     HiddenSpec,
@@ -174,7 +174,9 @@ def _like(draft: Draft, old: Storage) -> Draft:
     manifest, _ = manifests.read(old)
     fields = asdict(manifest)
     fields["targets"] = _asked_targets(fields["targets"])
-    names = ("teacher", "tokenizer", "targets", "hidden")
+    names = {"teacher", "tokenizer", "targets", "hidden"}
+    if draft.teacher is None:  # of a plan that reads no weights nobody can say whose they are
+        names.remove("teacher")
     asked = {name: value for name, value in draft.asked().items() if name in names}
     lines = list(manifests.differences({name: fields[name] for name in names}, asked))
     if lines:
@@ -349,10 +351,10 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
         asked_shard_tokens=draft.config.shard_tokens,
         asked_forward_tokens=draft.config.forward_tokens,
     )
-    return _manifest(draft, plan, side_files), side_files
+    return manifest_of(draft, plan, side_files), side_files
 
 
-def _manifest(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Manifest:
+def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Manifest:
     columns = optional_columns(
         packed=draft.preprocessing.pack,
         positions=draft.corpus.supervised,
@@ -424,7 +426,7 @@ def _fits(draft: Draft, teacher: Teacher, row: rows.Row, forward_tokens: int) ->
     """Whether as many such rows as one forward takes fit into the device's memory."""
     count = max(1, forward_tokens // len(row.input_ids))
     try:
-        _run(draft, teacher, [row] * count, forward_tokens)
+        run_largest(draft, teacher, [row] * count, forward_tokens)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -443,11 +445,26 @@ def _largest_classes(spec: TargetSpec) -> TargetSpec:
     return TargetSpec(kind="topk", num_classes=spec.num_classes, top_k=most)
 
 
-def _run(
+@dataclass(frozen=True, slots=True)
+class Largest:
+    """The largest classes of N positions, descending, and what the asked-for layers look like."""
+
+    ids_NK: Tensor
+    logprobs_NK: Tensor
+    statistics: dict[int, ChannelStatistics]
+    ordinary: dict[int, ChannelStatistics]  # without the massive states
+
+    def scales(self, hidden: HiddenSpec) -> dict[int, ChannelScale]:
+        """Centre and unit of each channel of each layer, where the codec has them."""
+        if hidden.codec != "int8":
+            return {}
+        return {layer: int8_scale(channel) for layer, channel in self.ordinary.items()}
+
+
+def run_largest(
     draft: Draft, teacher: Teacher, chosen: list[rows.Row], forward_tokens: int
-) -> tuple[Tensor, Tensor, dict[int, ChannelStatistics], dict[int, ChannelStatistics]]:
-    """The largest classes of each position and their log-probabilities, [N, K] each, and statistics
-    of the asked-for layers, over some rows: of all states, and without the massive ones."""
+) -> Largest:
+    """Runs the teacher over some rows."""
     spec = _largest_classes(draft.targets)
     largest: list[tuple[Tensor, Tensor]] = []
     statistics: dict[int, ChannelStatistics] = {}
@@ -465,7 +482,7 @@ def _run(
                 of_batch = ChannelStatistics.of(some)
                 found[layer] = found[layer].merge(of_batch) if layer in found else of_batch
     ids_NK, logprobs_NK = (torch.cat(parts) for parts in zip(*largest, strict=True))
-    return ids_NK, logprobs_NK, statistics, ordinary
+    return Largest(ids_NK, logprobs_NK, statistics, ordinary)
 
 
 def _learn(
@@ -473,6 +490,20 @@ def _learn(
 ) -> tuple[TargetSpec, bytes]:
     """The targets with their threshold, and the learnt side file: classes in order of how often
     they are kept, channel statistics."""
+    largest = run_largest(draft, teacher, learning_rows(sample), forward_tokens)
+    targets, ranks = learn_targets(draft.targets, largest, sample)
+    arrays: dict[str, np.ndarray] = {"class_by_rank": ranks.classes}
+    for layer, channel in largest.statistics.items():
+        arrays[f"hidden.{layer}.mean"] = channel.mean.astype(np.float32)
+        arrays[f"hidden.{layer}.std"] = channel.std.astype(np.float32)
+    for layer, scale in largest.scales(draft.hidden).items():
+        arrays[f"hidden.{layer}.centre"] = scale.centre
+        arrays[f"hidden.{layer}.unit"] = scale.unit
+    return targets, save_safetensors(arrays)
+
+
+def learning_rows(sample: Sample) -> list[rows.Row]:
+    """The rows that the teacher runs over before anything is captured."""
     chosen: list[rows.Row] = []
     tokens = 0
     for row in sample.rows:
@@ -480,26 +511,25 @@ def _learn(
         tokens += len(row.input_ids)
         if tokens >= _LEARN_TOKENS:
             break
-    ids_NK, logprobs_NK, statistics, ordinary = _run(draft, teacher, chosen, forward_tokens)
-    targets = draft.targets
+    return chosen
+
+
+def learn_targets(
+    spec: TargetSpec, largest: Largest, sample: Sample
+) -> tuple[TargetSpec, ClassRanks]:
+    """The targets with their threshold, and the classes in order of how often they are kept."""
+    ids_NK, logprobs_NK = largest.ids_NK, largest.logprobs_NK
+    if spec.kind == "topk":
+        ids_NK, logprobs_NK = ids_NK[:, : spec.num_entries], logprobs_NK[:, : spec.num_entries]
     share_NK = torch.ones_like(logprobs_NK)
-    if targets.ragged:
-        targets = replace(targets, threshold=find_threshold(logprobs_NK, targets))
-        share_NK, _ = inclusion(logprobs_NK, targets.kind, targets.threshold)
-    kept = np.bincount(ids_NK.flatten(), share_NK.flatten().double(), targets.num_classes)
+    if spec.ragged:
+        if not spec.threshold:  # --like brings its own
+            spec = replace(spec, threshold=find_threshold(logprobs_NK, spec))
+        share_NK, _ = inclusion(logprobs_NK, spec.kind, spec.threshold)
+    kept = np.bincount(ids_NK.flatten(), share_NK.flatten().double(), spec.num_classes)
     seen = sample.token_counts[: len(kept)]
     kept[: len(seen)] += seen
-    ranks = ClassRanks.from_counts(np.rint(kept * 16))
-    arrays: dict[str, np.ndarray] = {"class_by_rank": ranks.classes}
-    for layer, channel in statistics.items():
-        arrays[f"hidden.{layer}.mean"] = channel.mean.astype(np.float32)
-        arrays[f"hidden.{layer}.std"] = channel.std.astype(np.float32)
-    if draft.hidden.codec == "int8":
-        for layer, channel in ordinary.items():
-            scale = int8_scale(channel)
-            arrays[f"hidden.{layer}.centre"] = scale.centre
-            arrays[f"hidden.{layer}.unit"] = scale.unit
-    return targets, save_safetensors(arrays)
+    return spec, ClassRanks.from_counts(np.rint(kept * 16))
 
 
 def publish_or_adopt(draft: Draft, storage: Storage) -> tuple[Manifest, str]:

@@ -1,5 +1,6 @@
 """What `plan`, `inspect` and `verify` print for a person; pure functions from numbers to text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from teacher_cache.check import Checked
@@ -17,13 +18,22 @@ def estimate_text(numbers: dict[str, Any]) -> str:
         f"shards      {numbers['shards']:,} of {numbers['documents_per_shard']:,} documents",
         f"classes     {numbers['classes']:,}",
     ]
-    if numbers["target_bytes_per_position"]:
-        how = "measured on a sample" if numbers["calibrated"] else "from a table, a strong teacher"
-        lines.append(f"bytes of targets for each position ({how}):")
-        lines += _by_k(numbers)
+    if numbers["choices"]:
+        how = (
+            f"measured over {numbers['measured_positions']:,} positions"
+            if numbers["calibrated"]
+            else "bytes from a table of a strong teacher's; --calibrate measures this one"
+        )
+        lines.append(f"targets     {how}")
+        lines += _choices(numbers["choices"])
+    if best := recommendation(numbers):
+        lines.append(f"so          {best}")
+    each = ", ".join(
+        f"{part} {value:.1f}" for part, value in numbers["bytes_per_position"].items() if value
+    )
     lines.append(
-        f"disk        about {size(numbers['bytes'])} at --top-k {numbers['top_k']}, "
-        f"{size(numbers['free_bytes'])} free"
+        f"disk        about {size(numbers['bytes'])} with --targets {numbers['asked']} "
+        f"({each} bytes for each position), {size(numbers['free_bytes'])} free"
         + ("" if numbers["enough_space"] else "  NOT ENOUGH (10 % to spare is advised)")
     )
     if numbers["calibrated"]:
@@ -34,30 +44,93 @@ def estimate_text(numbers: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _by_k(numbers: dict[str, Any]) -> list[str]:
-    masses = numbers.get("kept_mass", {})
-    header = "      k   bytes" + "".join(f"  kept at T={t}" for t in masses)
-    lines = [header]
-    for k, bytes_each in numbers["target_bytes_per_position"].items():
-        kept = "".join(f"  {by_k[k]:>11.1%}" for by_k in masses.values())
-        mark = "  <- --top-k" if int(k) == numbers["top_k"] else ""
-        lines.append(f"  {k:>5} {bytes_each:>7.1f}{kept}{mark}")
+CHOICE_NOTES = (
+    "bytes: of the target columns, for each position",
+    "kept: mean probability of the classes kept as they are",
+    "KL: of what is kept, scaled to a sum of 1, to all of it; -ln kept mass, mean",
+    "gradient error: of an output head over these positions, relative to the gradient of the whole "
+    "distributions; bias: the part that a larger batch does not make smaller, 0 where there is no "
+    "sign of one",
+)
+
+
+def choice_table(choices: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Header and one line for each kind and size, as text; without columns that nothing has."""
+    temperatures = list(dict.fromkeys(t for choice in choices for t in choice["kept_mass"]))
+    students = list(dict.fromkeys(s for choice in choices for s in choice["gradient_error"]))
+    header = ["targets", "bytes"]
+    if students:
+        header += ["entries", *(f"kept T={t}" for t in temperatures), "KL"]
+        for student in students:
+            kl = choices[0]["gradient_error"][student]["student_kl"]
+            header += [f"error, student at KL {kl:.1f}", "bias"]
+    table = [header]
+    for choice in choices:
+        line = [choice["text"], f"{choice['bytes_per_position']:.1f}"]
+        if students:
+            masses, kl = choice["kept_mass"], choice["truncation_kl"]
+            line.append(f"{choice['entries']:.1f}")
+            line += [f"{masses[t]:.1%}" if t in masses else "" for t in temperatures]
+            line.append("" if kl is None else f"{kl:.4f}")
+            for student in students:
+                found = choice["gradient_error"][student]
+                line += [f"{found['error']:.4f}", f"{found['bias']:.4f}" if found["bias"] else "0"]
+        table.append(line)
+    return table
+
+
+def _choices(choices: Sequence[dict[str, Any]]) -> list[str]:
+    table = choice_table(choices)
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    marks = ["", *("  <- asked for" if choice["asked"] else "" for choice in choices)]
+    lines = []
+    for line, mark in zip(table, marks, strict=True):
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        lines.append("  " + "  ".join(cells).rstrip() + mark)
+    if len(table[0]) > 2:
+        lines += [f"  ({note})" for note in CHOICE_NOTES]
     return lines
+
+
+def recommendation(numbers: dict[str, Any]) -> str:
+    """What comes closest to the whole gradient in the room of what was asked for, at the same
+    temperatures; "" if nothing was measured."""
+    asked = next((choice for choice in numbers["choices"] if choice["asked"]), None)
+    if asked is None or not asked["gradient_error"]:
+        return ""
+    fitting = [
+        choice
+        for choice in numbers["choices"]
+        if choice["bytes_per_position"] <= asked["bytes_per_position"]
+        and (choice["kind"] == "dense" or asked["kept_mass"].keys() <= choice["kept_mass"].keys())
+    ]
+    parts = []
+    for student, of_asked in asked["gradient_error"].items():
+        best = min(fitting, key=lambda choice: choice["gradient_error"][student]["error"])
+        error = best["gradient_error"][student]["error"]
+        found = (
+            f"itself, {error:.4f}"
+            if best is asked
+            else f"{best['text']}, {error:.4f} (asked for: {of_asked['error']:.4f})"
+        )
+        parts.append(f"{found} for a student at KL {of_asked['student_kl']:.1f}")
+    return f"least gradient error in at most the bytes of {asked['text']}: " + "; ".join(parts)
 
 
 def inspect_text(numbers: dict[str, Any]) -> str:
     """The answer of `cache-teacher inspect`."""
     teacher, plan = numbers["teacher"], numbers["plan"]
-    targets, corpus = numbers["targets"], numbers["corpus"]
+    corpus = numbers["corpus"]
     state = "complete" if numbers["complete"] else "INCOMPLETE"
     lines = [
         f"cache       {numbers['cache_id'][:16]}  format {numbers['format_version']}  {state}: "
         f"{numbers['shards']} of {numbers['num_shards']} shards",
-        f"teacher     {_teacher(teacher)}",
+        f"teacher     {teacher_text(teacher)}",
         f"corpus      {corpus['source']}  {numbers['preprocessing']['split']}  "
         f"{corpus['num_documents']:,} documents, {plan['documents_per_shard']:,} a shard",
         f"task        {numbers['task']}",
-        f"targets     {_targets(targets)}",
+        f"targets     {targets_text(numbers)}",
         f"size        {size(numbers['bytes'])}: {numbers['rows']:,} rows, {numbers['tokens']:,} "
         f"tokens, {numbers['positions']:,} positions, "
         f"{numbers['bytes_per_position']:.1f} bytes/position",
@@ -65,9 +138,8 @@ def inspect_text(numbers: dict[str, Any]) -> str:
     if numbers["counters"]:
         lines.append("counted     " + _counted(numbers["counters"]))
     if teacher is not None:
-        kept = ", ".join(f"T={t}: {mass:.1%}" for t, mass in numbers["kept_mass"].items())
         lines += [
-            f"kept mass   {kept}",
+            f"kept mass   {kept_text(numbers)}",
             f"entropy     {numbers['entropy']:.3f} nats; loss on the hard labels "
             f"{numbers['teacher_loss']:.3f} nats",
         ]
@@ -80,7 +152,7 @@ def inspect_text(numbers: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _teacher(teacher: dict[str, Any] | None) -> str:
+def teacher_text(teacher: dict[str, Any] | None) -> str:
     if teacher is None:
         return "none (hard labels only)"
     return (
@@ -89,14 +161,35 @@ def _teacher(teacher: dict[str, Any] | None) -> str:
     )
 
 
-def _targets(targets: dict[str, Any]) -> str:
-    if targets["kind"] == "none":
+def targets_text(numbers: dict[str, Any]) -> str:
+    """Kind, size asked for and found, bits, temperatures."""
+    targets = numbers["targets"]
+    kind, classes = targets["kind"], f"{targets['num_classes']:,} classes"
+    if kind == "none":
         return "none"
     stored = ", ".join(["1", *(f"{t:g}" for t in targets["temperatures"])])
-    return (
-        f"{targets['kind']}, {targets['top_k']} of {targets['num_classes']:,} classes, "
-        f"{targets['value_bits']} bits, exact at T = {stored}"
+    bits = f"{targets['value_bits']} bits"
+    if kind == "dense":
+        return f"dense, all {classes}, {bits}, exact at any T"
+    if kind == "topk":
+        return f"topk, {targets['top_k']} of {classes}, {bits}, exact at T = {stored}"
+    which = (
+        f"every p >= {targets['threshold']:g}"
+        if kind == "adaptive"
+        else f"every p >= {targets['threshold']:g}, the others drawn with that weight"
     )
+    return (
+        f"{kind}, {numbers['entries']:.1f} of {classes} ({targets['mean_entries']:g} asked for), "
+        f"{which}, {bits}, exact at T = {stored}"
+    )
+
+
+def kept_text(numbers: dict[str, Any]) -> str:
+    """The kept mass at each temperature, and of what it is the mass."""
+    kept = ", ".join(f"T={t}: {mass:.1%}" for t, mass in numbers["kept_mass"].items())
+    if numbers["targets"]["kind"] == "sample":
+        return f"{kept} (of the classes kept as they are; all others may be drawn)"
+    return kept
 
 
 def _hidden(layer: int, numbers: dict[str, Any]) -> str:
@@ -114,11 +207,14 @@ def _counted(counters: dict[str, int]) -> str:
 
 def _row_text(row: dict[str, Any]) -> list[str]:
     lines = [f"row of document {row['document']:,}, {row['tokens']} tokens: {row['text']!r}"]
-    for position in row.get("positions", []):
-        best = "  ".join(f"{token!r} {p:.3f}" for token, p in position["teacher"].items())
+    for position in row.get("positions", [])[:4]:
+        best = "  ".join(
+            f"{entry['token']!r} {entry['p']:.3f}{' (drawn)' if entry['drawn'] else ''}"
+            for entry in position["teacher"][:4]
+        )
         lines.append(
             f"  after {position['after']!r} comes {position['hard_label']!r}; the teacher says "
-            f"{best}  tail {position['tail_mass']:.3f}"
+            f"{best}  {position['rest']} {position['tail_mass']:.3f}"
         )
     return lines
 

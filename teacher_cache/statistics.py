@@ -37,15 +37,26 @@ def block_sums(block: Block, spec: TargetSpec) -> dict[str, float]:
     sums = {
         "sum_entropy": block.entropy,
         "sum_label_logprob": block.label_logprob,
-        "sum_kept_mass": _kept_mass(target, spec),
+        **{
+            f"sum_kept_mass.{t:g}" if t != 1 else "sum_kept_mass": mass_P
+            for t, mass_P in kept_masses(target, spec, block.log_partition_ratio).items()
+        },
     }
     if target.counts is not None:
         sums["sum_entries"] = target.counts
-    for temperature, ratio_P in block.log_partition_ratio.items():
+    return {name: float(values.sum(dtype=np.float64)) for name, values in sums.items()}
+
+
+def kept_masses(
+    target: Target, spec: TargetSpec, log_partition_ratio: Mapping[float, Floats]
+) -> dict[float, Floats]:
+    """Kept mass of each position [P] at temperature 1 and at those whose log-partition is given."""
+    masses = {1.0: _kept_mass(target, spec)}
+    for temperature, ratio_P in log_partition_ratio.items():
         spread = ratio_P[:, None] if target.counts is None else np.repeat(ratio_P, target.counts)
         kept = np.exp(target.logprobs / np.float32(temperature) - spread)
-        sums[f"sum_kept_mass.{temperature:g}"] = _of_positions(kept, target)
-    return {name: float(values.sum(dtype=np.float64)) for name, values in sums.items()}
+        masses[temperature] = _of_positions(kept, target)
+    return masses
 
 
 def _kept_mass(target: Target, spec: TargetSpec) -> Floats:
@@ -100,3 +111,11 @@ def hidden_error(layer: int, error_S: np.ndarray, square_S: np.ndarray) -> dict[
     values = error_S.sum(), square_S.sum(), worst
     names = (f"{name}.{layer}" for name in HIDDEN_ERRORS)
     return dict(zip(names, map(float, values), strict=True))
+
+
+def histogram(
+    values: np.ndarray, smallest: float, largest: float, bars: int = 40
+) -> dict[str, list[float]]:
+    """How many values lie between neighbouring ones of bars + 1 edges."""
+    counts, edges = np.histogram(values, bins=bars, range=(smallest, largest))
+    return {"edges": [round(float(edge), 6) for edge in edges], "counts": counts.tolist()}

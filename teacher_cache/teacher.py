@@ -35,6 +35,7 @@ __all__ = [
     "TeacherBatch",
     "TeacherOutput",
     "config_hash",
+    "hidden_width_of",
     "load_tokenizer",
     "logit_width_of",
     "weights_digest",

@@ -21,8 +21,8 @@ _DIGITS = 4  # kept of the result, so that a person can read it
 
 def find_threshold(logprobs_NK: Tensor, spec: TargetSpec) -> float:
     """The threshold with `spec.mean_entries` entries of a position on average."""
-    lowest, highest = (MIN_SPACING if spec.kind == "sample" else _LOWEST), _HIGHEST
-    if (most := mean_entries(logprobs_NK, spec.kind, lowest)) < spec.mean_entries:
+    lowest, highest = _lowest(spec.kind), _HIGHEST
+    if (most := most_entries(logprobs_NK, spec.kind)) < spec.mean_entries:
         log.warning(
             "--mean-entries %g: this teacher has %.1f at the lowest threshold there is, %.2g, "
             "which is used",
@@ -44,6 +44,15 @@ def find_threshold(logprobs_NK: Tensor, spec: TargetSpec) -> float:
         else:
             high = middle
     return max(lowest, float(f"{high:.{_DIGITS}g}"))
+
+
+def _lowest(kind: TargetKind) -> float:
+    return MIN_SPACING if kind == "sample" else _LOWEST
+
+
+def most_entries(logprobs_NK: Tensor, kind: TargetKind) -> float:
+    """The largest mean that any threshold gives."""
+    return mean_entries(logprobs_NK, kind, _lowest(kind))
 
 
 def mean_entries(logprobs_NK: Tensor, kind: TargetKind, threshold: float) -> float:

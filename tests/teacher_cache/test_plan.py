@@ -373,7 +373,7 @@ def test_a_small_corpus_is_counted_exactly(options, capture, pack):
     assert numbers["positions"] == int(cache.row_positions.sum())
     assert numbers["documents_per_shard"] == cache.manifest.plan.documents_per_shard
     assert numbers["shards"] == cache.manifest.plan.num_shards
-    assert (numbers["classes"], numbers["targets"], numbers["top_k"]) == (300, "topk", 8)
+    assert (numbers["classes"], numbers["targets"], numbers["asked"]) == (300, "topk", "topk 8")
     if not pack:  # rows are packed inside a shard, and in another order in the sample
         assert numbers["rows"] == len(cache)
 
@@ -388,31 +388,46 @@ def test_a_plan_without_calibration_reads_no_weights_and_writes_nothing(options,
     json.dumps(numbers)  # everything in it is JSON
 
 
-def test_the_table_of_bytes_grows_with_k_and_holds_the_asked_one(options):
-    sizes = plan_of(options, top_k=24)["target_bytes_per_position"]
-    assert list(sizes) == ["8", "16", "24", "32", "64", "128"]
-    assert list(sizes.values()) == sorted(sizes.values())
+def test_the_table_of_bytes_grows_with_the_size_and_holds_the_asked_one(options):
+    choices = plan_of(options, top_k=24)["choices"]
+    sizes = {choice["size"]: choice["bytes_per_position"] for choice in of_kind(choices, "topk")}
+    assert list(sizes) == [8, 16, 24, 32, 64, 128]
+    for kind in ("topk", "adaptive", "sample"):
+        found = [choice["bytes_per_position"] for choice in of_kind(choices, kind)]
+        assert found == sorted(found)
+    assert [choice["text"] for choice in choices if choice["asked"]] == ["topk 24"]
 
 
 def test_hidden_states_count_by_codec_and_by_how_often_they_are_kept(options):
     """32 channels of two layers, of which no weights are read."""
 
     def extra(**hidden):
-        layers = {"hidden_layers": (-1, 0)}
-        more = plan_of(options, **layers, **hidden)["other_bytes_per_position"]
-        return more - plan_of(options)["other_bytes_per_position"]
+        return plan_of(options, hidden_layers=(-1, 0), **hidden)["bytes_per_position"]["hidden"]
 
     assert extra() == pytest.approx(2 * 32 * 1.4, abs=0.11)
     assert extra(hidden_codec="fp8") == pytest.approx(2 * 32 * 0.85, abs=0.11)
     assert extra(hidden_every=4) == pytest.approx(2 * 32 * 1.4 / 4, abs=0.11)
 
 
-def test_label_only_costs_no_target_bytes(options, tokenizer_dir):
-    label_only = {"teacher": None, "targets": "none", "top_k": 32}
+def of_kind(choices: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [choice for choice in choices if choice["kind"] == kind]
+
+
+def test_more_bits_take_more_bytes(options):
+    narrow, wide = (plan_of(options, value_bits=bits)["choices"] for bits in (7, 16))
+    for kind in ("topk", "adaptive", "sample"):
+        for one, other in zip(of_kind(narrow, kind), of_kind(wide, kind), strict=True):
+            grown = other["bytes_per_position"] - one["bytes_per_position"]
+            assert grown == pytest.approx(one["size"] * 9 / 8, abs=0.11)
+
+
+def test_label_only_costs_its_tokens_and_nothing_else(options, labels_dir, tokenizer_dir):
+    label_only = {"teacher": None, "targets": "none", "top_k": 32, "limit_documents": 0}
     numbers = plan_of(options, tokenizer=str(tokenizer_dir), **label_only)
-    assert numbers["target_bytes_per_position"] == {}
-    assert (numbers["targets"], numbers["top_k"]) == ("none", 0)
-    assert 0 < numbers["bytes"] < 10 * numbers["positions"]
+    assert numbers["choices"] == []
+    assert numbers["targets"] == "none"
+    columns = sum(sum(commit.column_bytes.values()) for commit in open_cache(labels_dir).commits)
+    assert numbers["bytes"] == pytest.approx(columns, rel=0.05)  # blocks cut elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -448,19 +463,52 @@ def test_the_kept_mass_is_that_of_the_dense_teacher(
     for k, masses in kept.items():
         expected = float(torch.cat(masses).mean())
         # float32 against float64 logits of size 10
-        assert calibrated["kept_mass"][f"{temperature:g}"][str(k)] == pytest.approx(
-            expected, abs=1e-5
+        choice = next(c for c in calibrated["choices"] if c["text"] == f"topk {k}")
+        assert choice["kept_mass"][f"{temperature:g}"] == pytest.approx(expected, abs=1e-5)
+        by_k = calibrated["kept_mass_by_k"][f"{temperature:g}"]
+        assert by_k[str(k)] == pytest.approx(expected, abs=1e-5)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "topk": {"targets": "topk", "top_k": 8, "temperature": (2.0,)},
+    "adaptive": {"targets": "adaptive", "mean_entries": 6.0},
+    "sample": {"targets": "sample", "mean_entries": 6.0},
+    "dense": {"targets": "dense"},
+    "hidden": {"targets": "topk", "top_k": 4, "hidden_layers": (-1, 0)},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_bytes_of_every_kind_are_those_of_its_cache(options, capture, name):
+    kind = KINDS[name]
+    plain = {key: value for key, value in options.items() if key != "top_k"} | kind
+    cache = open_cache(capture(**plain | {"shard_tokens": 10**6, "out": options["out"]}))
+    columns = Counter()
+    for commit in cache.commits:
+        columns.update(commit.column_bytes)
+    positions = int(cache.row_positions.sum())
+    targets = sum(size for column, size in columns.items() if column.startswith("target_"))
+    numbers = plan_of(plain, out=options["out"].parent / "other", calibrate=True)
+    assert numbers["bytes"] == pytest.approx(sum(columns.values()), rel=0.02)
+    asked = next(choice for choice in numbers["choices"] if choice["asked"])
+    # the rows of one block in another order, and another draw
+    assert asked["bytes_per_position"] == pytest.approx(targets / positions, rel=0.05)
+    if name == "hidden":
+        states = sum(size for column, size in columns.items() if column.startswith("hidden"))
+        assert numbers["bytes_per_position"]["hidden"] == pytest.approx(
+            states / positions, rel=0.01
         )
+        table = plan_of(plain, out=options["out"].parent / "other")["bytes_per_position"]
+        assert table["hidden"] == pytest.approx(states / positions, rel=0.4)
 
 
-def test_the_measured_bytes_are_near_those_of_a_cache(calibrated, capture):
-    cache = open_cache(capture(max_length=64, shard_tokens=10**6, top_k=8))
-    target = [
-        size
-        for commit in cache.commits
-        for column, size in commit.column_bytes.items()
-        if column.startswith("target_")
-    ]
-    actual = sum(target) / cache.row_positions.sum()
-    # half of 30 documents in one block that is not full, against 500 documents
-    assert calibrated["target_bytes_per_position"]["8"] == pytest.approx(actual, rel=0.25)
+def test_a_plan_like_a_cache_is_of_its_targets(options, small_dir):
+    plain = {k: v for k, v in options.items() if k not in ("top_k", "max_length")}
+    numbers = plan_of(plain, like=small_dir)
+    assert numbers["asked"] == "topk 8"
+    assert [c["text"] for c in numbers["choices"] if c["asked"]] == ["topk 8"]
+
+
+def test_a_page_needs_something_measured(options):
+    with pytest.raises(ConfigError, match="--html draws what --calibrate measures: give both"):
+        PlanConfig(**options, html=options["out"] / "plan.html")
