@@ -41,6 +41,8 @@ def batch_of(
     input_ids = np.zeros((len(chosen), width), np.int64)
     mask = np.zeros((len(chosen), width), np.int64)
     places = np.zeros((len(chosen), width), np.int64)
+    types = np.zeros((len(chosen), width), np.int64)
+    labels: list[np.ndarray] = []
     at: list[np.ndarray] = []
     into: list[np.ndarray] = []
     for line, index in enumerate(chosen):
@@ -50,6 +52,9 @@ def batch_of(
         mask[line, :size] = 1
         places[line] = _places(row, width)
         at.append(line * width + row.positions())
+        labels.append(row.input_ids[row.positions() + 1] if row.labels is None else row.labels)
+        if row.token_type_ids is not None:
+            types[line, :size] = row.token_type_ids
         into.append(np.arange(starts[index], starts[index + 1]))
     position_index = torch.from_numpy(np.concatenate(at))
     ids = torch.from_numpy(input_ids)
@@ -59,9 +64,10 @@ def batch_of(
             input_ids=ids,
             attention_mask=None if packed else torch.from_numpy(mask),
             position_ids=torch.from_numpy(places) if packed else None,
+            token_type_ids=torch.from_numpy(types) if types.any() else None,
             position_index=position_index,
         ),
-        labels=ids.reshape(-1)[position_index + 1],
+        labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
         window_index=torch.from_numpy(np.concatenate(into)),
     )
 

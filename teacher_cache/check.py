@@ -63,6 +63,7 @@ def check(config: CheckConfig) -> Checked:
         raise CacheMismatch(f"{config.cache}: holds hard labels only, so no teacher can be checked")
     teacher = Teacher.load(
         config.teacher,
+        task=cache.manifest.task,
         revision=config.revision,
         dtype=config.dtype if config.dtype != "auto" else _cached_dtype(cache),
         device=config.device,
@@ -107,7 +108,8 @@ class _Live(_Cells):
 def _row(cache: Cache, index: int) -> Row:
     row = cache[index]
     ids, positions = row.input_ids.numpy().astype(np.int32), row.positions.numpy()
-    return Row(row.row_id, ids, row.segments, positions)
+    types = None if row.token_type_ids is None else row.token_type_ids.numpy()
+    return Row(row.row_id, ids, row.segments, positions, row.labels.numpy(), types)
 
 
 def _cached(cache: Cache, chosen: list[int]) -> _Cells:

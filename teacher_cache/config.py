@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from shared.errors import ConfigError
 from shared.options import SET, Option, check_bounds
-from shared.tasks import TaskName
+from shared.tasks import TASKS, TaskName
 
 Targets = Literal["auto", "topk", "adaptive", "sample", "dense", "none"]
 _NOT_LIKE = {"like": (None,)}  # with --like these come from that cache
@@ -45,6 +45,14 @@ class CaptureConfig:
     encoding_errors: Annotated[
         Literal["strict", "replace", "ignore"], Option(help="What to do with bytes not UTF-8.")
     ] = "strict"
+    labels: Annotated[
+        Path | None,
+        Option(
+            help="JSON list of the classes' names, in order.",
+            show_default="the teacher's, or those in the corpus",
+            read_when={"task": ("token-classification", "sequence-classification")},
+        ),
+    ] = None
     limit_documents: Annotated[int, Option(help="At most this many documents; 0: all.", min=0)] = 0
     max_length: Annotated[
         int, Option(help="Tokens of a row; longer ones are cut.", min=2, read_when=_NOT_LIKE)
@@ -146,6 +154,8 @@ class CaptureConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if TASKS[self.task].target_space == "labels":
+            self._check_label_space()
         if self.targets == "none":
             self._check_label_only()
         elif self.teacher is None:
@@ -156,6 +166,15 @@ class CaptureConfig:
         for pair in self.columns:
             if "=" not in pair:
                 raise ConfigError(f"--columns {pair}: expected ROLE=COLUMN, such as text=body")
+
+    def _check_label_space(self) -> None:
+        if self.targets not in ("auto", "dense", "none"):
+            raise ConfigError(
+                f"--targets {self.targets}: --task {self.task} keeps every class, which is dense, "
+                "or hard labels only, which is none"
+            )
+        if self.pack or self.hidden_layers:
+            raise ConfigError(f"--pack and --hidden-layers are not there for --task {self.task}")
 
     def _check_label_only(self) -> None:
         if self.teacher is None and self.tokenizer is None:

@@ -22,9 +22,10 @@ import xxhash
 from shared.errors import CorpusError
 from shared.manifest import CorpusInfo
 from shared.shards import file_hash
+from shared.tasks import TASKS
 from teacher_cache.chat import Conversation, Exchange
 from teacher_cache.config import CaptureConfig
-from teacher_cache.rows import Document
+from teacher_cache.label_rows import Labelled, Tagged
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +39,17 @@ _LOADERS = {
 # Role -> names that are taken for it, in this order, where --columns says nothing.
 _NAMES = {
     "messages": ("messages", "conversations", "conversation", "dialogue"),
-    "text": ("text", "content", "body", "document", "article"),
+    "text": ("text", "content", "body", "document", "article", "sentence", "sentence1", "premise"),
     "prompt": ("prompt", "question", "instruction", "input"),
     "completion": ("completion", "answer", "response", "output"),
+    "tokens": ("tokens", "words"),
+    "tags": ("tags", "ner_tags", "labels"),
+    "text_pair": ("text_pair", "sentence2", "hypothesis"),
+    "label": ("label", "labels", "intent", "category"),
 }
-_WAYS = (("messages",), ("text",), ("prompt", "completion"))  # what a document may consist of
+
+
+_READ_AT_ONCE = 1000  # documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +66,24 @@ class Corpus:
     @property
     def supervised(self) -> bool:
         """Whether only a part of each document is predicted: what an assistant says."""
-        return "text" not in self.columns
+        return self.columns.keys() != {"text"}
 
-    def read(self, indices: Sequence[int]) -> list[Document]:
-        """Texts, conversations, or prompts with their completions; a null is an empty document."""
+    def labels(self) -> tuple[str, ...]:
+        """The names of all labels there are, sorted; of numbers, the numbers up to the largest."""
+        role = "tags" if "tags" in self.columns else "label"
+        found: set[str | int] = set()
+        for start in range(0, len(self), _READ_AT_ONCE):
+            batch = self.documents[start : start + _READ_AT_ONCE][self.columns[role]]
+            for value in batch:
+                found.update(value or () if role == "tags" else (value,))
+        known = found - {None, -100}
+        if all(isinstance(label, str) for label in known):
+            return tuple(sorted(map(str, known)))
+        numbers = [label for label in known if isinstance(label, int)]
+        return tuple(f"LABEL_{number}" for number in range(max(numbers) + 1))
+
+    def read(self, indices: Sequence[int]) -> list[Any]:
+        """Documents as the task builds rows of them; a null is an empty document."""
         if not indices:
             return []
         rows = self.documents[list(indices)]
@@ -70,8 +91,15 @@ class Corpus:
             found = rows[self.columns["messages"]]
             return [self._conversation(*pair) for pair in zip(indices, found, strict=True)]
         parts = {role: rows[column] for role, column in self.columns.items()}
+        if "tags" in parts:
+            pairs = zip(parts["tokens"], parts["tags"], strict=True)
+            return [Tagged(tuple(tokens or ()), tuple(tags or ())) for tokens, tags in pairs]
+        labels = parts.pop("label", None)
         for role, values in parts.items():
             parts[role] = [self._text(i, v, role) for i, v in zip(indices, values, strict=True)]
+        if labels is not None:
+            second = parts.get("text_pair", [None] * len(labels))
+            return [Labelled(*each) for each in zip(parts["text"], second, labels, strict=True)]
         if "text" in parts:
             return list(parts["text"])
         return [Exchange(*pair) for pair in zip(parts["prompt"], parts["completion"], strict=True)]
@@ -261,31 +289,34 @@ def _open_hub(config: CaptureConfig) -> tuple[datasets.Dataset, str]:
 def _columns(documents: datasets.Dataset, config: CaptureConfig) -> dict[str, str]:
     """The column of each role: as asked, else by its usual names."""
     names, asked = list(documents.column_names), config.column_of
-    unknown = sorted(set(asked) - set(_NAMES))
+    task_ways = TASKS[config.task].ways
+    roles = list(dict.fromkeys(role for way in task_ways for role in way))
+    unknown = sorted(set(asked) - set(roles))
     if unknown:
         raise CorpusError(
-            f"--columns {unknown[0]}=...: --task {config.task} reads the roles {', '.join(_NAMES)}"
+            f"--columns {unknown[0]}=...: --task {config.task} reads the roles {', '.join(roles)}"
         )
     for column in asked.values():
         if column not in names:
             raise CorpusError(f"{config.corpus}: no column {column!r}; there are {_listed(names)}")
-    ways: tuple[tuple[str, ...], ...] = _WAYS
+    ways = task_ways
     if asked:
-        ways = tuple(way for way in _WAYS if set(asked) <= set(way))
+        ways = tuple(way for way in task_ways if set(asked) <= set(way))
         if not ways:
             raise CorpusError(
                 f"--columns {' '.join(asked)}: a document is messages, or text, or prompt and "
                 "completion, not several of them"
             )
     for way in ways:
-        found = {role: asked.get(role) or _usual(role, names) for role in way}
+        free = [name for name in names if name not in asked.values()]
+        found = {role: asked.get(role) or _usual(role, free) for role in way}
         chosen = {role: column for role, column in found.items() if column is not None}
         if len(chosen) == len(way):
             return chosen
+    wanted = " or ".join(" and ".join(way) for way in task_ways)
     raise CorpusError(
-        f"{config.corpus}: no column of text or messages among {_listed(names)}. "
-        f"Say which one it is: --columns text={names[0] if names else 'NAME'}, or messages=..., or "
-        "prompt=... and completion=..."
+        f"{config.corpus}: --task {config.task} reads {wanted}, and there are the columns "
+        f"{_listed(names)}. Say which is which: --columns {task_ways[-1][0]}={names[0]}"
     )
 
 

@@ -1,6 +1,6 @@
 """Stage one on one screen: a shard as a function of (manifest, i), and the run around it.
 
-documents -> rows.build -> capture_window (Teacher.forward -> select) -> encode_block
+documents -> build_rows -> capture_window (Teacher.forward -> select) -> encode_block
           -> ShardWriter.write -> commit
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,10 @@ from shared.schema import MIN_BLOCK_POSITIONS, ROW_CHUNK_BITS
 from shared.shards import EncodedBlock, ShardWriter, commit_name
 from shared.storage import Storage
 from shared.target import ClassRanks
-from teacher_cache import rows
 from teacher_cache.capture import WindowTargets, capture_window
 from teacher_cache.config import CaptureConfig
 from teacher_cache.plan import Draft, publish_or_adopt, resolve
-from teacher_cache.rows import Document, Row
+from teacher_cache.rows import Row
 from teacher_cache.statistics import add, block_sums, encode_and_measure
 from teacher_cache.teacher import Teacher
 from teacher_cache.workers import (
@@ -139,9 +139,7 @@ def capture_shard(job: Job, shard: int) -> None:
 
 def _blocks(job: Job, documents: range, statistics: Counter[str]) -> Iterator[Captured]:
     """Blocks of a shard in order; the teacher runs over a window of them at a time."""
-    built = rows.build(
-        _documents(job, documents), job.draft.tokenizer, job.draft.preprocessing, statistics
-    )
+    built = job.draft.build_rows(_documents(job, documents), statistics)
     window: list[list[Row]] = []
     tokens = 0
     for block in cut_blocks(built):
@@ -155,7 +153,7 @@ def _blocks(job: Job, documents: range, statistics: Counter[str]) -> Iterator[Ca
         yield from _captured(job, window, statistics)
 
 
-def _documents(job: Job, documents: range) -> Iterator[tuple[int, Document]]:
+def _documents(job: Job, documents: range) -> Iterator[tuple[int, Any]]:
     for start in range(documents.start, documents.stop, 256):
         part = range(start, min(start + 256, documents.stop))
         yield from zip(part, job.draft.corpus.read(part), strict=True)
@@ -224,6 +222,8 @@ def assemble(
         num_positions=np.array([row.num_positions for row in chosen], np.int32),
         input_ids=np.concatenate([row.input_ids for row in chosen]),
         positions=np.concatenate([row.positions() for row in chosen]).astype(np.int32),
+        labels=_joined([row.labels for row in chosen if row.labels is not None]),
+        token_type_ids=_joined([_types(row) for row in chosen]),
     )
     if packed:
         block.segments = np.array([size for row in chosen for size in row.segments], np.int32)
@@ -231,6 +231,15 @@ def assemble(
     if targets is not None:
         targets.fill(block, kept)
     return block
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray | None:
+    return np.concatenate(parts) if parts else None
+
+
+def _types(row: Row) -> np.ndarray:
+    """Of a row of one text they are all 0; written only where the cache has pairs."""
+    return np.zeros_like(row.input_ids) if row.token_type_ids is None else row.token_type_ids
 
 
 def _encoded(job: Job, blocks: Iterator[Captured]) -> Iterator[Measured]:

@@ -12,7 +12,7 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +37,9 @@ from shared.manifest import (
 from shared.schema import ROW_CHUNK_BITS, optional_columns
 from shared.storage import Storage
 from shared.target import MAX_ENTRIES, RAGGED_KINDS, ClassRanks, TargetKind, TargetSpec
+from shared.tasks import TASKS
 from shared.tokenizer import describe
-from teacher_cache import rows
+from teacher_cache import label_rows, rows
 from teacher_cache.batches import forward_batches
 from teacher_cache.config import CaptureConfig
 from teacher_cache.corpus import Corpus, open_corpus
@@ -48,6 +49,7 @@ from teacher_cache.teacher import (
     Teacher,
     config_hash,
     hidden_width_of,
+    labels_of,
     load_tokenizer,
     logit_width_of,
     weights_digest,
@@ -81,12 +83,23 @@ class Draft:
     preprocessing: Preprocessing
     targets: TargetSpec
     hidden: HiddenSpec
+    labels: tuple[str, ...] = ()  # names of the classes of a label space
     learnt: bytes | None = None  # of the cache given by --like
+
+    def build_rows(
+        self, documents: Iterable[tuple[int, Any]], counters: Counter[str]
+    ) -> Iterator[rows.Row]:
+        """Rows of (index, document) pairs, in order; what is left out is counted."""
+        if self.labels:
+            length = self.preprocessing.max_length
+            return label_rows.build(documents, self.tokenizer, length, self.labels, counters)
+        return rows.build(documents, self.tokenizer, self.preprocessing, counters)
 
     def asked(self) -> dict[str, Any]:
         """Every field that a second run must ask for alike; compared before it may go on."""
         return {
             "task": self.config.task,
+            "labels": self.labels,
             "teacher": None if self.teacher_info is None else asdict(self.teacher_info),
             "tokenizer": asdict(self.tokenizer_info),
             "corpus": asdict(self.corpus.info),
@@ -135,7 +148,8 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
     assert name is not None  # CaptureConfig refuses a job without either
     tokenizer = load_tokenizer(name, revision=None if config.tokenizer else config.revision)
     info = describe(tokenizer)
-    num_classes = _num_classes(config, teacher, info)
+    labels = _labels(config, corpus, teacher)
+    num_classes = len(labels) or _num_classes(config, teacher, info)
     draft = Draft(
         config=config,
         corpus=corpus,
@@ -146,6 +160,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
         preprocessing=_preprocessing(config, corpus),
         targets=_target_spec(config, num_classes),
         hidden=_hidden_spec(config, teacher),
+        labels=labels,
     )
     return draft if old is None else _like(draft, old)
 
@@ -194,6 +209,7 @@ def _load_teacher(config: CaptureConfig) -> Teacher:
     attention = config.attn_implementation
     teacher = Teacher.load(
         config.teacher,
+        task=config.task,
         tokenizer=config.tokenizer,
         revision=config.revision,
         dtype=config.dtype,
@@ -235,6 +251,42 @@ def _num_classes(config: CaptureConfig, teacher: Teacher | None, info: Tokenizer
     return min(info.num_ids, logit_width_of(config.teacher, config.revision))
 
 
+def _labels(config: CaptureConfig, corpus: Corpus, teacher: Teacher | None) -> tuple[str, ...]:
+    """The names of the classes: as asked, else the teacher's, else those in the corpus."""
+    if TASKS[config.task].target_space != "labels":
+        return ()
+    asked = () if config.labels is None else read_labels(config.labels)
+    its: tuple[str, ...] = ()
+    if teacher is not None:
+        its = teacher.labels
+    elif config.teacher is not None and config.targets != "none":  # `plan` reads no weights
+        its = labels_of(config.teacher, config.revision)
+    if asked and its and asked != its:
+        first = next((pair for pair in zip(asked, its, strict=False) if pair[0] != pair[1]), None)
+        raise CacheMismatch(
+            f"--labels {config.labels}: {len(asked)} names, where {config.teacher} has {len(its)}"
+            + (f"; the first that differ are {first[0]!r} and {first[1]!r}" if first else "")
+            + ". Classes are the teacher's: leave --labels out, or set its id2label."
+        )
+    labels = asked or its or corpus.labels()
+    if len(labels) < 2:
+        raise CorpusError(f"{config.corpus}: {len(labels)} different labels, expected at least 2")
+    return labels
+
+
+def read_labels(file: Path) -> tuple[str, ...]:
+    """A JSON list of names."""
+    try:
+        names = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--labels {file}: cannot be read as JSON: {error}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"--labels {file}: expected a list of names")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"--labels {file}: a name appears twice")
+    return tuple(names)
+
+
 def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
     return Preprocessing(
         split=config.split,
@@ -250,7 +302,8 @@ def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
 def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
     kind: TargetKind
     if config.targets == "auto":
-        kind = "dense" if num_classes <= AUTO_DENSE_CLASSES else "topk"
+        labels = TASKS[config.task].target_space == "labels"
+        kind = "dense" if labels or num_classes <= AUTO_DENSE_CLASSES else "topk"
     else:
         kind = config.targets
     if kind == "topk" and config.top_k > num_classes:
@@ -297,9 +350,7 @@ def sample_corpus(draft: Draft) -> Sample:
     tokens = documents = 0
     for index in spread:
         document = draft.corpus.read([index])
-        for row in rows.build(
-            [(index, document[0])], draft.tokenizer, draft.preprocessing, counters
-        ):
+        for row in draft.build_rows([(index, document[0])], counters):
             tokens += len(row.input_ids)
             token_counts += np.bincount(row.input_ids, minlength=len(token_counts))
             built.append(row)
@@ -358,8 +409,9 @@ def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> 
     columns = optional_columns(
         packed=draft.preprocessing.pack,
         positions=draft.corpus.supervised,
-        labels=False,
+        labels=bool(draft.labels),
         targets=draft.teacher is not None,
+        token_types="text_pair" in draft.corpus.columns,
     )
     return Manifest(
         format_version=manifests.FORMAT_VERSION,
@@ -377,6 +429,7 @@ def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> 
         nonfinite=draft.config.nonfinite,
         origin=None,
         side_files={name: xxhash.xxh3_128_hexdigest(data) for name, data in side_files.items()},
+        labels=draft.labels,
     )
 
 

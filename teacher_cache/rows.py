@@ -33,13 +33,15 @@ class Row:
     """One training example: `input_ids` i32 [T]; `segments` are the lengths of its parts.
 
     `supervised` i32 [P] are the positions with a target, where they are not all but the last of
-    each segment.
+    each segment; `labels` i32 [P] their classes, where these are not the next tokens.
     """
 
     row_id: int
     input_ids: np.ndarray
     segments: tuple[int, ...]
     supervised: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    token_type_ids: np.ndarray | None = None
 
     @property
     def num_positions(self) -> int:

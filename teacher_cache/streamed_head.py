@@ -35,17 +35,22 @@ class TeacherBatch:
     position_index: Tensor  # int64 [N], flat in B * T: where logits are wanted
     attention_mask: Tensor | None = None  # int64 [B, T], 1 = token, 0 = padding
     position_ids: Tensor | None = None  # int64 [B, T], from 0 in each segment
+    token_type_ids: Tensor | None = None  # int64 [B, T], 1 in the second of two texts
 
     def __post_init__(self) -> None:
         if self.attention_mask is not None and self.position_ids is not None:
             raise ValueError("a batch has an attention mask (padded) or position ids (packed)")
 
     def to(self, device: torch.device) -> "TeacherBatch":
+        def moved(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.to(device)
+
         return TeacherBatch(
             input_ids=self.input_ids.to(device),
             position_index=self.position_index.to(device),
-            attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
-            position_ids=None if self.position_ids is None else self.position_ids.to(device),
+            attention_mask=moved(self.attention_mask),
+            position_ids=moved(self.position_ids),
+            token_type_ids=moved(self.token_type_ids),
         )
 
 
@@ -58,6 +63,8 @@ def model_inputs(model: nn.Module, batch: TeacherBatch) -> dict[str, Any]:
         inputs["attention_mask"] = batch.attention_mask
     if batch.position_ids is not None:
         inputs["position_ids"] = batch.position_ids
+    if batch.token_type_ids is not None and accepts(model, "token_type_ids"):
+        inputs["token_type_ids"] = batch.token_type_ids
     return inputs
 
 

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import xxhash
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from shared.errors import ConfigError, Refused
+from shared.tasks import TASKS, TaskName
 from teacher_cache import probes, streamed_head
 from teacher_cache.streamed_head import (
     StreamedHead,
@@ -64,7 +66,10 @@ class TeacherOutput:
 
 @dataclass(slots=True)
 class Teacher:
-    """A causal language model in evaluation mode, without a cache and without gradients."""
+    """A model in evaluation mode, without a cache and without gradients.
+
+    A causal language model, or one with a head over labels, whose logits are its own: they are few.
+    """
 
     model: Any  # PreTrainedModel
     tokenizer: Any  # PreTrainedTokenizerBase
@@ -73,12 +78,15 @@ class Teacher:
     trunk: nn.Module | None  # ends in the final hidden state; None: not found
     blocks: nn.ModuleList
     streamed: StreamedHead | None  # None: full logits, since streamed ones differed
+    labels: tuple[str, ...] = ()  # names of the classes of a label space
+    one_per_row: bool = False  # logits are [B, C], those of a row
 
     @classmethod
     def load(
         cls,
         teacher: str,
         *,
+        task: TaskName = "causal-lm",
         tokenizer: str | None = None,
         revision: str | None = None,
         dtype: str = "auto",
@@ -100,7 +108,8 @@ class Teacher:
             trust_remote_code=trust_remote_code,
         )
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            auto_class = getattr(transformers, TASKS[task].auto_class)
+            model, report = auto_class.from_pretrained(
                 source,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
@@ -110,17 +119,38 @@ class Teacher:
                 output_loading_info=True,
             )
         except (OSError, ValueError, ImportError) as error:
-            raise Refused(
-                f"{teacher}: cannot be loaded as a causal language model. {error}"
-            ) from error
+            raise Refused(f"{teacher}: cannot be loaded for {task}. {error}") from error
         missing = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
         if missing:
             raise Refused(
                 f"{teacher}: the checkpoint lacks {len(missing)} weights of {type(model).__name__} "
                 f"({', '.join(missing[:3])}), which would stay random. "
-                "Name a checkpoint that was saved with its language-model head."
+                f"Name a checkpoint that was saved with its head for {task}."
             )
+        if TASKS[task].target_space == "labels":
+            return cls.wrap_labels(model, loaded_tokenizer, task)
         return cls.wrap(model, loaded_tokenizer)
+
+    @classmethod
+    def wrap_labels(cls, model: Any, tokenizer: Any, task: TaskName) -> "Teacher":
+        """A model with a head over labels that is already in memory."""
+        model.eval().requires_grad_(False)
+        model.config.return_dict = True
+        if model.config.pad_token_id is None:  # causal trunks look for the last token by it
+            model.config.pad_token_id = tokenizer.pad_token_id
+        names = model.config.id2label
+        count = int(model.config.num_labels)
+        return cls(
+            model=model,
+            tokenizer=tokenizer,
+            num_classes=count,
+            logit_width=count,
+            trunk=None,
+            blocks=_find_blocks(model),
+            streamed=None,
+            labels=tuple(str(names[number]) for number in range(count)),
+            one_per_row=TASKS[task].one_per_row,
+        )
 
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any) -> "Teacher":
@@ -252,6 +282,9 @@ class Teacher:
     def _run(self, inputs: dict[str, Any]) -> LogitsOf:
         """Runs the trunk, or all of the model, and returns how to get logits at flat positions."""
         streamed = self.streamed
+        if self.one_per_row:
+            logits_BC, width = self.model(**inputs).logits, inputs["input_ids"].shape[1]
+            return lambda index_n: logits_BC[index_n // width]
         if streamed is None:
             full_MV = self.model(**inputs).logits.flatten(0, 1)
             return lambda index_n: full_MV[index_n]
@@ -310,6 +343,15 @@ def load_tokenizer(
 def logit_width_of(teacher: str, revision: str | None = None) -> int:
     """V by the teacher's config alone, before anything large is read."""
     return int(_text_config(teacher, revision).vocab_size)
+
+
+def labels_of(teacher: str, revision: str | None = None) -> tuple[str, ...]:
+    """Names of the classes by the teacher's config alone."""
+    try:
+        config = AutoConfig.from_pretrained(_model_source(teacher), revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise Refused(f"{teacher}: its config cannot be read. {error}") from error
+    return tuple(str(config.id2label[number]) for number in range(config.num_labels))
 
 
 def hidden_width_of(teacher: str, revision: str | None = None) -> int:

@@ -1,0 +1,191 @@
+"""Documents of label spaces to rows: tagged tokens, and texts or pairs of texts with a class.
+
+Special tokens stand where the tokenizer puts them and have no target. Of a word that becomes
+several tokens the first one has its tag; a word is never cut between two rows.
+
+T tokens of a row, P of them with a target.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shared.errors import CorpusError
+from shared.schema import ROW_CHUNK_BITS
+from teacher_cache.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Label = str | int | None  # by name or by number; None: no label
+
+_SHOWN_LABELS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Words, and the tag of each."""
+
+    tokens: tuple[str, ...]
+    tags: tuple[Label, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text, or a pair of texts, of a class."""
+
+    text: str
+    text_pair: str | None
+    label: Label
+
+
+LabelDocument = Tagged | Labelled
+
+
+def build(
+    documents: Iterable[tuple[int, LabelDocument]],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    labels: Sequence[str],
+    counters: Counter[str],
+) -> Iterator[Row]:
+    """Rows of the given (index, document) pairs, in order; what is left out is counted."""
+    numbers = {name: number for number, name in enumerate(labels)}
+    for index, document in documents:
+        counters["documents"] += 1
+        where = f"document {index}"
+        if isinstance(document, Tagged):
+            yield from _tagged_rows(index, document, tokenizer, max_length, numbers, counters)
+        elif (number := _number(document.label, numbers, where)) is None:
+            counters["unlabelled_documents"] += 1
+        else:
+            yield _labelled_row(index, document, number, tokenizer, max_length, counters)
+
+
+def _labelled_row(
+    index: int,
+    document: Labelled,
+    number: int,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    counters: Counter[str],
+) -> Row:
+    texts = [document.text] if document.text_pair is None else [document.text, document.text_pair]
+    encoded = tokenizer(*texts, truncation=False, verbose=False)
+    if len(encoded["input_ids"]) > max_length:
+        counters["cut_documents"] += 1
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length, verbose=False)
+    ids = np.array(encoded["input_ids"], np.int32)
+    types = encoded.get("token_type_ids") if document.text_pair is not None else None
+    return Row(
+        row_id=index << ROW_CHUNK_BITS,
+        input_ids=ids,
+        segments=(len(ids),),
+        supervised=np.zeros(1, np.int32),
+        labels=np.array([number], np.int32),
+        token_type_ids=None if types is None else np.array(types, np.int32),
+    )
+
+
+def _tagged_rows(
+    index: int,
+    document: Tagged,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    numbers: Mapping[str, int],
+    counters: Counter[str],
+) -> Iterator[Row]:
+    """As many rows as the words need, cut between two words."""
+    where = f"document {index}"
+    if len(document.tokens) != len(document.tags):
+        raise CorpusError(
+            f"{where}: {len(document.tokens)} tokens but {len(document.tags)} tags; expected one "
+            "tag for each token"
+        )
+    before, after = special_ends(tokenizer)
+    room = max_length - len(before) - len(after)
+    words = _pieces(document.tokens, tokenizer)
+    counters["words_without_tokens"] += len(document.tokens) - len(words)
+    chunk = 0
+    for some in _cut(words, room, counters):
+        ids, supervised, labels = list(before), [], []
+        for word, pieces in some:
+            number = _number(document.tags[word], numbers, f"{where}, token {word}")
+            if number is not None:
+                supervised.append(len(ids))
+                labels.append(number)
+            ids += pieces
+        ids += after
+        if not labels:
+            counters["rows_without_targets"] += 1
+        else:
+            yield Row(
+                row_id=index << ROW_CHUNK_BITS | chunk,
+                input_ids=np.array(ids, np.int32),
+                segments=(len(ids),),
+                supervised=np.array(supervised, np.int32),
+                labels=np.array(labels, np.int32),
+            )
+        chunk += 1
+    counters["cut_documents"] += chunk > 1
+
+
+def _pieces(
+    tokens: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
+) -> list[tuple[int, list[int]]]:
+    """Number and token ids of each word that has any."""
+    if not tokens:
+        return []
+    encoded = tokenizer(
+        list(tokens), is_split_into_words=True, add_special_tokens=False, verbose=False
+    )
+    pairs = zip(encoded.word_ids(), encoded["input_ids"], strict=True)
+    return [(word, [piece for _, piece in some]) for word, some in groupby(pairs, lambda p: p[0])]
+
+
+def _cut(
+    words: Sequence[tuple[int, list[int]]], room: int, counters: Counter[str]
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Consecutive words, together at most `room` tokens; a longer word loses its last tokens."""
+    some: list[tuple[int, list[int]]] = []
+    used = 0
+    for word, pieces in words:
+        counters["cut_words"] += len(pieces) > room
+        pieces = pieces[:room]
+        if used + len(pieces) > room:
+            yield some
+            some, used = [], 0
+        some.append((word, pieces))
+        used += len(pieces)
+    if some:
+        yield some
+
+
+def special_ends(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and behind a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    raise CorpusError(f"{tokenizer.name_or_path}: where it puts special tokens cannot be told")
+
+
+def _number(label: Label, numbers: Mapping[str, int], where: str) -> int | None:
+    """The class of a label by name or number; -100 and null are none."""
+    if label is None or label == -100:
+        return None
+    if isinstance(label, int) and 0 <= label < len(numbers):
+        return label
+    if isinstance(label, str) and label in numbers:
+        return numbers[label]
+    names = ", ".join(list(numbers)[:_SHOWN_LABELS])
+    more = f" and {len(numbers) - _SHOWN_LABELS} more" if len(numbers) > _SHOWN_LABELS else ""
+    raise CorpusError(
+        f"{where}: found the label {label!r}, expected a number below {len(numbers)} or one of "
+        f"{names}{more}. Name all classes with --labels FILE."
+    )
