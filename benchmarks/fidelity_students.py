@@ -56,8 +56,8 @@ class Sizes:
     teacher_rate: float = 3e-3
     student_width: int = 96
     student_layers: int = 2
-    batch_tokens: int = 2048
-    steps: int = 250
+    batch_tokens: int = 1024
+    steps: int = 500
     learning_rate: float = 3e-3
     held_out_tokens: int = 20_000
     pretrain_steps: int = 0  # plain cross-entropy on other text before the first step
