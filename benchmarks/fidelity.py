@@ -53,7 +53,9 @@ def main() -> None:
     """Runs one of the two and prints it."""
     args = parser().parse_args()
     if args.samples:
-        body = {"gradients": measure_samples(args.samples, args.names, args.positions)}
+        body = {
+            "gradients": measure_samples(args.samples, args.names, args.positions, args.entries)
+        }
     elif args.out:
         body = students(args)
     else:
@@ -66,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--samples", type=Path, help="folder of teacher distributions")
     options.add_argument("--names", nargs="+", default=["O32", "O151"], help="files of it")
     options.add_argument("--positions", type=int, default=5120, help="of each file, at most")
+    options.add_argument("--entries", type=int, nargs="+", default=[4, 8, 12, 16, 32, 64])
     options.add_argument("--out", type=Path, help="folder of everything that is made")
     options.add_argument("--corpus", type=Path, nargs="+", default=[BOOK])
     options.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all but variants")

@@ -41,7 +41,6 @@ from teacher_cache.thresholds import find_threshold
 
 SEGMENT = 128  # consecutive tokens, as in the files
 CHANNELS = 32
-ENTRIES = (4, 8, 12, 16, 32, 64)
 CHECKED_POSITIONS, CHECKED_DRAWS, DIRECTIONS = 64, 1000, 8
 KINDS: tuple[tuple[str, TargetKind, Tail], ...] = (
     ("topk renormalised", "topk", "renormalise"),
@@ -255,12 +254,14 @@ class Errors:
         return numbers | {"mean_entries": round(self.entries / S / SEGMENT, 2)}
 
 
-def measure_errors(data: Distributions, name: str, seed: int = 0) -> list[dict[str, Any]]:
+def measure_errors(
+    data: Distributions, name: str, sizes: list[int], seed: int = 0
+) -> list[dict[str, Any]]:
     """Every kind and number of entries for every student."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     probs_NM, C = data.probs_NM, data.num_classes
-    draws = {entries: draws_for(probs_NM, entries) for entries in ENTRIES}
-    specs = {(kind, k): spec_for(kind, C, k, probs_NM) for _, kind, _ in KINDS for k in ENTRIES}
+    draws = {entries: draws_for(probs_NM, entries) for entries in sizes}
+    specs = {(kind, k): spec_for(kind, C, k, probs_NM) for _, kind, _ in KINDS for k in sizes}
     students = students_for(data)
     shape = torch.zeros(data.num_classes, CHANNELS)
     mean_of, errors = {s: torch.zeros_like(shape) for s in students}, {}
@@ -272,9 +273,9 @@ def measure_errors(data: Distributions, name: str, seed: int = 0) -> list[dict[s
             data.states_ND[rows],
         )
         targets = {key: cached(logp_nC, spec, data.ranks, rng) for key, spec in specs.items()}
-        drawn = {k: published(logp_nC, draws[k], generator) for k in ENTRIES}
-        jobs = [(text, k, targets[kind, k], tail) for text, kind, tail in KINDS for k in ENTRIES]
-        jobs += [("RS-KD as published", k, drawn[k], "bucket") for k in ENTRIES]
+        drawn = {k: published(logp_nC, draws[k], generator) for k in sizes}
+        jobs = [(text, k, targets[kind, k], tail) for text, kind, tail in KINDS for k in sizes]
+        jobs += [("RS-KD as published", k, drawn[k], "bucket") for k in sizes]
         for student, logits_of in students.items():
             logits_nC = logits_of(rows, logp_nC)
             full_nC = logits_nC.softmax(dim=1) - logp_nC.exp()
@@ -377,7 +378,9 @@ def expected_largest(count: int) -> float:
 # ---- report
 
 
-def measure_samples(folder: Path, names: list[str], positions: int) -> list[dict[str, Any]]:
+def measure_samples(
+    folder: Path, names: list[str], positions: int, sizes: list[int]
+) -> list[dict[str, Any]]:
     """Every file; tables go to stderr."""
     found = []
     for name in names:
@@ -385,7 +388,7 @@ def measure_samples(folder: Path, names: list[str], positions: int) -> list[dict
         sampling = check_sampling(data) if data.num_classes < 1 << 16 else None
         if sampling:
             print(f"{name}: {sampling}", file=sys.stderr, flush=True)
-        errors = measure_errors(data, name)
+        errors = measure_errors(data, name, sizes)
         for student in dict.fromkeys(error["student"] for error in errors):
             print(f"\n{name}, student {student}, {len(data.ids_NM)} positions", file=sys.stderr)
             print(error_table([e for e in errors if e["student"] == student]), file=sys.stderr)
@@ -396,18 +399,19 @@ def measure_samples(folder: Path, names: list[str], positions: int) -> list[dict
 
 def error_table(errors: list[dict[str, Any]]) -> str:
     """bias / deviation of each kind; and the ratio of the two ways to sample."""
-    lines = [f"{'bias / deviation':<20}" + "".join(f"{k:>18}" for k in ENTRIES)]
+    sizes = sorted({error["entries"] for error in errors})
+    lines = [f"{'bias / deviation':<20}" + "".join(f"{k:>18}" for k in sizes)]
     by_key = {(e["kind"], e["entries"]): e for e in errors}
     for kind in dict.fromkeys(e["kind"] for e in errors):
         cells = [
-            f"{by_key[kind, k]['bias']:.4f} / {by_key[kind, k]['deviation']:.4f}" for k in ENTRIES
+            f"{by_key[kind, k]['bias']:.4f} / {by_key[kind, k]['deviation']:.4f}" for k in sizes
         ]
         lines.append(f"{kind:<20}" + "".join(f"{cell:>18}" for cell in cells))
     for kind in ("adaptive + bucket", "sample", "RS-KD as published"):
-        cells = [f"{by_key[kind, k]['mean_entries']:.1f}" for k in ENTRIES]
+        cells = [f"{by_key[kind, k]['mean_entries']:.1f}" for k in sizes]
         lines.append(f"{'entries, ' + kind[:9]:<20}" + "".join(f"{cell:>18}" for cell in cells))
     ratios = [
         by_key["sample", k]["deviation"] / by_key["RS-KD as published", k]["deviation"]
-        for k in ENTRIES
+        for k in sizes
     ]
     return "\n".join([*lines, f"{'sample / RS-KD':<20}" + "".join(f"{r:>18.2f}" for r in ratios)])

@@ -88,8 +88,10 @@ def summarise(results: list[dict[str, Any]], names: list[str]) -> list[dict[str,
     return lines
 
 
-def as_pair(interval: Interval) -> list[float]:
-    return [float(f"{interval.mean:.6g}"), float(f"{interval.half:.3g}")]
+def as_pair(interval: Interval) -> list[float | None]:
+    """Mean and half width, None for what one seed cannot tell (JSON has no NaN)."""
+    half = None if math.isnan(interval.half) else float(f"{interval.half:.3g}")
+    return [float(f"{interval.mean:.6g}"), half]
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -113,10 +115,11 @@ def table_line(line: dict[str, Any]) -> str:
     )
 
 
-def spread(pair: list[float] | None, digits: int, factor: float = 1.0) -> str:
+def spread(pair: list[Any] | None, digits: int, factor: float = 1.0) -> str:
     if pair is None:
         return ""
-    return f"{pair[0] * factor:.{digits}f} ±{pair[1] * factor:.{digits}f}"
+    half = "" if pair[1] is None else f" ±{pair[1] * factor:.{digits}f}"
+    return f"{pair[0] * factor:.{digits}f}{half}"
 
 
 def share_text(share: tuple[float, float, float] | None) -> str:
@@ -170,8 +173,8 @@ def names(lines: list[dict[str, Any]]) -> list[str]:
     return out
 
 
-def around(pair: list[float]) -> tuple[float, float, float]:
-    half = 0.0 if math.isnan(pair[1]) else pair[1]
+def around(pair: list[Any]) -> tuple[float, float, float]:
+    half = pair[1] or 0.0
     return pair[0], pair[0] - half, pair[0] + half
 
 

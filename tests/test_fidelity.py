@@ -54,6 +54,8 @@ def test_arms_are_paired_by_seed():
     half = 4.303 * differences.std(ddof=1) / math.sqrt(3)
     assert line["loss_minus_ce"] == pytest.approx([differences.mean(), half], rel=1e-2)
     assert "recovered" in line
+    one_seed = report.summarise(results[:1], [results[0]["arm"]])
+    assert "NaN" not in json.dumps(one_seed) + report.table(one_seed)
     drawn = report.picture([line], "a <title>")
     assert drawn.startswith("<svg")
     assert "a &lt;title&gt;" in drawn
