@@ -64,26 +64,28 @@ class CaptureConfig:
         Targets,
         Option(
             help="What to keep of each distribution: the k largest classes, all above a threshold, "
-            "an unbiased sample, or every class; none: hard labels only.",
+            "an unbiased sample, or every class; none: hard labels only; auto: every class where "
+            "they are few, topk where --top-k or --temperature ask for it, else sample.",
             read_when=_NOT_LIKE,
         ),
     ] = "auto"
     top_k: Annotated[
-        int,
+        int | None,
         Option(
             help="Entries kept at each position.",
             min=1,
             max=255,
+            show_default="32",
             read_when=_NOT_LIKE | {"targets": ("auto", "topk")},
         ),
-    ] = 32
+    ] = None
     mean_entries: Annotated[
         float,
         Option(
             help="Entries kept at a position on average.",
             min=1,
             max=255,
-            read_when=_NOT_LIKE | {"targets": ("adaptive", "sample")},
+            read_when=_NOT_LIKE | {"targets": ("auto", "adaptive", "sample")},
         ),
     ] = 16.0
     value_bits: Annotated[

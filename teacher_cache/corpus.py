@@ -314,9 +314,10 @@ def _columns(documents: datasets.Dataset, config: CaptureConfig) -> dict[str, st
         if len(chosen) == len(way):
             return chosen
     wanted = " or ".join(" and ".join(way) for way in task_ways)
+    example = "text" if "text" in roles else roles[0]
     raise CorpusError(
         f"{config.corpus}: --task {config.task} reads {wanted}, and there are the columns "
-        f"{_listed(names)}. Say which is which: --columns {task_ways[-1][0]}={names[0]}"
+        f"{_listed(names)}. Say which is which: --columns {example}={names[0]}"
     )
 
 

@@ -66,6 +66,7 @@ _SAMPLE_TOKENS = 1 << 20  # the sample stops here even if few documents were rea
 _LEARN_TOKENS = 1 << 14  # tokens the teacher runs over to learn the order of the classes
 _MIN_SHARD_TOKENS = 1 << 15  # smaller shards are all overhead, however small the corpus
 _SHARDS_WANTED = 64  # so that a few workers can share even a small corpus
+DEFAULT_TOP_K = 32
 AUTO_DENSE_CLASSES = 256  # 512 bytes a position, and every loss at every temperature is exact
 _FORWARD_TOKENS = {"cpu": 4096, "cuda": 32768}  # tried first; halved until it fits the memory
 
@@ -173,7 +174,7 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
         like=None,
         targets=targets.kind,
         mean_entries=targets.mean_entries if targets.ragged else config.mean_entries,
-        top_k=targets.top_k if targets.kind == "topk" else config.top_k,
+        top_k=targets.top_k if targets.kind == "topk" else None,
         value_bits=config.value_bits if targets.kind in ("dense", "none") else targets.value_bits,
         temperature=old.targets.temperatures,
         hidden_layers=old.hidden.layers,
@@ -303,18 +304,23 @@ def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
     kind: TargetKind
     if config.targets == "auto":
         labels = TASKS[config.task].target_space == "labels"
-        kind = "dense" if labels or num_classes <= AUTO_DENSE_CLASSES else "topk"
+        asked_for_topk = config.top_k is not None or any(t != 1 for t in config.temperature)
+        if labels or num_classes <= AUTO_DENSE_CLASSES:
+            kind = "dense"
+        else:
+            kind = "topk" if asked_for_topk else "sample"
     else:
         kind = config.targets
-    if kind == "topk" and config.top_k > num_classes:
+    top_k = DEFAULT_TOP_K if config.top_k is None else config.top_k
+    if kind == "topk" and top_k > num_classes:
         raise ConfigError(
-            f"--top-k {config.top_k} exceeds the teacher's {num_classes} classes; "
+            f"--top-k {top_k} exceeds the teacher's {num_classes} classes; "
             f"use --top-k {num_classes} to keep them all"
         )
     return TargetSpec(
         kind=kind,
         num_classes=num_classes,
-        top_k=config.top_k if kind == "topk" else 1,
+        top_k=top_k if kind == "topk" else 1,
         mean_entries=config.mean_entries if kind in RAGGED_KINDS else 0.0,
         value_bits=16 if kind == "dense" else config.value_bits,
         # Every temperature is exact where every class is there.

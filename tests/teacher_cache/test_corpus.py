@@ -334,7 +334,7 @@ def test_an_empty_file_is_named(suffix, tmp_path):
 
 def test_no_text_column_lists_the_columns(tmp_path):
     message = refusal(write_jsonl(tmp_path / "c.jsonl", ["x"], column="story"))
-    assert "no column of text or messages among story, n" in message
+    assert "reads messages or text or prompt and completion, and there are" in message
     assert "--columns text=story" in message
 
 

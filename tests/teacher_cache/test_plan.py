@@ -92,7 +92,7 @@ def test_a_missing_teacher_shows_both_ways(options):
 
 
 def test_label_only_needs_a_tokenizer_and_nothing_of_a_teacher(options):
-    label_only = options | {"targets": "none", "teacher": None, "top_k": 32}
+    label_only = options | {"targets": "none", "teacher": None, "top_k": None}
     with pytest.raises(ConfigError, match="--targets none needs --tokenizer"):
         CaptureConfig(**label_only)
     for extra in ({"temperature": (2.0,)}, {"hidden_layers": (-1,)}):
@@ -422,7 +422,7 @@ def test_more_bits_take_more_bytes(options):
 
 
 def test_label_only_costs_its_tokens_and_nothing_else(options, labels_dir, tokenizer_dir):
-    label_only = {"teacher": None, "targets": "none", "top_k": 32, "limit_documents": 0}
+    label_only = {"teacher": None, "targets": "none", "top_k": None, "limit_documents": 0}
     numbers = plan_of(options, tokenizer=str(tokenizer_dir), **label_only)
     assert numbers["choices"] == []
     assert numbers["targets"] == "none"

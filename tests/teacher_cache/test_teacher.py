@@ -310,7 +310,7 @@ def test_load_refuses_what_is_not_there(tokenizer, tmp_path):
     with pytest.raises(Refused, match="no tokenizer can be loaded; save one there"):
         Teacher.load(str(config_only))
     tokenizer.save_pretrained(config_only)
-    with pytest.raises(Refused, match="cannot be loaded as a causal language model"):
+    with pytest.raises(Refused, match="cannot be loaded for causal-lm"):
         Teacher.load(str(config_only))
 
 
