@@ -180,7 +180,11 @@ def summary(out: Path, same: bool, killed_after: int, seconds: float) -> None:
     verdict = "ahead of" if ahead else "NOT ahead of"
     print(f"\nthe distilled student is {verdict} the same student on text alone")
     print(f"bytes per token: {cache['bytes'] / cache['tokens']:.1f} (all columns)")
-    print(f"kept mass: {cache['kept_mass']['1']:.1%} in {cache['targets']['top_k']} entries")
+    entries = cache["entries"] or cache["targets"]["top_k"]
+    print(
+        f"targets: {cache['targets']['kind']}, {entries:.1f} entries of a position, "
+        f"{cache['kept_mass']['1']:.1%} of the mass as it is"
+    )
     print(f"killed after {killed_after} of {cache['num_shards']} shards")
     print(f"resumed cache = undisturbed cache: {'yes' if same else 'NO'}")
     print(f"picture: {(out / 'compare.html').resolve()}")

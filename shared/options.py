@@ -306,6 +306,8 @@ class _Field:
         """This option with the values for which another one is read, as a user would write it."""
         if self.is_switch or SET in values:
             return self.flag if SET in values or values[0] else self.opposite
+        if values == (None,):
+            return f"no {self.flag}"
         return f"{self.flag} {'|'.join(map(str, values))}"
 
     def help(self, fields: "Mapping[str, _Field]") -> str:
