@@ -4,6 +4,7 @@ Weights come from safetensors only, and no code that comes with a model is ever 
 """
 
 import logging
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,11 @@ def build_student(name: str, cache: Cache, *, seed: int) -> Any:
     from_scratch = folder.is_dir() and not _has_weights(folder)
     new_head = of_labels and not _has_head(config, task)
     if of_labels:
-        _name_labels(config, cache.manifest.labels)
+        if from_scratch or new_head or not _unnamed(cache.manifest.labels):
+            _name_labels(config, cache.manifest.labels)
         _set_padding(config, cache, keep_own=not from_scratch)
+    if TASKS[task].one_per_row:
+        config.problem_type = "single_label_classification"  # what the loss is, for who serves it
     torch.manual_seed(seed)
     if from_scratch:
         log.info("%s: no weights there, training from scratch", name)
@@ -196,17 +200,21 @@ def _check_labels(name: str, config: PretrainedConfig, cache: Cache) -> None:
                 *(name, _some(own), cache.path, _some(cached)),
             )
         return
-    for index, (ours, theirs) in enumerate(zip(own, cached, strict=True)):
-        if ours != theirs:
-            raise CacheMismatch(
-                f"{name}: its label {index} is {ours!r}, but in {cache.path} label {index} is "
-                f"{theirs!r}. {advice}"
-            )
+    for index, (ours, theirs) in _differing(own, cached):
+        raise CacheMismatch(
+            f"{name}: its label {index} is {ours!r}, but in {cache.path} label {index} is "
+            f"{theirs!r}. {advice}"
+        )
 
 
-def _unnamed(labels: list[str]) -> bool:
+def _differing(own: Sequence[str], cached: Sequence[str]) -> list[tuple[int, tuple[str, str]]]:
+    pairs = enumerate(zip(own, cached, strict=True))
+    return [(index, pair) for index, pair in pairs if pair[0] != pair[1]]
+
+
+def _unnamed(labels: Sequence[str]) -> bool:
     """As transformers names the labels of a model that was given no names."""
-    return labels == [f"LABEL_{index}" for index in range(len(labels))]
+    return list(labels) == [f"LABEL_{index}" for index in range(len(labels))]
 
 
 def _some(labels: list[str]) -> str:
@@ -215,13 +223,23 @@ def _some(labels: list[str]) -> str:
 
 def check_same_labels(cache: Cache, held_out: Cache) -> None:
     """Refuses a held-out cache whose classes are not those that the student learns."""
-    ours, theirs = ((c.manifest.task, list(c.manifest.labels)) for c in (cache, held_out))
-    for what, one, other in zip(("task", "labels"), ours, theirs, strict=True):
-        if one != other:
-            raise CacheMismatch(
-                f"--validation-cache {held_out.path}: {what} {other}, but those of {cache.path} "
-                f"are {one}. Hold out rows of the same kind, with cache-teacher run --like."
-            )
+    ours, theirs = cache.manifest, held_out.manifest
+    advice = "Hold out rows of the same kind, with cache-teacher run --like."
+    if ours.task != theirs.task:
+        raise CacheMismatch(
+            f"--validation-cache {held_out.path}: its task is {theirs.task}, but that of "
+            f"{cache.path} is {ours.task}. {advice}"
+        )
+    if len(ours.labels) != len(theirs.labels):
+        raise CacheMismatch(
+            f"--validation-cache {held_out.path}: it has {len(theirs.labels):,} labels, but "
+            f"{cache.path} has {len(ours.labels):,}. {advice}"
+        )
+    for index, (one, other) in _differing(ours.labels, theirs.labels):
+        raise CacheMismatch(
+            f"--validation-cache {held_out.path}: its label {index} is {other!r}, but that of "
+            f"{cache.path} is {one!r}. {advice}"
+        )
 
 
 def _check_tokenizer(name: str, cache: Cache) -> None:

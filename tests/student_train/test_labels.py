@@ -409,9 +409,22 @@ def test_labels_without_names_are_taken_in_their_order(caches, tmp_path, teacher
     task = "sequence-classification"
     student = AutoModelForSequenceClassification.from_config(bert_config(num_labels=3))
     student.save_pretrained(tmp_path / "unnamed")
-    check_fit(str(tmp_path / "unnamed"), student.config, open_cache(caches[task]))
+    cache = open_cache(caches[task])
+    check_fit(str(tmp_path / "unnamed"), student.config, cache)
+    built = build_student(str(tmp_path / "unnamed"), cache, seed=0)
+    assert tuple(built.config.id2label.values()) == LABELS[task]
     assert "LABEL_0, LABEL_1, LABEL_2, those of" in caplog.text
     assert "taken to be the same, in this order" in caplog.text
+
+
+def test_a_student_keeps_its_names_where_the_cache_has_none(tmp_path, teachers, tokenizer_dir):
+    task = "sequence-classification"
+    teachers[task].save_pretrained(tmp_path / "named")
+    unnamed = tuple(f"LABEL_{index}" for index in range(3))
+    path = write_cache(tmp_path / "c", tokenizer_dir, task, make_rows(task, 4), labels=unnamed)
+    built = build_student(str(tmp_path / "named"), open_cache(path), seed=0)
+    assert tuple(built.config.id2label.values()) == CLASSES
+    assert built.config.problem_type == "single_label_classification"
 
 
 def test_what_a_student_cannot_read_is_refused(caches, tmp_path):
@@ -437,10 +450,10 @@ def test_a_held_out_cache_of_other_labels_is_refused(train, caches, tmp_path, to
     task = "sequence-classification"
     rows = make_rows(task, 4)
     other = write_cache(tmp_path / "o", tokenizer_dir, task, rows, labels=("bad", "good", "fair"))
-    expected = r"--validation-cache .*: labels \['bad', 'good', 'fair'\], but those of .* are"
+    expected = "--validation-cache .*: its label 1 is 'good', but that of .* is 'fair'"
     with pytest.raises(CacheMismatch, match=expected):
         train(task, validation_cache=other)
-    with pytest.raises(CacheMismatch, match="task token-classification, but those of"):
+    with pytest.raises(CacheMismatch, match="its task is token-classification, but that of"):
         train(task, validation_cache=caches["token-classification"])
     one = write_cache(tmp_path / "p", tokenizer_dir, task, rows)
     with pytest.raises(CacheMismatch, match="the names of the classes is"):
