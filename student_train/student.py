@@ -292,6 +292,11 @@ def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cach
             f"{cache.path}: holds hard labels only (--targets none). Train with --soft-weight 0 "
             "--hard-weight 1, or cache a teacher."
         )
+    if config.uses_hidden_loss and TASKS[manifest.task].target_space == "labels":
+        raise CacheMismatch(
+            f"--hidden-weight: {cache.path} is of {manifest.task}, and the hidden-state loss is "
+            "there for language models only. Leave it out."
+        )
     if config.uses_soft_loss and manifest.targets.kind == "sample":
         _check_sample(config, cache)
     stored = (1.0, *manifest.targets.temperatures)
