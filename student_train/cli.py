@@ -32,7 +32,7 @@ def run_command(config: TrainConfig) -> None:
 
 @command(app, "evaluate", EvaluateConfig)
 def evaluate_command(config: EvaluateConfig) -> None:
-    """Evaluates a student on a held-out cache: loss, KL to the teacher, agreement."""
+    """Evaluates a student on a held-out cache: loss, KL, agreement, the metrics of its task."""
     from student_train.evaluate import run
 
     numbers = run(config)
@@ -52,8 +52,22 @@ def compare_command(config: CompareConfig) -> None:
 
 
 def _evaluation_text(numbers: dict[str, object]) -> str:
-    names = ("loss", "perplexity", "kl", "kl_bucketed", "agreement", "teacher_loss", "positions")
-    return "\n".join(f"{name:<14}{_number(numbers[name])}" for name in names if name in numbers)
+    names = ("loss", "perplexity", "kl", "kl_bucketed", "agreement", "teacher_loss")
+    of_labels = ("accuracy", "macro_f1", "entity_f1", "ece")
+    of_teacher = ("teacher_accuracy", "teacher_entity_f1")
+    shown = [name for name in (*names, *of_labels, *of_teacher, "positions") if name in numbers]
+    width = max(14, *(len(name) + 2 for name in shown))
+    return "\n".join(
+        f"{name:<{width}}{_number(numbers[name])}{_range(name, numbers)}" for name in shown
+    )
+
+
+def _range(name: str, numbers: dict[str, object]) -> str:
+    """The interval of the main metric of the task."""
+    if numbers.get("metric") != name:
+        return ""
+    low, high = (_number(numbers[f"{name}_{end}"]) for end in ("low", "high"))
+    return f"  (95 % of resampled rows: {low} to {high})"
 
 
 def _number(value: object) -> str:

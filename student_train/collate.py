@@ -29,6 +29,7 @@ _NOT_PER_POSITION: dict[str, Per] = {
     "num_positions": "row",
     "input_ids": "token",
     "position_ids": "token",
+    "token_type_ids": "token",
 }
 _OF_ENTRIES = ("target_ids", "target_logprobs")  # where positions differ in their entries
 _NO_ROW = -1  # row id of the one token in a micro-batch without rows
@@ -133,6 +134,8 @@ def columns_of(block: "Block", temperature: float) -> Columns:
         "input_ids": block.input_ids,
         "positions": block.positions,
     }
+    if block.token_type_ids is not None:
+        columns["token_type_ids"] = block.token_type_ids
     if block.segments is not None:
         columns["position_ids"] = ranges(np.zeros_like(block.segments), block.segments)
     if block.labels is not None:
@@ -192,6 +195,8 @@ def without_rows(no_rows: Columns, *, packed: bool, counts: Counts) -> MicroBatc
     }
     if "position_ids" in no_rows:
         one_token["position_ids"] = np.array([0])
+    if "token_type_ids" in no_rows:
+        one_token["token_type_ids"] = np.array([0])
     return _assemble(no_rows | one_token, packed, counts, hidden_every=1)
 
 
@@ -219,6 +224,9 @@ def _assemble(columns: Columns, packed: bool, counts: Counts, hidden_every: int)
     else:
         # Padding counts from 0 again: a segment of its own.
         arrays["position_ids"] = _scatter(position_ids, places, column_T - lengths_B1)
+    if "token_type_ids" in columns:
+        types = columns.pop("token_type_ids")
+        arrays["token_type_ids"] = _scatter(types, places, np.zeros_like(ids_BT))
     arrays["position_index"] = places[token_of_position]
     labels = columns.pop("labels") if "labels" in columns else input_ids[token_of_position + 1]
     arrays["labels"] = labels.astype(np.int64)

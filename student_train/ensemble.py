@@ -245,6 +245,7 @@ _EQUAL = {
     "the tokenizer's content hash": lambda m: m.tokenizer.hash,
     "rows_id (corpus, tokenizer and preprocessing)": lambda m: m.rows_id,
     "the number of classes": lambda m: m.targets.num_classes,
+    "the names of the classes": lambda m: m.labels,
     "the kind of targets": lambda m: m.targets.kind,
 }
 

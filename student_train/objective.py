@@ -5,9 +5,13 @@ the keyword arguments, one keeps the hidden states in front of the output head a
 position through, and one returns the loss. The module stays what it was, so saving, adapters, DDP
 and FSDP work as for any model of `transformers`.
 
-Shapes: B rows, T tokens, N positions with a target, K entries, V logit width, D hidden.
+A student of a label space has no output embeddings: its logits, of few classes, are taken as they
+come, and its loss is that of full logits.
+
+Shapes: B rows, T tokens, N positions with a target, K entries, V logit width, C classes, D hidden.
 """
 
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -89,7 +93,14 @@ class Attachment:
         _refuse_shards(student)
         self.student, self.objective = student, objective
         self.head_module: Any = student.get_output_embeddings()
-        self.head = probe_head(student, self.head_module, objective.num_classes)
+        if self.head_module is None:
+            self.head = Head(linear=False)
+            _refuse_hidden(student, objective)
+        else:
+            self.head = probe_head(student, self.head_module, objective.num_classes)
+        self._of_labels = self.head_module is None
+        self._reads_token_types = reads_token_types(student)
+        self._num_tokens = 0  # T of the micro-batch
         self._targets: dict[str, Tensor] | None = None
         self._states: Tensor | None = None
         self._layers: dict[int, Tensor] = {}
@@ -97,8 +108,9 @@ class Attachment:
         self._handles = [
             student.register_forward_pre_hook(self._take_targets, with_kwargs=True, prepend=True),
             student.register_forward_hook(self._return_loss),
-            self.head_module.register_forward_pre_hook(self._hold_back),
         ]
+        if not self._of_labels:
+            self._handles.append(self.head_module.register_forward_pre_hook(self._hold_back))
         for _, layer in objective.layer_pairs:
             if layer != -1:
                 block = _blocks(student)[layer]
@@ -129,7 +141,17 @@ class Attachment:
             return args, kwargs
         names = [name for name in kwargs if name in TARGET_KEYS or name.startswith("hidden.")]
         self._targets = {name: kwargs.pop(name) for name in names}
+        if not self._reads_token_types:
+            kwargs.pop("token_type_ids", None)
+        if self._of_labels:
+            self._num_tokens = kwargs["input_ids"].shape[1]
+            kwargs["input_ids"] = self._padded(kwargs["input_ids"], kwargs["attention_mask"])
         return args, {**kwargs, "use_cache": False}
+
+    def _padded(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The student's own padding: some take the last other token for the end of a row."""
+        pad = _config(self.student).get_text_config().pad_token_id
+        return ids_BT if pad is None else ids_BT.masked_fill(mask_BT == 0, pad)
 
     def _hold_back(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._targets is None:
@@ -150,12 +172,19 @@ class Attachment:
         objective, targets, self._targets = self.objective, self._targets, None
         states, self._states = self._states, None
         layers, self._layers = self._layers, {}
-        assert states is not None  # the head was called: every causal model calls it once
-        at = targets["position_index"]
-        states_ND = states.flatten(0, 1).index_select(0, at)
-        result = self._token_loss(output, states_ND, at, targets)
+        sums: dict[str, Tensor] = {}
+        common = self._common(targets)
+        if self.head.linear:
+            assert states is not None  # the head was called: every causal model calls it once
+            states_ND = states.flatten(0, 1).index_select(0, targets["position_index"])
+            result = self._head_loss(states_ND, common)
+        else:
+            logits_NV = self._own_logits(output.logits, targets["position_index"])
+            result = logits_loss(logits_NV, **common)
+            if self._of_labels:
+                sums["logits"] = logits_NV[:, : objective.num_classes].detach()
         loss = result.loss
-        sums = {"hard": result.hard_sum}
+        sums["hard"] = result.hard_sum
         if objective.with_entropy:
             sums["student_entropy"] = result.student_entropy_sum
         if "target_ids" in targets:
@@ -167,6 +196,7 @@ class Attachment:
                 name = "soft_cross_entropy"
             sums |= {name: soft, "agreement": result.agreement}
         if objective.layer_pairs:
+            assert states is not None
             layers[-1] = states
             hidden, count = self._hidden_sum(layers, targets), self._hidden_count(targets)
             # A mean times all positions, as the other sums are: those are what it is divided by.
@@ -176,9 +206,18 @@ class Attachment:
             sums["teacher_entropy"] = targets["entropy"].sum()
         return {"loss": loss, **sums}
 
-    def _token_loss(
-        self, output: Any, states_ND: Tensor, at: Tensor, targets: dict[str, Tensor]
-    ) -> LinearLossOutput:
+    def _own_logits(self, logits: Tensor, at_N: Tensor) -> Tensor:
+        """The student's logits at the positions, [N, V].
+
+        `at_N` counts tokens, over all rows [B, T]; of logits [B, V], one for each row, a position
+        has those of the row it is in.
+        """
+        if logits.dim() == 2:
+            return logits.index_select(0, at_N // self._num_tokens)
+        return logits.flatten(0, 1).index_select(0, at_N)
+
+    def _common(self, targets: dict[str, Tensor]) -> dict[str, Any]:
+        """What the loss is told however the student's logits come about."""
         objective, count = self.objective, _count(targets)
         target = None
         if "target_ids" in targets:
@@ -190,7 +229,7 @@ class Attachment:
                 targets.get("target_counts"),
                 objective.target_kind,
             )
-        common: dict[str, Any] = {
+        return {
             "target": target,
             "labels_N": targets["labels"],
             "spec": objective.spec,
@@ -199,8 +238,8 @@ class Attachment:
             "hard_scale": objective.hard_weight / count,
             "with_entropy": objective.with_entropy,
         }
-        if not self.head.linear:
-            return logits_loss(output.logits.flatten(0, 1).index_select(0, at), **common)
+
+    def _head_loss(self, states_ND: Tensor, common: dict[str, Any]) -> LinearLossOutput:
         bias = getattr(self.head_module, "bias", None)
         weight, bias = _whole(self.head_module.weight), None if bias is None else _whole(bias)
         scale, softcap = self.head.scale, self.head.softcap
@@ -237,7 +276,8 @@ def attach(student: nn.Module, objective: Objective) -> Attachment:
     """Makes the student return its distillation loss for batches of a `BatchStream`.
 
     Called with such a batch it returns a dict: `loss`, and detached sums over positions (`soft`,
-    `hard`, `agreement`, `student_entropy`, ...). Any other call gives the model's usual output.
+    `hard`, `agreement`, `student_entropy`, ...); of a label space also the `logits` at the
+    positions [N, C]. Any other call gives the model's usual output.
     Wrap the student in DDP, or shard it with `fully_shard` (FSDP2), after this and not before.
     """
     return Attachment(student, objective)
@@ -274,6 +314,21 @@ def probe_head(student: nn.Module, head: nn.Module | None, num_classes: int) -> 
         if torch.allclose(logits, own, rtol=0, atol=tolerance):
             return Head(linear=True, scale=scale, softcap=softcap)
     return _fall_back("its logits are no scaled linear function of the states in front of the head")
+
+
+def reads_token_types(student: Any) -> bool:
+    """Whether the model tells the two texts of a pair apart by `token_type_ids`."""
+    model = student.get_base_model() if hasattr(student, "peft_config") else student
+    types = getattr(model.config.get_text_config(), "type_vocab_size", 0)
+    return types > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
+
+
+def _refuse_hidden(student: nn.Module, objective: Objective) -> None:
+    if objective.layer_pairs:
+        raise Refused(
+            f"--hidden-weight: the hidden-state loss is there for language models only, not for "
+            f"{type(student).__name__}, whose logits are over labels. Leave it out."
+        )
 
 
 def _refuse_shards(student: nn.Module) -> None:

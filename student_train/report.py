@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader
 
 from shared.errors import CacheMismatch, ConfigError, IncompleteCache
 from student_train.config import CompareConfig
+from student_train.metrics import TITLES, MetricName
 from student_train.run_folder import RunFolder, kl_of
 
 
@@ -25,16 +26,18 @@ class Line:
     agreement: float | None
     seconds: float | None
     weights: str
+    metric: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Students evaluated on one held-out cache, after their teacher."""
+    """Students evaluated on one held-out cache, after their teacher; `metric`: of their task."""
 
     targets: str
     positions: int
     lines: tuple[Line, ...]
+    metric: MetricName | None = None
 
 
 def compare(config: CompareConfig) -> Comparison:
@@ -55,7 +58,8 @@ def compare(config: CompareConfig) -> Comparison:
     lines = [_student_line(path, result) for path, result in results]
     if "teacher_loss" in first:
         lines.insert(0, _teacher_line(results))
-    return Comparison(first.get("targets", "none"), first["positions"], tuple(lines))
+    metric = first.get("metric")
+    return Comparison(first.get("targets", "none"), first["positions"], tuple(lines), metric)
 
 
 def _result(path: Path) -> dict[str, Any]:
@@ -88,6 +92,7 @@ def _student_line(path: Path, result: dict[str, Any]) -> Line:
         numbers.get("agreement"),
         result["seconds"],
         _weights_text(result),
+        None if "metric" not in numbers else numbers.get(numbers["metric"]),
         curve,
     )
 
@@ -106,19 +111,25 @@ def _teacher_line(results: Sequence[tuple[Path, dict[str, Any]]]) -> Line:
     numbers = results[0][1]["validation"]
     sizes = [r["teacher_parameters"] for _, r in results if r.get("teacher_parameters")]
     parameters = sizes[0] if sizes else None
-    return Line("teacher", parameters, numbers["teacher_loss"], 0.0, 1.0, None, "as cached")
+    metric = numbers.get(f"teacher_{numbers.get('metric')}")
+    return Line("teacher", parameters, numbers["teacher_loss"], 0.0, 1.0, None, "as cached", metric)
 
 
-_HEADERS = ("model", "parameters", "loss", "KL to teacher", "agreement", "seconds", "weights")
+def headers(comparison: Comparison) -> tuple[str, ...]:
+    """Those of `cells`; the first and the last column are text."""
+    metric = () if comparison.metric is None else (TITLES[comparison.metric],)
+    names = ("model", "parameters", "loss", "KL to teacher", "agreement")
+    return (*names, *metric, "seconds", "weights")
 
 
 def table(comparison: Comparison) -> str:
     """The comparison as aligned text."""
-    rows = [_HEADERS, *(cells(line) for line in comparison.lines)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADERS))]
+    rows = [headers(comparison), *(cells(line, comparison.metric) for line in comparison.lines)]
+    last = len(rows[0]) - 1
+    widths = [max(len(row[column]) for row in rows) for column in range(last + 1)]
     text = [
         "  ".join(
-            cell.ljust(width) if column in (0, 6) else cell.rjust(width)
+            cell.ljust(width) if column in (0, last) else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
@@ -136,14 +147,16 @@ def note(comparison: Comparison) -> str:
     )
 
 
-def cells(line: Line) -> tuple[str, ...]:
-    """One line of the table as text."""
+def cells(line: Line, metric: MetricName | None) -> tuple[str, ...]:
+    """One line of the table as text; with a column for the metric of the task where it has one."""
+    value = "" if line.metric is None else f"{line.metric:.4f}"
     return (
         line.name,
         "" if line.parameters is None else f"{line.parameters:,}",
         f"{line.loss:.4f}",
         "" if line.kl is None else f"{line.kl:.4f}",
         "" if line.agreement is None else f"{line.agreement:.1%}",
+        *(() if metric is None else (value,)),
         "" if line.seconds is None else f"{line.seconds:.1f}",
         line.weights,
     )
@@ -156,7 +169,12 @@ def as_json(comparison: Comparison) -> str:
         for line in comparison.lines
     ]
     return json.dumps(
-        {"targets": comparison.targets, "positions": comparison.positions, "models": lines}
+        {
+            "targets": comparison.targets,
+            "positions": comparison.positions,
+            "metric": comparison.metric,
+            "models": lines,
+        }
     )
 
 
@@ -164,8 +182,8 @@ def write_html(comparison: Comparison, path: Path) -> None:
     """One self-contained file: the table, held-out loss, training loss as curves."""
     environment = Environment(loader=PackageLoader("student_train"), autoescape=True)
     html = environment.get_template("compare.html").render(
-        headers=_HEADERS,
-        rows=[cells(line) for line in comparison.lines],
+        headers=headers(comparison),
+        rows=[cells(line, comparison.metric) for line in comparison.lines],
         note=note(comparison),
         picture=_picture(comparison),
     )

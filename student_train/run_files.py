@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from shared.manifest import MAX_SHARDS, build, parse_json
 from shared.options import load, resolved
 from shared.storage import Storage
 from student_train.config import TrainConfig
+from student_train.metrics import MetricName
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +44,12 @@ class _Snapshot:
     caches: tuple[CacheSnapshot, ...]
 
 
+_ALWAYS = ("loss", "positions")
+
+
 @dataclass(frozen=True, slots=True)
 class _Validation:
-    """What `compare` needs of the numbers on a held-out cache."""
+    """What `compare` needs of the numbers on a held-out cache; only `_ALWAYS` are always there."""
 
     loss: float
     positions: int
@@ -53,6 +57,11 @@ class _Validation:
     agreement: float | None
     teacher_loss: float | None
     targets: str | None
+    metric: MetricName | None
+    accuracy: float | None
+    entity_f1: float | None
+    teacher_accuracy: float | None
+    teacher_entity_f1: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +114,9 @@ def _with_absent(raw: Any) -> Any:
         return raw
     filled = dict.fromkeys(("teacher_parameters", "validation_cache_id", "validation")) | raw
     if isinstance(filled["validation"], dict):
-        absent = dict.fromkeys(("kl_bucketed", "agreement", "teacher_loss", "targets"))
+        absent = dict.fromkeys(
+            field.name for field in fields(_Validation) if field.name not in _ALWAYS
+        )
         filled["validation"] = absent | filled["validation"]
     return filled
 

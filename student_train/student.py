@@ -4,22 +4,19 @@ Weights come from safetensors only, and no code that comes with a model is ever 
 """
 
 import logging
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from shared.cache import Cache
 from shared.errors import CacheMismatch, ConfigError, Refused
-from shared.tokenizer import content_hash
+from shared.tasks import TASKS, TaskName
+from shared.tokenizer import content_hash, load_cached_tokenizer
 from student_train.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -27,20 +24,43 @@ log = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
 
-def build_student(name: str, *, seed: int) -> Any:
-    """A pretrained student, one with adapters, or fresh weights where there is only config.json."""
+def build_student(name: str, cache: Cache, *, seed: int) -> Any:
+    """A pretrained student, one with adapters, or fresh weights where there is only config.json.
+
+    For the task of the cache. On a label space its head has the classes of the cache; a student
+    without a head for the task gets a new one.
+    """
     transformers.utils.logging.disable_progress_bar()
     config = load_config(name)
-    folder = Path(name)
+    task, folder = cache.manifest.task, Path(name)
     if (folder / "adapter_config.json").is_file():
-        return _with_saved_adapters(folder, seed=seed)
-    if folder.is_dir() and not _has_weights(folder):
-        torch.manual_seed(seed)
+        return _with_saved_adapters(folder, cache, seed=seed)
+    auto: Any = getattr(transformers, TASKS[task].auto_class)
+    of_labels = TASKS[task].target_space == "labels"
+    from_scratch = folder.is_dir() and not _has_weights(folder)
+    new_head = of_labels and not _has_head(config, task)
+    if of_labels:
+        if from_scratch or new_head or not _unnamed(cache.manifest.labels):
+            _name_labels(config, cache.manifest.labels)
+        _set_padding(config, cache, keep_own=not from_scratch)
+    if TASKS[task].one_per_row:
+        config.problem_type = "single_label_classification"  # what the loss is, for who serves it
+    torch.manual_seed(seed)
+    if from_scratch:
         log.info("%s: no weights there, training from scratch", name)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return auto.from_config(config, dtype=torch.float32)
+    if new_head:
+        log.info("%s: it has no head for %s, a new one is made", name, task)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        # A head for another task may have the same name and another width; nothing else may differ.
+        student, loaded = auto.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=new_head,
+            output_loading_info=True,
         )
     except OSError as error:
         raise Refused(
@@ -48,13 +68,47 @@ def build_student(name: str, *, seed: int) -> Any:
             "Convert the model with save_pretrained, or name a folder with only config.json to "
             "train from scratch."
         ) from error
+    body = f"{student.base_model_prefix}."
+    wrong = sorted(key for key, *_ in loaded["mismatched_keys"] if key.startswith(body))
+    if wrong:
+        raise Refused(
+            f"{name}: the weights of {wrong[0]} have another shape than its config.json says. "
+            "Take both from the same model."
+        )
+    return student
 
 
-def _with_saved_adapters(folder: Path, *, seed: int) -> Any:
+def _has_head(config: PretrainedConfig, task: TaskName) -> bool:
+    """Whether the model was saved as one for this task, so that its labels mean something."""
+    auto: Any = getattr(transformers, TASKS[task].auto_class)
+    return auto._model_mapping[type(config)].__name__ in (config.architectures or ())
+
+
+def _name_labels(config: PretrainedConfig, labels: tuple[str, ...]) -> None:
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+
+
+def _set_padding(config: PretrainedConfig, cache: Cache, *, keep_own: bool) -> None:
+    """A decoder takes the last token that is no padding for the whole row, so it must know it.
+
+    Pretrained ones keep theirs; a tokenizer without padding pads with the end of a text.
+    """
+    text_config = config.get_text_config()
+    own = text_config.pad_token_id
+    if keep_own and own is not None and 0 <= own < text_config.vocab_size:
+        return
+    tokenizer = load_cached_tokenizer(cache.storage)
+    known = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
+    text_config.pad_token_id = known[0] if known else 0
+
+
+def _with_saved_adapters(folder: Path, cache: Cache, *, seed: int) -> Any:
     _require_peft()
     from peft import PeftConfig, PeftModel
 
-    base = build_student(str(PeftConfig.from_pretrained(folder).base_model_name_or_path), seed=seed)
+    base_name = str(PeftConfig.from_pretrained(folder).base_model_name_or_path)
+    base = build_student(base_name, cache, seed=seed)
     return PeftModel.from_pretrained(base, folder)
 
 
@@ -83,17 +137,11 @@ def _first_line(error: BaseException) -> str:
 
 def check_fit(name: str, config: PretrainedConfig, cache: Cache) -> None:
     """Refuses a student that the targets of the cache do not fit, naming both sides."""
-    manifest = cache.manifest
-    classes = manifest.targets.num_classes
     text_config = config.get_text_config()
-    width = getattr(text_config, "vocab_size", None)
-    if width is not None and width < classes:
-        raise CacheMismatch(
-            f"{name}: its head has {width:,} classes, but {cache.path} was cached over "
-            f"{classes:,}. "
-            "Use a student with the teacher's tokenizer (a wider head is fine), or cache a teacher "
-            "with the student's."
-        )
+    if TASKS[cache.manifest.task].target_space == "labels":
+        _check_labels(name, config, cache)
+    else:
+        _check_vocabulary(name, text_config, cache)
     longest = int(cache.row_tokens.max(initial=0))
     places = getattr(text_config, "max_position_embeddings", None)
     if places is not None and longest > places:
@@ -102,6 +150,96 @@ def check_fit(name: str, config: PretrainedConfig, cache: Cache) -> None:
             f"{longest:,} tokens. Cache again with --max-length {places}, or use another student."
         )
     _check_tokenizer(name, cache)
+
+
+def _check_vocabulary(name: str, text_config: PretrainedConfig, cache: Cache) -> None:
+    classes = cache.manifest.targets.num_classes
+    width = getattr(text_config, "vocab_size", None)
+    if width is not None and width < classes:
+        raise CacheMismatch(
+            f"{name}: its head has {width:,} classes, but {cache.path} was cached over "
+            f"{classes:,}. "
+            "Use a student with the teacher's tokenizer (a wider head is fine), or cache a teacher "
+            "with the student's."
+        )
+
+
+def _check_labels(name: str, config: PretrainedConfig, cache: Cache) -> None:
+    """The classes of a student that has a head for the task are those of the cache, in order."""
+    manifest, task = cache.manifest, cache.manifest.task
+    auto: Any = getattr(transformers, TASKS[task].auto_class)
+    if type(config) not in auto._model_mapping:
+        raise CacheMismatch(
+            f"{name}: transformers has no model of type {config.model_type} for {task}, the task "
+            f"of {cache.path}. Use a student that {TASKS[task].auto_class} can load."
+        )
+    tokens = getattr(config.get_text_config(), "vocab_size", None)
+    if tokens is not None and tokens < manifest.tokenizer.num_ids:
+        raise CacheMismatch(
+            f"{name}: it knows {tokens:,} tokens, but the rows of {cache.path} are made of "
+            f"{manifest.tokenizer.num_ids:,}. Use a student with the teacher's tokenizer."
+        )
+    folder = Path(name)
+    if not _has_head(config, task) or (folder.is_dir() and not _has_weights(folder)):
+        return  # a new head takes the classes of the cache
+    own, cached = [config.id2label[i] for i in range(config.num_labels)], list(manifest.labels)
+    advice = (
+        "Its head was trained for other labels. Save its body alone "
+        "(AutoModel.from_pretrained(...).save_pretrained(...)) for a student with a new head, or "
+        "cache a teacher with the same labels."
+    )
+    if len(own) != len(cached):
+        raise CacheMismatch(
+            f"{name}: its head has {len(own):,} labels ({_some(own)}), but {cache.path} was cached "
+            f"over {len(cached):,} ({_some(cached)}). {advice}"
+        )
+    if _unnamed(own) or _unnamed(cached):
+        if own != cached:
+            log.warning(
+                "%s: its labels are %s, those of %s %s: taken to be the same, in this order",
+                *(name, _some(own), cache.path, _some(cached)),
+            )
+        return
+    for index, (ours, theirs) in _differing(own, cached):
+        raise CacheMismatch(
+            f"{name}: its label {index} is {ours!r}, but in {cache.path} label {index} is "
+            f"{theirs!r}. {advice}"
+        )
+
+
+def _differing(own: Sequence[str], cached: Sequence[str]) -> list[tuple[int, tuple[str, str]]]:
+    pairs = enumerate(zip(own, cached, strict=True))
+    return [(index, pair) for index, pair in pairs if pair[0] != pair[1]]
+
+
+def _unnamed(labels: Sequence[str]) -> bool:
+    """As transformers names the labels of a model that was given no names."""
+    return list(labels) == [f"LABEL_{index}" for index in range(len(labels))]
+
+
+def _some(labels: list[str]) -> str:
+    return ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
+
+
+def check_same_labels(cache: Cache, held_out: Cache) -> None:
+    """Refuses a held-out cache whose classes are not those that the student learns."""
+    ours, theirs = cache.manifest, held_out.manifest
+    advice = "Hold out rows of the same kind, with cache-teacher run --like."
+    if ours.task != theirs.task:
+        raise CacheMismatch(
+            f"--validation-cache {held_out.path}: its task is {theirs.task}, but that of "
+            f"{cache.path} is {ours.task}. {advice}"
+        )
+    if len(ours.labels) != len(theirs.labels):
+        raise CacheMismatch(
+            f"--validation-cache {held_out.path}: it has {len(theirs.labels):,} labels, but "
+            f"{cache.path} has {len(ours.labels):,}. {advice}"
+        )
+    for index, (one, other) in _differing(ours.labels, theirs.labels):
+        raise CacheMismatch(
+            f"--validation-cache {held_out.path}: its label {index} is {other!r}, but that of "
+            f"{cache.path} is {one!r}. {advice}"
+        )
 
 
 def _check_tokenizer(name: str, cache: Cache) -> None:
@@ -125,8 +263,6 @@ def _check_tokenizer(name: str, cache: Cache) -> None:
 
 
 def _token_differences(vocabulary: dict[str, int], cache: Cache) -> str:
-    from shared.tokenizer import load_cached_tokenizer
-
     ours = {index: token for token, index in vocabulary.items()}
     theirs = {
         index: token for token, index in load_cached_tokenizer(cache.storage).get_vocab().items()
@@ -155,6 +291,11 @@ def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cach
         raise CacheMismatch(
             f"{cache.path}: holds hard labels only (--targets none). Train with --soft-weight 0 "
             "--hard-weight 1, or cache a teacher."
+        )
+    if config.uses_hidden_loss and TASKS[manifest.task].target_space == "labels":
+        raise CacheMismatch(
+            f"--hidden-weight: {cache.path} is of {manifest.task}, and the hidden-state loss is "
+            "there for language models only. Leave it out."
         )
     if config.uses_soft_loss and manifest.targets.kind == "sample":
         _check_sample(config, cache)
@@ -200,15 +341,46 @@ def _check_sample(config: TrainConfig, cache: Cache) -> None:
             )
 
 
-def add_adapters(student: Any, rank: int) -> Any:
-    """LoRA adapters on every linear layer of the trunk; everything else is frozen."""
+_ADAPTED: dict[TaskName, str] = {
+    "causal-lm": "CAUSAL_LM",
+    "token-classification": "TOKEN_CLS",
+    "sequence-classification": "SEQ_CLS",
+}
+
+
+def add_adapters(student: Any, rank: int, task: TaskName = "causal-lm") -> Any:
+    """LoRA adapters on every linear layer of the trunk; everything else is frozen.
+
+    On a label space what stands behind the trunk is trained as it is, and saved with the adapters.
+    """
     _require_peft()
     from peft import LoraConfig, get_peft_model
 
+    heads = _heads(student) if TASKS[task].target_space == "labels" else None
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        exclude_modules=heads,
+        modules_to_save=heads,
+        task_type=_ADAPTED[task],
     )
     return get_peft_model(student, config)
+
+
+def _heads(student: Any) -> list[str]:
+    """Modules with weights behind the trunk, and a pooler: new ones where the body is pretrained.
+
+    What is new must be saved: a frozen layer of random weights would be another one after loading.
+    """
+    trunk = student.base_model_prefix
+    names = [
+        name
+        for name, module in student.named_children()
+        if name != trunk and next(module.parameters(), None) is not None
+    ]
+    pooler = [name for name, module in getattr(student, trunk).named_children() if name == "pooler"]
+    return names + pooler
 
 
 def _require_peft() -> None:

@@ -35,6 +35,7 @@ from student_train.student import (
     build_student,
     check_cache,
     check_fit,
+    check_same_labels,
     layer_pairs,
     load_config,
 )
@@ -138,6 +139,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     caches = folder.open_caches(config)
     for each in (*caches.caches, *([] if validation is None else [validation])):
         check_fit(config.student, model_config, each)
+    if validation is not None:
+        check_same_labels(caches.first, validation)
     for cache in caches.caches:
         check_cache(config, model_config, cache)
 
@@ -150,7 +153,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         return finished
 
     objective = objective_for(config, model_config, caches)
-    student, attachment = _student(config, objective)
+    student, attachment = _student(config, objective, caches.first)
     folder.start(config, caches)
     stop = StopOnSignal()
     checkpoint = folder.last_checkpoint()
@@ -176,11 +179,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return _finish(config, folder, trainer, caches, max_steps)
 
 
-def _student(config: TrainConfig, objective: Objective) -> tuple[Any, Attachment]:
-    student: Any = build_student(config.student, seed=config.seed)
+def _student(config: TrainConfig, objective: Objective, cache: Cache) -> tuple[Any, Attachment]:
+    student: Any = build_student(config.student, cache, seed=config.seed)
     torch.manual_seed(config.seed)  # adapters and projections
     if config.lora_rank:
-        student = add_adapters(student, config.lora_rank)
+        student = add_adapters(student, config.lora_rank, cache.manifest.task)
     attachment = attach(student, objective)
     if config.lora_rank and len(getattr(student, PROJECTIONS, [])):
         raise ConfigError(

@@ -1,5 +1,6 @@
 """A student over two processes against one process with the joined batch: DDP and FSDP2."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +12,24 @@ from shared.cache import open_cache
 from shared.errors import Refused
 from student_train.arguments import refuse_what_breaks
 from student_train.config import TrainConfig
-from tests.student_train.two_ranks import CASES, first_batch, step, student_of
+from tests.student_train.label_caches import make_rows, make_teacher, write_cache
+from tests.student_train.two_ranks import CASES, first_batch, step, student_of, tagger_numbers
 
 
 @pytest.fixture(scope="module")
-def ranks(cache_dir, tmp_path_factory):
+def tags_dir(tmp_path_factory, tokenizer_dir):
+    task = "token-classification"
+    path = tmp_path_factory.mktemp("tags") / "cache"
+    return write_cache(path, tokenizer_dir, task, make_rows(task, 41), make_teacher(task))
+
+
+@pytest.fixture(scope="module")
+def ranks(cache_dir, tags_dir, tmp_path_factory):
     """The folder of what two ranks computed."""
     out = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "tests.student_train.two_ranks", str(cache_dir), str(out)]
+    command += ["-m", "tests.student_train.two_ranks", str(cache_dir), str(tags_dir)]
+    command += [str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return out
@@ -44,6 +54,17 @@ def test_two_ranks_compute_what_one_does(ranks, cache_dir, case, tied):
             assert largest > 0
             # Sums of float32 in another order.
             torch.testing.assert_close(found[0][what][name], expected, rtol=0, atol=1e-5 * largest)
+
+
+def test_two_ranks_evaluate_as_one(ranks, tags_dir):
+    """The metrics of a task are of all answers, however many each rank has."""
+    alone = tagger_numbers(open_cache(tags_dir))
+    assert 0 < alone["entity_f1_low"] < alone["entity_f1_high"] < 1
+    for rank in range(2):
+        found = json.loads((ranks / f"numbers-{rank}.json").read_text())
+        assert found == {
+            n: v if isinstance(v, str) else pytest.approx(v, rel=1e-5) for n, v in alone.items()
+        }
 
 
 def test_a_student_that_is_sharded_already_is_refused(ranks):

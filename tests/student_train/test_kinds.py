@@ -39,7 +39,7 @@ def live_kl(student, teacher_dir: Path, cache) -> float:
 def test_kl_is_that_to_the_live_teacher(kind, caches, teacher_dir, student_config_dir):
     """Dense: all but rounding. A sample: the mean over 13,000 positions, drawn ones at random."""
     cache = open_cache(caches[kind])
-    student = build_student(str(student_config_dir), seed=0)
+    student = build_student(str(student_config_dir), cache, seed=0)
     numbers = evaluate(student, cache, batch_tokens=4096)
     assert numbers["targets"] == {"sample": "sample 12", "dense": "dense"}[kind]
     expected = live_kl(student, teacher_dir, cache)
@@ -48,8 +48,9 @@ def test_kl_is_that_to_the_live_teacher(kind, caches, teacher_dir, student_confi
 
 @pytest.mark.parametrize("kind", list(ASKED))
 def test_the_soft_loss_alone_brings_a_student_nearer(kind, caches, train, student_config_dir):
-    untrained = build_student(str(student_config_dir), seed=0)
-    before = evaluate(untrained, open_cache(caches[kind]), batch_tokens=4096)
+    cache = open_cache(caches[kind])
+    untrained = build_student(str(student_config_dir), cache, seed=0)
+    before = evaluate(untrained, cache, batch_tokens=4096)
     only_soft = {"soft_weight": 1.0, "hard_weight": 0.0, "max_steps": 40}
     result = train(cache=(caches[kind],), validation_cache=caches[kind], **only_soft)
     assert kl_of(result["validation"]) < 0.8 * kl_of(before)

@@ -129,6 +129,10 @@ DAMAGES = {
             changed(validation={"loss": "low", "positions": 1}),
             "validation: loss: found 'low', expected a value of type float",
         ),
+        (
+            changed(validation={"loss": 1.0, "positions": 1, "metric": "f2"}),
+            "validation: metric: found 'f2', expected one of accuracy, entity_f1",
+        ),
         (changed(validation_cache_id=5), "validation_cache_id: found '5', expected a value of"),
     ],
     "metrics.jsonl": [

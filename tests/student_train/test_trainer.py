@@ -258,8 +258,9 @@ def test_adapters_are_saved_and_reload(train, tmp_path, cache_dir, teacher_dir):
     )
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "lora" / "model.safetensors").exists()
-    reloaded = build_student(str(tmp_path / "lora"), seed=0)
-    again = evaluate(reloaded, open_cache(cache_dir), batch_tokens=2000)
+    cache = open_cache(cache_dir)
+    reloaded = build_student(str(tmp_path / "lora"), cache, seed=0)
+    again = evaluate(reloaded, cache, batch_tokens=2000)
     assert again["loss"] == pytest.approx(result["validation"]["loss"], rel=1e-5)
 
 

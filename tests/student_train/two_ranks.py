@@ -1,8 +1,9 @@
 """One step of a student with its loss attached, on as many gloo ranks as this is started on.
 
-python -m torch.distributed.run --nproc-per-node 2 -m tests.student_train.two_ranks CACHE OUT
+python -m torch.distributed.run --nproc-per-node 2 -m tests.student_train.two_ranks CACHE TAGS OUT
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from transformers import AutoModelForCausalLM
 
 from shared.cache import Cache, open_cache
 from shared.errors import Refused
+from student_train.evaluate import evaluate
 from student_train.loss_spec import LossSpec
 from student_train.objective import Objective, attach
 from student_train.order import Order, OrderSpec
 from student_train.stream import BatchStream, StreamSpec
 from tests.conftest import llama_config
+from tests.student_train.label_caches import make_teacher
 
 # How the student is spread, and whether its head is tied to its embedding.
 CASES = {
@@ -92,7 +95,15 @@ def _whole(tensor: torch.Tensor | None) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
-def main(cache_path: str, out: str) -> None:
+def tagger_numbers(cache: Cache) -> dict[str, Any]:
+    """Of a model other than the cache's teacher, in batches that cut its rows unevenly."""
+    tagger = make_teacher("token-classification")
+    with torch.no_grad():
+        tagger.classifier.weight.mul_(0.1).add_(torch.eye(*tagger.classifier.weight.shape))
+    return evaluate(tagger, cache, batch_tokens=170)
+
+
+def main(cache_path: str, tags_path: str, out: str) -> None:
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     cache = open_cache(cache_path)
@@ -107,6 +118,8 @@ def main(cache_path: str, out: str) -> None:
         )
     except Refused as error:
         (Path(out) / f"refused-{rank}.txt").write_text(str(error))
+    numbers = tagger_numbers(open_cache(tags_path))
+    (Path(out) / f"numbers-{rank}.json").write_text(json.dumps(numbers))
     dist.barrier()
     dist.destroy_process_group()
 
