@@ -280,7 +280,7 @@ def write_held_out(out: Path) -> None:
 @lru_cache(maxsize=1)
 def load_teacher(out: Path) -> Any:
     """The live teacher."""
-    teacher = build_student(str(out / "teacher"), seed=0).eval()
+    teacher = student_of(out, "teacher", 0).eval()
     return teacher.requires_grad_(False)
 
 
@@ -304,11 +304,16 @@ def train(out: Path, sizes: Sizes, name: str, seed: int) -> dict[str, Any]:
     return result | evaluate(out, student, sizes)
 
 
+def student_of(out: Path, name: str, seed: int) -> Any:
+    """A model of one of the folders of this run, which all have its tokenizer."""
+    return build_student(str(out / name), open_cache(out / "labels-teacher"), seed=seed)
+
+
 def initial_student(out: Path, sizes: Sizes, seed: int) -> Any:
     """Fresh weights, or those after `pretrain`."""
     if not sizes.pretrain_steps:
-        return build_student(str(out / "student-config"), seed=seed)
-    return build_student(str(out / f"pretrained-{seed}"), seed=seed)
+        return student_of(out, "student-config", seed)
+    return student_of(out, f"pretrained-{seed}", seed)
 
 
 def pretrain(out: Path, sizes: Sizes, seed: int) -> None:
@@ -317,7 +322,7 @@ def pretrain(out: Path, sizes: Sizes, seed: int) -> None:
     folder = out / f"pretrained-{seed}"
     if folder.exists():
         return
-    student = build_student(str(out / "student-config"), seed=seed)
+    student = student_of(out, "student-config", seed)
     plan = (sizes.pretrain_steps, sizes.learning_rate)
     for _ in optimise(student, text_stream(out / "labels-teacher", sizes, seed, plan[0]), *plan):
         pass
@@ -537,7 +542,7 @@ def seconds_per_step(
     torch.set_num_threads(1)
     sizes = replace(sizes, steps=1 + rounds * each)
     running = {
-        name: steps(out, sizes, ARMS[name], 0, build_student(str(out / "student-config"), seed=0))
+        name: steps(out, sizes, ARMS[name], 0, student_of(out, "student-config", 0))
         for name in names
     }
     for loop in running.values():

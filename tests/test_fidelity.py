@@ -114,8 +114,8 @@ def test_full_distillation_is_that_from_a_dense_cache(
     order = Order(cache.block_rows, cache.row_tokens, OrderSpec(batch_tokens=500))
     batch = next(iter(BatchStream(cache, order, StreamSpec(), max_steps=1)))
     teacher, student = (
-        build_student(str(teacher_dir), seed=0),
-        build_student(str(student_config_dir), seed=3),
+        build_student(str(teacher_dir), cache, seed=0),
+        build_student(str(student_config_dir), cache, seed=3),
     )
     student.eval()  # no dropout
     arm = students.Arm(source="full", temperature=temperature, hard=hard)
