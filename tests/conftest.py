@@ -127,7 +127,7 @@ def capture(
             "shard_tokens": 3000,
             "device": "cpu",
         }
-        if "targets" not in options:
+        if not {"targets", "like"} & options.keys():
             defaults["top_k"] = 8
         config = CaptureConfig(**defaults | options)
         run(config)

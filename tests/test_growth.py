@@ -16,7 +16,7 @@ from student_train.cache_set import open_caches
 def test_like_takes_over_what_decides_whether_caches_train_together(capture):
     hidden = {"hidden_layers": (-1,), "hidden_codec": "int8", "hidden_every": 2}
     old = capture(split="train[:60%]", top_k=5, temperature=(2.0,), **hidden)
-    new = capture(split="train[60%:]", like=old, top_k=32, max_length=1024)
+    new = capture(split="train[60%:]", like=old, max_length=1024)
     one, two = open_cache(old).manifest, open_cache(new).manifest
     assert two.targets == one.targets
     assert two.hidden == one.hidden
@@ -39,7 +39,7 @@ def test_like_refuses_another_teacher(capture, teacher_dir, tmp_path):
         model.lm_head.weight.mul_(1.1)
     model.save_pretrained(other)
     with pytest.raises(CacheMismatch, match=r"would not train together with it. .*weights_digest"):
-        capture(split="train[50%:]", like=old, teacher=str(other), top_k=32, max_length=1024)
+        capture(split="train[50%:]", like=old, teacher=str(other), max_length=1024)
 
 
 def test_an_option_that_like_decides_is_refused_beside_it(capture):
@@ -61,7 +61,7 @@ def test_training_sees_the_rows_of_both_and_resumes_on_both(capture, student_con
     from student_train.trainer import run
 
     old = capture(split="train[:60%]")
-    new = capture(split="train[60%:]", like=old, top_k=32, max_length=1024)
+    new = capture(split="train[60%:]", like=old, max_length=1024)
     config = TrainConfig(
         student=str(student_config_dir),
         cache=(old, new),

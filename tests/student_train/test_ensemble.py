@@ -199,7 +199,7 @@ def test_what_is_nothing_to_mix_is_refused(topk, labels_dir, train, dense, tmp_p
 def halves(capture: Capture) -> tuple[Path, Path]:
     """Two caches of different documents; the second is about a sixth of the first."""
     old = capture(split="train[:85%]")
-    return old, capture(split="train[85%:]", like=old, top_k=32, max_length=1024)
+    return old, capture(split="train[85%:]", like=old, max_length=1024)
 
 
 def test_a_weighted_run_resumes_as_uninterrupted(halves, train, tmp_path, monkeypatch):
