@@ -197,7 +197,8 @@ def without_rows(no_rows: Columns, *, packed: bool, counts: Counts) -> MicroBatc
         one_token["position_ids"] = np.array([0])
     if "token_type_ids" in no_rows:
         one_token["token_type_ids"] = np.array([0])
-    return _assemble(no_rows | one_token, packed, counts, hidden_every=1)
+    nothing = {name: column.copy() for name, column in no_rows.items()}  # some are read-only
+    return _assemble(nothing | one_token, packed, counts, hidden_every=1)
 
 
 def _assemble(columns: Columns, packed: bool, counts: Counts, hidden_every: int) -> MicroBatch:
