@@ -21,6 +21,8 @@ from student_train.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
+FEW_KEPT = 0.8  # at T=2 the best 32 keep 62 % of a strong teacher, at T=4 32 %
+
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
 
@@ -322,6 +324,21 @@ def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cach
             )
     if cache.num_rows == 0:
         raise CacheMismatch(f"{cache.path}: its committed shards hold no row to train on")
+
+
+def warn_of_lost_mass(config: TrainConfig, cache: Cache) -> None:
+    """Of what is cut away a student learns only how much it is together, not where it lies."""
+    if not config.uses_soft_loss or cache.manifest.targets.kind not in ("topk", "adaptive"):
+        return
+    name = "sum_kept_mass" if config.temperature == 1 else f"sum_kept_mass.{config.temperature:g}"
+    kept = sum(commit.statistics.get(name, 0.0) for commit in cache.commits)
+    share = kept / max(1, sum(commit.positions for commit in cache.commits))
+    if share < FEW_KEPT:
+        log.warning(
+            "%s: its targets keep %.0f %% of the teacher's probability at temperature %g. The hard "
+            "loss should go with them; --targets sample, or more entries, keep more",
+            *(cache.path, 100 * share, config.temperature),
+        )
 
 
 def _check_sample(config: TrainConfig, cache: Cache) -> None:

@@ -38,6 +38,7 @@ from student_train.student import (
     check_same_labels,
     layer_pairs,
     load_config,
+    warn_of_lost_mass,
 )
 
 log = logging.getLogger(__name__)
@@ -143,6 +144,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         check_same_labels(caches.first, validation)
     for cache in caches.caches:
         check_cache(config, model_config, cache)
+        warn_of_lost_mass(config, cache)
 
     spec = OrderSpec(batch_tokens=config.batch_tokens, seed=config.seed)
     order = Order(caches.block_rows, caches.row_tokens, spec, caches.parts)

@@ -72,3 +72,12 @@ def test_any_temperature_is_exact_on_a_dense_cache(caches, train):
 def test_what_a_sample_says_nothing_about_is_refused(option, shown, caches, train):
     with pytest.raises(CacheMismatch, match=f"{shown}: .*holds a sample.*Leave the option out"):
         train(cache=(caches["sample"],), **option)
+
+
+@pytest.mark.parametrize(("kind", "warned"), [("adaptive", True), ("sample", False)])
+def test_a_run_on_targets_that_keep_little_is_warned(kind, warned, caches, train, caplog):
+    train(cache=(caches[kind],), max_steps=1)
+    share = sum(c.statistics["sum_kept_mass"] for c in open_cache(caches["adaptive"]).commits)
+    share /= open_cache(caches["adaptive"]).row_positions.sum()
+    said = f"its targets keep {100 * share:.0f} % of the teacher's probability at temperature 1"
+    assert (said in caplog.text) == warned

@@ -521,3 +521,31 @@ def test_a_read_only_folder_is_refused_by_name(capture, tmp_path):
             capture(**SMALL, out=tmp_path / "cache")
     finally:
         tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("where", ["encode_and_measure", "ShardWriter.write"])
+def test_a_fault_while_encoding_or_writing_ends_the_run_with_that_error(
+    where, capture, tmp_path, monkeypatch
+):
+    """In a thread of its own, or in the writer: no wait for ever, nothing half published."""
+    from teacher_cache import job
+
+    owner, _, name = where.rpartition(".")
+    target = job.ShardWriter if owner else job
+    calls, right = [], vars(target)[name]
+
+    def faulty(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == 2:
+            raise OSError("the fault of this test")
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr("teacher_cache.job.MIN_BLOCK_POSITIONS", 500)
+    options = {"limit_documents": 120, "out": tmp_path / "cache"}
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, faulty)
+        with pytest.raises(OSError, match="the fault of this test"):
+            capture(**options)
+    assert list((tmp_path / "cache" / "commits").glob("*")) == []
+    assert list((tmp_path / "cache" / "shards").iterdir()) == []
+    assert not open_cache(capture(**options)).missing_shards
