@@ -302,6 +302,21 @@ def test_the_ends_of_a_shard_are_fixed_text(copy, expected):
                 assert is_found(read, expected, path) or place < 6
 
 
+@pytest.mark.slow
+def test_a_file_cut_at_every_64th_byte_is_an_error(copy, expected):
+    """Every file of the cache; an error, or not a number of it has changed."""
+    readers = shard_reader(copy, expected)
+    for name in sorted(content(copy)):
+        path = copy / name
+        read = readers.get(path, lambda: values_of(copy))
+        with Damage(path) as damage:
+            for length in range(0, len(damage.good), 64):
+                path.write_bytes(damage.good[:length])
+                found = is_found(read, expected, path)
+                # Of manifest.sha256 only the hash is read, its first 64 letters.
+                assert found or (name == "manifest.sha256" and length == 64), (name, length)
+
+
 def test_a_file_that_was_cut_or_grew_is_an_error(copy, expected):
     """A shard at 64 places, every other file at 16, each also empty and one byte too long."""
     readers = shard_reader(copy, expected)
