@@ -88,7 +88,9 @@ def synthetic_manifest(args: argparse.Namespace, num_shards: int) -> Manifest:
         rows_id="0",
         targets=TargetSpec(kind="topk", num_classes=CLASSES, top_k=args.top_k),
         hidden=HiddenSpec(layers=layers, widths=(args.hidden,) * len(layers), codec="bf16"),
-        columns=tuple(optional_columns(packed=False, positions=False, labels=False, targets=True)),
+        columns=tuple(
+            optional_columns(segments=False, positions=False, labels=False, targets=True)
+        ),
         plan=BatchPlan(
             documents_per_shard=ROWS_PER_SHARD,
             num_shards=num_shards,

@@ -35,6 +35,8 @@ class Block:
     num_segments: np.ndarray | None = None  # i32 [R]
     token_type_ids: np.ndarray | None = None  # i32 [T]
     labels: np.ndarray | None = None  # i32 [P]
+    reference: np.ndarray | None = None  # u8, the UTF-8 of all rows one after another
+    reference_bytes: np.ndarray | None = None  # i32 [R]
     target: Target | None = None
     label_logprob: np.ndarray | None = None  # f32 [P]
     entropy: np.ndarray | None = None  # f32 [P]
@@ -57,6 +59,9 @@ def to_planes(
     }
     if block.num_segments is not None:
         columns["num_segments"] = [_whole(block.num_segments, "<u4")]
+    if block.reference is not None and block.reference_bytes is not None:
+        columns["reference_bytes"] = [_whole(block.reference_bytes, "<u4")]
+        columns["reference"] = [block.reference]
     for name in ("input_ids", "token_type_ids", "segments", "positions", "labels"):
         count = sum(plane.column == name for plane in planes)
         if count:
@@ -113,6 +118,9 @@ def from_planes(
         labels=_joined(values, "labels") if "labels.0" in values else None,
         token_type_ids=_joined(values, "token_type_ids") if "token_type_ids.0" in values else None,
     )
+    if "reference.0" in values:
+        block.reference = values["reference.0"]
+        block.reference_bytes = _unsigned(values["reference_bytes.0"])
     for name, found_T, limit in (
         ("input_ids", block.input_ids, manifest.tokenizer.num_ids),
         ("labels", block.labels, spec.num_classes),

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,8 @@ class Row:
     State s is that of token `hidden_positions[s]`: of all positions, or of every n-th.
 
     `segments` are the lengths of its documents' parts: one, unless rows are packed.
-    `token_type_ids` [T] where a row is a pair of texts.
+    `token_type_ids` [T] where a row is a pair of texts; `reference` is what an answer of the
+    student is compared with, where the task has more to compare than labels.
     """
 
     row_id: int
@@ -74,6 +76,7 @@ class Row:
     hidden: dict[int, torch.Tensor]
     hidden_positions: torch.Tensor
     token_type_ids: torch.Tensor | None = None
+    reference: Any = None
 
 
 class Cache(Sequence[Row]):
@@ -402,7 +405,18 @@ def _row(block: Block, index: int, hidden_every: int) -> Row:
         hidden=hidden,
         hidden_positions=at[::hidden_every],
         token_type_ids=types,
+        reference=references(block)[index] if block.reference is not None else None,
     )
+
+
+def references(block: Block) -> list[Any]:
+    """The parsed references of the rows of a block that has them."""
+    assert block.reference is not None  # both are there, or neither
+    assert block.reference_bytes is not None
+    ends = np.cumsum(block.reference_bytes, dtype=np.int64)
+    data = block.reference.tobytes()
+    pairs = zip(ends - block.reference_bytes, ends, strict=True)
+    return [manifests.parse_json(data[start:end], "reference") for start, end in pairs]
 
 
 def _segments(block: Block, index: int) -> tuple[int, ...]:

@@ -153,8 +153,15 @@ class Manifest:
 
 
 def rows_id(corpus: CorpusInfo, tokenizer: TokenizerInfo, preprocessing: Preprocessing) -> str:
-    """Equal for two caches exactly when their row ids name the same rows."""
-    parts = [corpus.fingerprint, tokenizer.hash, tokenizer.template_hash, asdict(preprocessing)]
+    """Equal for two caches exactly when their row ids name the same rows.
+
+    A preprocessing option that was added later counts where it is not at its default.
+    """
+    options = asdict(preprocessing)
+    for option in fields(preprocessing):
+        if option.metadata.get("added") and options[option.name] == option.default:
+            del options[option.name]
+    parts = [corpus.fingerprint, tokenizer.hash, tokenizer.template_hash, options]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
@@ -263,8 +270,9 @@ def _wrong_columns(columns: tuple[str, ...]) -> Iterator[str]:
         yield f"columns: found {_short(columns)}, expected each once"
     if any(name.startswith(_OF_TARGETS) for name in columns):
         yield f"columns: found {_short(columns)}, but those of targets and hidden states follow"
-    if "segments" in columns and "num_segments" not in columns[: columns.index("segments")]:
-        yield "columns: segments without num_segments before it"
+    for name, lengths in (("segments", "num_segments"), ("reference", "reference_bytes")):
+        if name in columns and lengths not in columns[: columns.index(name)]:
+            yield f"columns: {name} without {lengths} before it"
 
 
 def _short(value: Any) -> str:

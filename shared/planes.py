@@ -14,7 +14,7 @@ from shared.errors import CorruptCache
 from shared.frames import Plane, join_planes
 from shared.target import Floats
 
-Per = Literal["row", "segment", "token", "position", "entry", "state"]
+Per = Literal["row", "segment", "token", "position", "entry", "state", "byte"]
 
 TAIL_MIN, TAIL_MAX = -14.0, 17.0  # ln(tail / kept); kept >= K / C, so 17 holds any C below 2**24
 TAIL_STEPS = 65_534

@@ -45,6 +45,8 @@ COLUMNS: tuple[Column, ...] = (
     Column("positions", 7, "uint32", "position", "token index", "place of each target in its row"),
     Column("labels", 8, "uint32", "position", "class", "hard label of each position"),
     Column("token_type_ids", 9, "uint8", "token", "-", "which of two texts a token is of"),
+    Column("reference_bytes", 10, "uint32", "row", "bytes", "length of the row's reference"),
+    Column("reference", 11, "uint8", "byte", "UTF-8", "JSON that an answer is compared with"),
     Column("target_ids", 16, "uint32", "position", "rank gap", "entries, ascending by rank"),
     Column("target_codes", 17, "uint16", "position", "code", "log-probabilities of the entries"),
     Column("target_range", 18, "uint8", "position", "log step", "range of the log-probabilities"),
@@ -56,7 +58,13 @@ COLUMNS: tuple[Column, ...] = (
     Column("hidden", 64, "bfloat16", "state", "-", "hidden states, one column for each layer"),
 )
 _NUMBERS = {column.name: column.number for column in COLUMNS}
-_WHOLE_NUMBERS = {"row_ids": 8, "num_tokens": 4, "num_positions": 4, "num_segments": 4}
+_WHOLE_NUMBERS = {
+    "row_ids": 8,
+    "num_tokens": 4,
+    "num_positions": 4,
+    "num_segments": 4,
+    "reference_bytes": 4,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,7 @@ def layout(manifest: Manifest) -> tuple[Plane, ...]:
         "label_logprob": 2,
         "entropy": 1,
         "token_type_ids": 1,
+        "reference": 1,
     }
     described = {column.name: column for column in COLUMNS}
     for name in manifest.columns:
@@ -123,13 +132,19 @@ def layout(manifest: Manifest) -> tuple[Plane, ...]:
 
 
 def optional_columns(
-    *, packed: bool, positions: bool, labels: bool, targets: bool, token_types: bool = False
+    *,
+    segments: bool,
+    positions: bool,
+    labels: bool,
+    targets: bool,
+    token_types: bool = False,
+    references: bool = False,
 ) -> list[str]:
     """Names of the non-target columns a cache has; what is absent follows the task's default."""
     names = ["row_ids", "num_tokens", "num_positions", "input_ids"]
     if token_types:
         names.append("token_type_ids")
-    if packed:
+    if segments:
         names += ["num_segments", "segments"]
     if positions:
         names.append("positions")
@@ -137,4 +152,6 @@ def optional_columns(
         names.append("labels")
     if targets:
         names += ["label_logprob", "entropy"]
+    if references:
+        names += ["reference_bytes", "reference"]
     return names

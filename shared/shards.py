@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,7 @@ from shared.blocks import Block, from_planes, to_planes
 from shared.errors import CorruptCache
 from shared.hidden import NO_SCALES, ChannelScales, num_states
 from shared.manifest import FORMAT_VERSION, MAX_SHARD_ROWS, Manifest, build, parse_json
+from shared.planes import Per
 from shared.schema import Plane, layout
 from shared.storage import Storage, crash_point
 from shared.target import ClassRanks
@@ -366,11 +367,11 @@ class ShardReader:
 
     def _check_expansion(self, index: int, columns: "_Columns") -> None:
         """Refuses blocks that take far more memory than any of their size on disk needs."""
-        item_bytes = dict.fromkeys(("row", "token", "position", "state", "segment", "entry"), 0)
+        item_bytes = dict.fromkeys(get_args(Per), 0)
         for plane in self._planes:
             item_bytes[plane.per] += plane.item_bytes
         item_bytes["token"] += item_bytes.pop("segment")  # a segment has at least one token
-        del item_bytes["entry"]  # their number is in a frame: see read_planes
+        del item_bytes["entry"], item_bytes["byte"]  # their number is in a frame: see read_planes
         frame_bytes = sum(np.diff(offsets) for offsets, _ in columns.values())
         first = int(self._batch_starts[index])
         for row, stored in enumerate(np.asarray(frame_bytes).tolist()):
@@ -405,6 +406,14 @@ class ShardReader:
                     raise CorruptCache(
                         f"{where}: block {block}: found {size:,} segments, expected at most "
                         f"{sizes['token']:,}, the tokens. {_REPAIR}"
+                    )
+            elif plane.per == "byte":
+                size = int(values["reference_bytes.0"].view(np.uint32).sum(dtype=np.int64))
+                stored = int(offsets[row + 1] - offsets[row])
+                if size > _FREE_BLOCK_BYTES + _MOST_EXPANSION * stored:
+                    raise CorruptCache(
+                        f"{where}: block {block}, column reference_bytes: found {size:,} bytes of "
+                        f"references in a frame of {stored:,}. {_REPAIR}"
                     )
             elif plane.per == "entry":
                 size = self._num_entries(block, row, columns, values["target_counts.0"])

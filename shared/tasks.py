@@ -7,19 +7,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 TaskName = Literal["causal-lm", "token-classification", "sequence-classification"]
+Layout = Literal["tokens", "row"]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """`target_space`: what a class is. `auto_class`: the class in `transformers` that loads it.
 
-    `one_per_row`: a row has one target, whose position is 0; else a target's position is its token.
+    `layout`: how a row is laid out and where its targets are. tokens: at tokens, or the next ones;
+    row: of the row as a whole, at position 0.
     `ways`: which columns a document may consist of, by role.
     """
 
     target_space: Literal["vocabulary", "labels"]
     auto_class: str
-    one_per_row: bool
+    layout: Layout
     ways: tuple[tuple[str, ...], ...]
 
 
@@ -27,19 +29,19 @@ TASKS: dict[TaskName, Task] = {
     "causal-lm": Task(
         "vocabulary",
         "AutoModelForCausalLM",
-        one_per_row=False,
+        layout="tokens",
         ways=(("messages",), ("text",), ("prompt", "completion")),
     ),
     "token-classification": Task(
         "labels",
         "AutoModelForTokenClassification",
-        one_per_row=False,
+        layout="tokens",
         ways=(("tokens", "tags"),),
     ),
     "sequence-classification": Task(
         "labels",
         "AutoModelForSequenceClassification",
-        one_per_row=True,
+        layout="row",
         ways=(("text", "text_pair", "label"), ("text", "label")),
     ),
 }

@@ -7,7 +7,7 @@ positions, the states or the entries of many rows.
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 
 from shared.arrays import ranges
 from shared.hidden import num_states, state_positions
+from shared.tasks import Layout
 
 if TYPE_CHECKING:
     from shared.blocks import Block
@@ -162,26 +163,32 @@ class Counts:
     rows: int = 0  # rows with a position
 
 
-def collate(
-    parts: Sequence[tuple[Window, np.ndarray]],
-    *,
-    packed: bool,
-    counts: Counts,
-    hidden_every: int = 1,
-) -> MicroBatch:
-    """The micro-batch of these global rows, each part with the window it is in.
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How rows become sequences.
 
-    Every segment becomes a sequence of its own, padded on the right with token 0. With `packed` a
-    row stays one sequence, its `position_ids` restart with every segment, and there is no mask.
+    Every segment of a row becomes a sequence of its own, padded on the right with token 0. With
+    `packed` a row stays one sequence, its `position_ids` restart with every segment, and there is
+    no mask. Every `hidden_every`-th position of a row has hidden states.
     """
+
+    layout: Layout = "tokens"
+    packed: bool = False
+    hidden_every: int = 1
+
+
+def collate(
+    parts: Sequence[tuple[Window, np.ndarray]], shape: Shape, *, counts: Counts
+) -> MicroBatch:
+    """The micro-batch of these global rows, each part with the window it is in."""
     taken = [window.take(rows) for window, rows in parts]
     if len(taken) == 1:
-        return _assemble(taken[0], packed, counts, hidden_every)
+        return _assemble(taken[0], shape, counts)
     joined = {name: np.concatenate([columns[name] for columns in taken]) for name in taken[0]}
-    return _assemble(joined, packed, counts, hidden_every)
+    return _assemble(joined, shape, counts)
 
 
-def without_rows(no_rows: Columns, *, packed: bool, counts: Counts) -> MicroBatch:
+def without_rows(no_rows: Columns, shape: Shape, *, counts: Counts) -> MicroBatch:
     """A micro-batch of one token and no position; `no_rows` are columns of length 0.
 
     The token is not masked: in a sequence that is all mask some attention kernels give NaN, and
@@ -198,14 +205,15 @@ def without_rows(no_rows: Columns, *, packed: bool, counts: Counts) -> MicroBatc
     if "token_type_ids" in no_rows:
         one_token["token_type_ids"] = np.array([0])
     nothing = {name: column.copy() for name, column in no_rows.items()}  # some are read-only
-    return _assemble(nothing | one_token, packed, counts, hidden_every=1)
+    return _assemble(nothing | one_token, replace(shape, hidden_every=1), counts)
 
 
-def _assemble(columns: Columns, packed: bool, counts: Counts, hidden_every: int) -> MicroBatch:
+def _assemble(columns: Columns, shape: Shape, counts: Counts) -> MicroBatch:
     """Takes the columns that say where things are out of `columns`; the rest stays as it is."""
     row_tokens, input_ids = columns.pop("num_tokens"), columns.pop("input_ids")
     position_ids = columns.pop("position_ids", None)
     row_starts = np.cumsum(row_tokens) - row_tokens
+    packed, hidden_every = shape.packed, shape.hidden_every
     whole_rows = packed or position_ids is None
     starts = row_starts if whole_rows else np.flatnonzero(position_ids == 0)
     lengths_B1 = np.diff(starts, append=len(input_ids))[:, None]

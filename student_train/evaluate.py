@@ -8,21 +8,21 @@ teacher: its loss on the same positions, or what it answered there, was cached w
 import math
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from shared.cache import Cache, open_cache
 from shared.tasks import TASKS
-from student_train.collate import MicroBatch
+from student_train.answers import collector_for
 from student_train.config import EvaluateConfig
 from student_train.loss_spec import LossSpec
-from student_train.metrics import Answers, task_numbers
 from student_train.objective import Objective, attach
 from student_train.order import Order, OrderSpec
 from student_train.stream import BatchStream, StreamSpec
 from student_train.student import build_student, check_fit, load_config
+
+_SUMS = {"hard", "soft", "agreement", "student_entropy"}  # over positions
 
 
 def evaluate(student: nn.Module, cache: Cache, *, batch_tokens: int) -> dict[str, Any]:
@@ -36,7 +36,6 @@ def evaluate(student: nn.Module, cache: Cache, *, batch_tokens: int) -> dict[str
     """
     manifest = cache.manifest
     has_targets = manifest.targets.kind != "none"
-    of_labels = TASKS[manifest.task].target_space == "labels"
     objective = Objective(
         spec=LossSpec(),
         num_classes=manifest.targets.num_classes,
@@ -50,12 +49,12 @@ def evaluate(student: nn.Module, cache: Cache, *, batch_tokens: int) -> dict[str
         cache.row_tokens,
         OrderSpec(batch_tokens=batch_tokens * world, shuffle=False, epochs=1),
     )
-    spec = StreamSpec(world_size=world, rank=rank, targets=has_targets)
+    layout = TASKS[manifest.task].layout
+    spec = StreamSpec(world_size=world, rank=rank, targets=has_targets, layout=layout)
     stream = BatchStream(cache, order, spec, max_steps=order.steps_for_epochs(1))
     device = next(student.parameters()).device
-    names = ["hard", "student_entropy", *(["soft", "agreement"] if has_targets else [])]
-    sums = torch.zeros(len(names), dtype=torch.float64)
-    answers: list[torch.Tensor] = []
+    sums: dict[str, torch.Tensor] = {}
+    collector = collector_for(cache)
     training = student.training
     student.eval()
     attachment = attach(student, objective)
@@ -63,46 +62,20 @@ def evaluate(student: nn.Module, cache: Cache, *, batch_tokens: int) -> dict[str
         with torch.no_grad():
             for batch in stream:
                 output = student(**{name: tensor.to(device) for name, tensor in batch.items()})
-                sums += torch.stack([output[name].double().cpu() for name in names])
-                if of_labels:
-                    answers.append(_answers(output["logits"].cpu(), batch))
+                for name in _SUMS & output.keys():
+                    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64))
+                    sums[name] = sums[name] + output[name].double().cpu()
+                if collector is not None:
+                    collector.add(output, batch)
     finally:
         attachment.detach()
         student.train(training)
+    names = sorted(sums)
+    totals = torch.stack([sums[name] for name in names])
     if world > 1:
-        sums = _summed_over_processes(sums, device)
-    numbers = _numbers(dict(zip(names, sums.tolist(), strict=True)), cache)
-    if of_labels:
-        of_positions = torch.cat([torch.zeros(0, _COLUMNS, dtype=torch.int64), *answers])
-        if world > 1:
-            of_positions = _of_all_processes(of_positions, device)
-        numbers |= task_numbers(_columns(of_positions.numpy(), has_targets), manifest.labels)
-    return numbers
-
-
-_COLUMNS = 5  # of what `_answers` returns
-
-
-def _answers(logits_NC: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """Row, label, prediction, its probability and the teacher's choice, i64 [N, 5].
-
-    The probability by its bits as a float64: one tensor is what travels between processes. Equal
-    logits, the student's or the teacher's, leave the choice to the smaller class.
-    """
-    confidence_N, predicted_N = logits_NC.double().softmax(dim=-1).max(dim=-1)
-    row_N = batch["row_ids"][batch["position_index"] // batch["input_ids"].shape[1]]
-    teacher_N = torch.full_like(predicted_N, -1)
-    if "target_ids" in batch:
-        best_N1 = batch["target_logprobs"].argmax(dim=-1, keepdim=True)
-        teacher_N = batch["target_ids"].gather(1, best_N1)[:, 0].long()
-    confidence_N = confidence_N.view(torch.int64)
-    return torch.stack([row_N, batch["labels"], predicted_N, confidence_N, teacher_N], dim=1)
-
-
-def _columns(of_positions: np.ndarray, has_targets: bool) -> Answers:
-    row_P, labels_P, predicted_P, confidence_P, teacher_P = of_positions.T
-    confidence_P = np.ascontiguousarray(confidence_P).view(np.float64)
-    return Answers(row_P, labels_P, predicted_P, confidence_P, teacher_P if has_targets else None)
+        totals = _summed_over_processes(totals, device)
+    numbers = _numbers(dict(zip(names, totals.tolist(), strict=True)), cache)
+    return numbers if collector is None else numbers | collector.numbers(device)
 
 
 def _numbers(sums: dict[str, float], cache: Cache) -> dict[str, Any]:
@@ -137,21 +110,6 @@ def _summed_over_processes(sums: torch.Tensor, device: torch.device) -> torch.Te
     on_device = sums.to(device)
     dist.all_reduce(on_device)
     return on_device.cpu()
-
-
-def _of_all_processes(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The rows of every process, in the order of ranks; they may differ in number."""
-    counts = [
-        torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())
-    ]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=device))
-    longest = int(torch.cat(counts).max())
-    padded = rows.new_zeros(longest, rows.shape[1]).to(device)
-    padded[: len(rows)] = rows.to(device)
-    everyone = [torch.zeros_like(padded) for _ in counts]
-    dist.all_gather(everyone, padded)
-    parts = zip(everyone, counts, strict=True)
-    return torch.cat([part[: int(count)] for part, count in parts]).cpu()
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:

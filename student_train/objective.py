@@ -179,7 +179,7 @@ class Attachment:
             states_ND = states.flatten(0, 1).index_select(0, targets["position_index"])
             result = self._head_loss(states_ND, common)
         else:
-            logits_NV = self._own_logits(output.logits, targets["position_index"])
+            logits_NV = self._own_logits(output, targets)
             result = logits_loss(logits_NV, **common)
             if self._of_labels:
                 sums["logits"] = logits_NV[:, : objective.num_classes].detach()
@@ -206,12 +206,13 @@ class Attachment:
             sums["teacher_entropy"] = targets["entropy"].sum()
         return {"loss": loss, **sums}
 
-    def _own_logits(self, logits: Tensor, at_N: Tensor) -> Tensor:
+    def _own_logits(self, output: Any, targets: dict[str, Tensor]) -> Tensor:
         """The student's logits at the positions, [N, V].
 
-        `at_N` counts tokens, over all rows [B, T]; of logits [B, V], one for each row, a position
-        has those of the row it is in.
+        `position_index` counts tokens, over all rows [B, T]; of logits [B, V], one for each row, a
+        position has those of the row it is in.
         """
+        logits, at_N = output.logits, targets["position_index"]
         if logits.dim() == 2:
             return logits.index_select(0, at_N // self._num_tokens)
         return logits.flatten(0, 1).index_select(0, at_N)

@@ -20,10 +20,12 @@ import numpy as np
 
 from shared.arrays import ranges
 from shared.hidden import num_states
+from shared.tasks import Layout
 from student_train.collate import (
     Columns,
     Counts,
     MicroBatch,
+    Shape,
     Window,
     collate,
     columns_of,
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from shared.cache import Cache
     from student_train.cache_set import Source
 
-_UNUSED = ("label_logprob",)  # no loss needs it
+_UNUSED = ("label_logprob", "reference", "reference_bytes")  # no loss needs them
 _BLOCKS_PER_JOB = 4  # handing a job to a thread takes 20 us, decoding a block 500
 
 
@@ -51,6 +53,7 @@ class StreamSpec:
     temperature: float = 1.0  # other than 1: adds log_partition_ratio
     hidden_layers: tuple[int, ...] = ()
     hidden_every: int = 1  # the cache has states of every n-th position of a row
+    layout: Layout = "tokens"  # of a row, by its task
     packed: bool = False  # the student keeps the segments of a row apart by position_ids alone
 
 
@@ -225,15 +228,15 @@ class _Reader:
             window.fill(first, last - first, columns_of(block, spec.temperature))
 
     def _collate(self, plans: list[_Plan]) -> Iterator[MicroBatch]:
-        packed, every = self.spec.packed, self.spec.hidden_every
+        shape = Shape(self.spec.layout, self.spec.packed, self.spec.hidden_every)
         for plan in plans:
             counts = plan.counts
             for rows, windows in plan.micro_batches:
                 if len(rows):
                     parts = self._parts(rows, windows)
-                    yield collate(parts, packed=packed, counts=counts, hidden_every=every)
+                    yield collate(parts, shape, counts=counts)
                 else:
-                    yield without_rows(self._no_rows, packed=packed, counts=counts)
+                    yield without_rows(self._no_rows, shape, counts=counts)
             for number in [number for number in self._windows if number < plan.windows[-1]]:
                 self._unused_memory.append(self._windows.pop(number).memory)
 

@@ -45,7 +45,7 @@ def build_student(name: str, cache: Cache, *, seed: int) -> Any:
         if from_scratch or new_head or not _unnamed(cache.manifest.labels):
             _name_labels(config, cache.manifest.labels)
         _set_padding(config, cache, keep_own=not from_scratch)
-    if TASKS[task].one_per_row:
+    if TASKS[task].layout == "row":
         config.problem_type = "single_label_classification"  # what the loss is, for who serves it
     torch.manual_seed(seed)
     if from_scratch:

@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from shared.cache import Cache, open_cache
 from shared.errors import ConfigError, Stopped
+from shared.tasks import TASKS
 from shared.tokenizer import load_cached_tokenizer
 from student_train.arguments import micro_batch_tokens, refuse_what_breaks, training_arguments
 from student_train.cache_set import Source
@@ -230,6 +231,7 @@ def _stream_spec(config: TrainConfig, objective: Objective, caches: Source) -> S
         temperature=config.temperature,
         hidden_layers=tuple(sorted({layer for layer, _ in objective.layer_pairs})),
         hidden_every=caches.manifest.hidden.every,
+        layout=TASKS[caches.manifest.task].layout,
     )
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,16 @@ _NAMES = {
 }
 
 
+# What a document is made of, by the roles of its columns.
+_DOCUMENTS: dict[tuple[str, ...], Callable[..., Any]] = {
+    ("messages",): lambda conversation: conversation,
+    ("text",): lambda text: text,
+    ("prompt", "completion"): Exchange,
+    ("tokens", "tags"): Tagged,
+    ("text", "text_pair", "label"): Labelled,
+    ("text", "label"): lambda text, label: Labelled(text, None, label),
+}
+
 _READ_AT_ONCE = 1000  # documents
 
 
@@ -86,23 +96,24 @@ class Corpus:
         """Documents as the task builds rows of them; a null is an empty document."""
         if not indices:
             return []
-        rows = self.documents[list(indices)]
-        if "messages" in self.columns:
-            found = rows[self.columns["messages"]]
-            return [self._conversation(*pair) for pair in zip(indices, found, strict=True)]
-        parts = {role: rows[column] for role, column in self.columns.items()}
-        if "tags" in parts:
-            pairs = zip(parts["tokens"], parts["tags"], strict=True)
-            return [Tagged(tuple(tokens or ()), tuple(tags or ())) for tokens, tags in pairs]
-        labels = parts.pop("label", None)
-        for role, values in parts.items():
-            parts[role] = [self._text(i, v, role) for i, v in zip(indices, values, strict=True)]
-        if labels is not None:
-            second = parts.get("text_pair", [None] * len(labels))
-            return [Labelled(*each) for each in zip(parts["text"], second, labels, strict=True)]
-        if "text" in parts:
-            return list(parts["text"])
-        return [Exchange(*pair) for pair in zip(parts["prompt"], parts["completion"], strict=True)]
+        found = self.documents[list(indices)]
+        parts = [
+            [self._value(role, *pair) for pair in zip(indices, found[column], strict=True)]
+            for role, column in self.columns.items()
+        ]
+        make = _DOCUMENTS[tuple(self.columns)]
+        return [make(*values) for values in zip(*parts, strict=True)]
+
+    def _value(self, role: str, index: int, value: Any) -> Any:
+        """A value of a role as documents hold it."""
+        match role:
+            case "messages":
+                return self._conversation(index, value)
+            case "tokens" | "tags":
+                return tuple(value or ())
+            case "label":
+                return value
+        return self._text(index, value, role)
 
     def _text(self, index: int, value: Any, role: str) -> str:
         if value is not None and not isinstance(value, str):

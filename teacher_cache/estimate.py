@@ -225,7 +225,7 @@ def _column_bytes(
     for number, block in enumerate(cut_blocks(iter([chosen[index] for index in kept]))):
         part = kept[start : start + len(block)]
         start += len(block)
-        built = assemble(chosen, part, targets, packed=manifest.preprocessing.pack)
+        built = assemble(chosen, part, targets, manifest.columns)
         for name, frame in encode_block(built, number, manifest, ranks, scales).frames.items():
             sizes[name.rpartition(".")[0]] += len(frame)
         positions += int(built.num_positions.sum())

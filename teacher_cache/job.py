@@ -4,6 +4,7 @@ documents -> build_rows -> capture_window (Teacher.forward -> select) -> encode_
           -> ShardWriter.write -> commit
 """
 
+import json
 import logging
 import os
 from collections import Counter, deque
@@ -191,7 +192,7 @@ def _captured(job: Job, window: list[list[Row]], statistics: Counter[str]) -> It
     for block in window:
         kept = [index for index in range(start, start + len(block)) if index not in bad]
         if kept:
-            assembled = assemble(flat, kept, targets, packed=job.manifest.preprocessing.pack)
+            assembled = assemble(flat, kept, targets, job.manifest.columns)
             add(statistics, block_sums(assembled, job.manifest.targets))
             yield assembled, {} if targets is None else targets.roundings(kept)
         start += len(block)
@@ -212,9 +213,12 @@ def _report_nonfinite(job: Job, row: Row, position: int) -> None:
 
 
 def assemble(
-    window: Sequence[Row], kept: Sequence[int], targets: WindowTargets | None, *, packed: bool
+    window: Sequence[Row],
+    kept: Sequence[int],
+    targets: WindowTargets | None,
+    columns: Sequence[str],
 ) -> Block:
-    """The rows `kept` of a window as a block, with their targets."""
+    """The rows `kept` of a window as a block with these columns, and with their targets."""
     chosen = [window[index] for index in kept]
     block = Block(
         row_ids=np.array([row.row_id for row in chosen], np.uint64),
@@ -225,7 +229,11 @@ def assemble(
         labels=_joined([row.labels for row in chosen if row.labels is not None]),
         token_type_ids=_joined([_types(row) for row in chosen]),
     )
-    if packed:
+    if "reference" in columns:
+        texts = [json.dumps(row.reference, ensure_ascii=False).encode() for row in chosen]
+        block.reference = np.frombuffer(b"".join(texts), np.uint8)
+        block.reference_bytes = np.array([len(text) for text in texts], np.int32)
+    if "segments" in columns:
         block.segments = np.array([size for row in chosen for size in row.segments], np.int32)
         block.num_segments = np.array([len(row.segments) for row in chosen], np.int32)
     if targets is not None:

@@ -39,11 +39,12 @@ from shared.storage import Storage
 from shared.target import MAX_ENTRIES, RAGGED_KINDS, ClassRanks, TargetKind, TargetSpec
 from shared.tasks import TASKS
 from shared.tokenizer import describe
-from teacher_cache import label_rows, rows
 from teacher_cache.batches import forward_batches
 from teacher_cache.config import CaptureConfig
 from teacher_cache.corpus import Corpus, open_corpus
 from teacher_cache.memory import is_out_of_memory
+from teacher_cache.row_builders import RowContext, build_rows
+from teacher_cache.rows import Row
 from teacher_cache.targets import select
 from teacher_cache.teacher import (
     Teacher,
@@ -89,12 +90,12 @@ class Draft:
 
     def build_rows(
         self, documents: Iterable[tuple[int, Any]], counters: Counter[str]
-    ) -> Iterator[rows.Row]:
+    ) -> Iterator[Row]:
         """Rows of (index, document) pairs, in order; what is left out is counted."""
-        if self.labels:
-            length = self.preprocessing.max_length
-            return label_rows.build(documents, self.tokenizer, length, self.labels, counters)
-        return rows.build(documents, self.tokenizer, self.preprocessing, counters)
+        context = RowContext(
+            self.config.task, self.tokenizer, self.preprocessing, self.labels, self.config.seed
+        )
+        return build_rows(documents, context, counters)
 
     def asked(self) -> dict[str, Any]:
         """Every field that a second run must ask for alike; compared before it may go on."""
@@ -126,7 +127,7 @@ class Sample:
     documents: int
     tokens: int
     positions: int
-    rows: tuple[rows.Row, ...]
+    rows: tuple[Row, ...]
     counters: Counter[str]
     token_counts: np.ndarray
 
@@ -352,7 +353,7 @@ def sample_corpus(draft: Draft) -> Sample:
     spread = sorted(picked.tolist(), key=lambda index: (index * 2654435761) % (1 << 32))
     counters: Counter[str] = Counter()
     token_counts = np.zeros(draft.tokenizer_info.num_ids, np.int64)
-    built: list[rows.Row] = []
+    built: list[Row] = []
     tokens = documents = 0
     for index in spread:
         document = draft.corpus.read([index])
@@ -413,7 +414,7 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
 
 def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Manifest:
     columns = optional_columns(
-        packed=draft.preprocessing.pack,
+        segments=draft.preprocessing.pack,
         positions=draft.corpus.supervised,
         labels=bool(draft.labels),
         targets=draft.teacher is not None,
@@ -481,7 +482,7 @@ def _largest_forward(teacher: Teacher, draft: Draft, sample: Sample) -> int:
     return tokens
 
 
-def _fits(draft: Draft, teacher: Teacher, row: rows.Row, forward_tokens: int) -> bool:
+def _fits(draft: Draft, teacher: Teacher, row: Row, forward_tokens: int) -> bool:
     """Whether as many such rows as one forward takes fit into the device's memory."""
     count = max(1, forward_tokens // len(row.input_ids))
     try:
@@ -520,9 +521,7 @@ class Largest:
         return {layer: int8_scale(channel) for layer, channel in self.ordinary.items()}
 
 
-def run_largest(
-    draft: Draft, teacher: Teacher, chosen: list[rows.Row], forward_tokens: int
-) -> Largest:
+def run_largest(draft: Draft, teacher: Teacher, chosen: list[Row], forward_tokens: int) -> Largest:
     """Runs the teacher over some rows."""
     spec = _largest_classes(draft.targets)
     largest: list[tuple[Tensor, Tensor]] = []
@@ -561,9 +560,9 @@ def _learn(
     return targets, save_safetensors(arrays)
 
 
-def learning_rows(sample: Sample) -> list[rows.Row]:
+def learning_rows(sample: Sample) -> list[Row]:
     """The rows that the teacher runs over before anything is captured."""
-    chosen: list[rows.Row] = []
+    chosen: list[Row] = []
     tokens = 0
     for row in sample.rows:
         chosen.append(row)

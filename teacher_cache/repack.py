@@ -183,6 +183,8 @@ def only_rows(
     }
     if "num_segments.0" in part.planes:
         items_R["segment"] = part.planes["num_segments.0"].view(np.uint32)
+    if "reference_bytes.0" in part.planes:
+        items_R["byte"] = part.planes["reference_bytes.0"].view(np.uint32)
     kept = {per: np.repeat(kept_R, items) for per, items in items_R.items()}
     if "target_counts.0" in part.planes:
         kept["entry"] = np.repeat(kept["position"], part.planes["target_counts.0"])

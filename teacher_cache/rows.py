@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,7 +33,8 @@ class Row:
     """One training example: `input_ids` i32 [T]; `segments` are the lengths of its parts.
 
     `supervised` i32 [P] are the positions with a target, where they are not all but the last of
-    each segment; `labels` i32 [P] their classes, where these are not the next tokens.
+    each segment; `labels` i32 [P] their classes, where these are not the next tokens. `reference`
+    is what an answer is compared with, where a task has more to compare than labels: any JSON.
     """
 
     row_id: int
@@ -42,6 +43,7 @@ class Row:
     supervised: np.ndarray | None = None
     labels: np.ndarray | None = None
     token_type_ids: np.ndarray | None = None
+    reference: Any = None
 
     @property
     def num_positions(self) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from shared.errors import ConfigError, Refused
-from shared.tasks import TASKS, TaskName
+from shared.tasks import TASKS, Layout, TaskName
 from teacher_cache import probes, streamed_head
 from teacher_cache.streamed_head import (
     StreamedHead,
@@ -79,7 +79,7 @@ class Teacher:
     blocks: nn.ModuleList
     streamed: StreamedHead | None  # None: full logits, since streamed ones differed
     labels: tuple[str, ...] = ()  # names of the classes of a label space
-    one_per_row: bool = False  # logits are [B, C], those of a row
+    layout: Layout = "tokens"  # row: logits are [B, C], those of a row
 
     @classmethod
     def load(
@@ -149,7 +149,7 @@ class Teacher:
             blocks=_find_blocks(model),
             streamed=None,
             labels=tuple(str(names[number]) for number in range(count)),
-            one_per_row=TASKS[task].one_per_row,
+            layout=TASKS[task].layout,
         )
 
     @classmethod
@@ -282,7 +282,7 @@ class Teacher:
     def _run(self, inputs: dict[str, Any]) -> LogitsOf:
         """Runs the trunk, or all of the model, and returns how to get logits at flat positions."""
         streamed = self.streamed
-        if self.one_per_row:
+        if self.layout == "row":
             logits_BC, width = self.model(**inputs).logits, inputs["input_ids"].shape[1]
             return lambda index_n: logits_BC[index_n // width]
         if streamed is None:

@@ -59,7 +59,9 @@ def make_manifest(**changes):
         rows_id="ff",
         targets=TargetSpec(kind="topk", num_classes=300, top_k=8, temperatures=(2.0, 4.0)),
         hidden=HiddenSpec(layers=(-1, 3), widths=(32, 32), codec="bf16"),
-        columns=tuple(optional_columns(packed=False, positions=False, labels=False, targets=True)),
+        columns=tuple(
+            optional_columns(segments=False, positions=False, labels=False, targets=True)
+        ),
         plan=BatchPlan(
             documents_per_shard=3,
             num_shards=3,

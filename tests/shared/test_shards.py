@@ -41,7 +41,7 @@ NO_HIDDEN = HiddenSpec(layers=(), widths=(), codec="bf16")
 def cache_manifest(*, packed=False, positions=False, labels=False, **changes):
     """A manifest whose columns are as asked for."""
     columns = optional_columns(
-        packed=packed,
+        segments=packed,
         positions=positions,
         labels=labels,
         targets=changes.get("targets") is not NO_TARGETS,

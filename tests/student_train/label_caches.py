@@ -129,7 +129,7 @@ def write_cache(
         hidden=NO_HIDDEN,
         columns=tuple(
             optional_columns(
-                packed=False,
+                segments=False,
                 positions=True,
                 labels=True,
                 targets=teacher is not None,

@@ -1,0 +1,38 @@
+"""Which module builds the rows of which task, from documents as the corpus reads them."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from shared.manifest import Preprocessing
+from shared.tasks import TaskName
+from teacher_cache import label_rows, rows
+from teacher_cache.rows import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class RowContext:
+    """What rows depend on besides their documents; all of it is in the manifest."""
+
+    task: TaskName
+    tokenizer: "PreTrainedTokenizerBase"
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]  # names of the classes of a label space
+    seed: int
+
+
+def build_rows(
+    documents: Iterable[tuple[int, Any]], context: RowContext, counters: Counter[str]
+) -> Iterator[Row]:
+    """Rows of (index, document) pairs, in order; what is left out is counted."""
+    tokenizer, preprocessing = context.tokenizer, context.preprocessing
+    match context.task:
+        case "causal-lm":
+            return rows.build(documents, tokenizer, preprocessing, counters)
+        case "token-classification" | "sequence-classification":
+            length = preprocessing.max_length
+            return label_rows.build(documents, tokenizer, length, context.labels, counters)
