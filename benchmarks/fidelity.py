@@ -92,7 +92,7 @@ def students(args: argparse.Namespace) -> dict[str, Any]:
     same_settings(args.out, sizes, args.corpus)
     if not args.report_only:
         torch.set_num_threads(args.processes)
-        prepare(args.corpus, args.out, sizes)
+        prepare(args.corpus, args.out, sizes, names)
         run_missing(args.out, sizes, names, args.seeds, args.processes)
     results = [r for r in read_results(results_file(args.out, sizes)) if r["arm"] in names]
     lines = summarise(results, names)

@@ -77,8 +77,8 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
-    "ce": Arm(source="text", soft=0.0, hard=1.0),
-    "full": Arm(source="full"),
+    "ce": Arm(source="text", cache="sample12", soft=0.0, hard=1.0),
+    "full": Arm(source="full", cache="sample12"),
     "full+hard0.5": Arm(source="full", hard=0.5),
     "top12-renorm": Arm(cache="topk12", tail="renormalise"),
     "topk32-bucket": Arm(),
@@ -107,8 +107,8 @@ CACHES: dict[str, dict[str, Any]] = {
 # ---- what is made once
 
 
-def prepare(corpus: list[Path], out: Path, sizes: Sizes) -> None:
-    """Texts, tokenizer, teacher and caches; what is there already is kept."""
+def prepare(corpus: list[Path], out: Path, sizes: Sizes, arms: list[str]) -> None:
+    """Texts, tokenizer, teacher and the caches of these arms; what is there already is kept."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer").exists():
         write_texts(corpus, out, sizes)
@@ -138,9 +138,11 @@ def prepare(corpus: list[Path], out: Path, sizes: Sizes) -> None:
             settings=("adam_beta2=0.98",),
         )
     )
-    for name, options in CACHES.items():
-        capture(out, name, "student.txt", sizes, {"teacher": str(out / "teacher"), **options})
-    check_same_rows([open_cache(out / name) for name in CACHES])
+    needed = sorted({ARMS[arm].cache for arm in arms})
+    for name in needed:
+        options = {"teacher": str(out / "teacher"), **CACHES[name]}
+        capture(out, name, "student.txt", sizes, options)
+    check_same_rows([open_cache(out / name) for name in needed])
     if not (out / "held-out.npy").exists():
         write_held_out(out)
 
