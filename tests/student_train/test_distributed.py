@@ -27,7 +27,14 @@ def tags_dir(tmp_path_factory, tokenizer_dir):
 def ranks(cache_dir, tags_dir, tmp_path_factory):
     """The folder of what two ranks computed."""
     out = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     command += ["-m", "tests.student_train.two_ranks", str(cache_dir), str(tags_dir)]
     command += [str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -117,7 +117,14 @@ def test_two_processes_equal_one(train, tmp_path, cache_dir):
         "device": "cpu",
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     done = subprocess.run(
         [*command, "-m", "student_train.cli", "run", *flags], capture_output=True, text=True
     )
@@ -159,7 +166,14 @@ def test_a_run_goes_on_with_other_ranks_and_other_micro_batches(train, tmp_path,
         for checkpoint in out.glob("checkpoint-*"):
             if int(checkpoint.name.rpartition("-")[2]) > last:
                 shutil.rmtree(checkpoint)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+        ]
         command += ["-m", "student_train.cli", "run", *flags, "--micro-batch-tokens", size]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
