@@ -1,6 +1,6 @@
 """One step of a student with its loss attached, on as many gloo ranks as this is started on.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.student_train.two_ranks CACHE TAGS OUT
+torchrun --standalone --nproc-per-node 2 -m tests.student_train.two_ranks CACHE TAGS OUT
 """
 
 import json
