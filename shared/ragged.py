@@ -16,9 +16,10 @@ mean is exact: nearest rounding would be a bias that no number of draws averages
 """
 
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,12 @@ from shared.target import MAX_ENTRIES, ClassRanks, Floats, Target, TargetSpec
 RANGE_BEYOND = 3.0  # nats below the spacing that the largest class of a sample may be
 LEVELS: dict[int, int] = {7: 127, 8: 255}  # M
 DRAWN = {7: 0, 8: 0, 16: DRAWN_HALF}  # code of a drawn entry
+
+# What a weight of 1 is summed up as, in int64: 255 of them fit, and float32 weights of 2**-30 or
+# more, as every class has that is kept, are whole numbers.
+WEIGHT_ONE = 2.0**54
+
+Integer = TypeVar("Integer", np.int64, np.uint32)
 
 
 def plane_shapes(spec: TargetSpec) -> list[PlaneShape]:
@@ -88,21 +95,28 @@ def encode(target: Target, spec: TargetSpec, ranks: ClassRanks) -> dict[str, Pla
 
 
 def decode(planes: Mapping[str, Plane], spec: TargetSpec, ranks: ClassRanks) -> Target:
-    """The target: entries and tail of `adaptive` sum to 1, those of `sample` are as drawn."""
+    """The target: entries and tail of `adaptive` sum to 1, those of `sample` are as drawn.
+
+    The room of the ids first serves for exponentials, as in `codec`.
+    """
     counts = planes["target_counts.0"].astype(np.int32)
     if not counts.all():
         raise no_class_left("target_counts")
-    starts = np.cumsum(counts) - counts
-    ids = _decode_ids(planes, starts, spec, ranks)
-    log_tail = np.full(len(counts), -np.inf, np.float32)
+    ends = np.add.accumulate(counts, dtype=np.intp)
     logprobs = _decode_values(planes, spec)
+    ids = np.empty(logprobs.size, np.int32)
+    room_E = _rooms.of(logprobs.size)
     if spec.kind == "adaptive" and len(counts):
         tail_P = join_planes([planes["target_tail.0"], planes["target_tail.1"]], np.uint16)
         log_tail = LOG_TAIL.take(tail_P)
-        weight_P = np.add.reduceat(np.exp(logprobs), starts)
-        if not weight_P.all():
-            raise no_class_left("target_codes")
-        logprobs += np.repeat(LOG_KEPT.take(tail_P) - np.log(weight_P), counts)
+        weight_E = np.exp(logprobs, out=ids.view(np.float32))
+        shift_P = LOG_KEPT.take(tail_P) - np.log(_masses(weight_E, ends, room_E))
+        logprobs += _spread(shift_P, ends, room_E)
+    else:
+        log_tail = np.full(len(counts), -np.inf, np.float32)
+    if len(counts):
+        gaps = [planes[f"target_ids.{n}"] for n in range(id_planes(spec.num_classes))]
+        _decode_ids(gaps, ends, ranks, room_E, out_E=ids)
     return Target(ids, logprobs, log_tail, counts)
 
 
@@ -214,24 +228,78 @@ def _sort_by_rank(
     return gap_E.astype(np.uint32), sorted_code_E
 
 
+class _Rooms(threading.local):
+    """Room for a number of each entry, kept by each thread from one block to the next.
+
+    Fresh memory would have to be had from the system, page by page, wherever the allocator gives
+    back what is free: that takes as long as all of the decoding.
+    """
+
+    def __init__(self) -> None:
+        self._largest = np.empty(0, np.int64)
+
+    def of(self, entries: int) -> npt.NDArray[np.int64]:
+        """[E], with anything in it."""
+        if self._largest.size < entries:
+            self._largest = np.empty(entries, np.int64)
+        return self._largest[:entries]
+
+
+_rooms = _Rooms()
+
+
+def _masses(weight_E: Floats, ends: npt.NDArray[np.intp], room_E: npt.NDArray[np.int64]) -> Floats:
+    """Sums of the weights, at most 1 each, of each position [P], exact but for one rounding."""
+    np.multiply(weight_E, np.float32(WEIGHT_ONE), out=room_E, casting="unsafe")
+    mass_P = _sums(room_E, ends, out_E=room_E)
+    if not mass_P.all():
+        raise no_class_left("target_codes")
+    return mass_P.astype(np.float32) * np.float32(1 / WEIGHT_ONE)
+
+
+def _sums(
+    values_E: npt.NDArray[Integer], ends: npt.NDArray[np.intp], *, out_E: npt.NDArray[Integer]
+) -> npt.NDArray[Integer]:
+    """Sums of each position [P]: what a running sum, left in `out_E`, gains from end to end.
+
+    Integers that wrap around on the way come back. Half of the time of np.add.reduceat, which
+    starts anew at each position.
+    """
+    total_P = np.add.accumulate(values_E, out=out_E).take(ends - 1)
+    sum_P = total_P.copy()
+    sum_P[1:] -= total_P[:-1]
+    return sum_P
+
+
+def _spread(values_P: Floats, ends: npt.NDArray[np.intp], room_E: npt.NDArray[np.int64]) -> Floats:
+    """Each value at every entry of its position, in `room_E`; as np.repeat, but faster.
+
+    The bits are summed up, as integers, so they arrive as they are.
+    """
+    bits_P, bits_E = values_P.view(np.int32), room_E.view(np.int32)[: room_E.size]
+    bits_E.fill(0)
+    bits_E[0] = bits_P[0]
+    bits_E[ends[:-1]] = bits_P[1:] - bits_P[:-1]
+    return np.add.accumulate(bits_E, out=bits_E).view(np.float32)
+
+
 def _decode_ids(
-    planes: Mapping[str, Plane],
-    starts: npt.NDArray[np.intp],
-    spec: TargetSpec,
+    planes: Sequence[Plane],
+    ends: npt.NDArray[np.intp],
     ranks: ClassRanks,
-) -> npt.NDArray[np.int32]:
+    room_E: npt.NDArray[np.int64],
+    *,
+    out_E: npt.NDArray[np.int32],
+) -> None:
     """As in `codec`: one sum over all positions, where a first gap takes back what was before."""
-    count = id_planes(spec.num_classes)
-    joined_E = join_planes([planes[f"target_ids.{n}"] for n in range(count)], np.uint32)
-    gap_E: npt.NDArray[np.int32] = joined_E.view(np.int32)
-    if not len(starts):
-        return gap_E
-    last_P = np.add.reduceat(gap_E, starts)
+    gap_E = out_E.view(np.uint32)
+    join_planes(planes, np.uint32, out=gap_E)
+    last_P = _sums(gap_E, ends, out_E=room_E.view(np.uint32)[: room_E.size])
     largest = int(last_P.max())
-    if largest >= ranks.classes.size or last_P.min() < 0:
+    if largest >= ranks.classes.size:
         raise beyond_classes(largest, ranks.classes.size)
-    gap_E[starts[1:]] -= last_P[:-1]
-    rank_E = np.cumsum(gap_E, dtype=np.intp)
+    gap_E[ends[:-1]] -= last_P[:-1]
+    room_E[:] = out_E  # signed; a sum of another type than what is summed would make a copy
+    np.add.accumulate(room_E, out=room_E)
     # All ranks are in range; of the modes with `out`, "wrap" is faster than "clip" by a third.
-    np.take(ranks.classes.view(np.int32), rank_E, mode="wrap", out=gap_E)
-    return gap_E
+    ranks.classes.view(np.int32).take(room_E, mode="wrap", out=out_E)

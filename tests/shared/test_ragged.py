@@ -4,6 +4,7 @@ A position is a dict from class to probability in float64, and the mass of its t
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -223,6 +224,22 @@ def test_a_flat_teacher_keeps_its_small_kept_mass():
     assert rows[0][7] == pytest.approx(math.log(p), abs=TAIL_STEP)
 
 
+@pytest.mark.parametrize("value_bits", [7, 8, 16])
+def test_a_position_of_little_mass_stands_beside_others_of_much(value_bits):
+    """Masses are differences of one sum over all positions, which must not round what it adds."""
+    spec = spec_of("adaptive", 300, 1e-9, value_bits)
+    much, little = Position({0: 0.6, 1: 0.3}, 0.1), Position({5: 1e-9, 9: 2e-9})
+    check_adaptive([*[much] * 500, little, *[much] * 500, little], spec)
+
+
+def test_255_entries_of_probability_1_are_summed_up():
+    """No distribution, but all that code 0 can add up to."""
+    everything = Position(dict.fromkeys(range(255), 1.0))
+    rows, _ = round_trip(target_of([everything] * 3, spec_of("adaptive")), spec_of("adaptive"))
+    for row in rows:
+        assert list(row.values()) == pytest.approx([-math.log(255)] * 255, abs=1e-6)
+
+
 # Sample -----------------------------------------------------------------------------------------
 
 
@@ -439,6 +456,35 @@ def decoded_sample(p_C, spec, bits):
         bits,
     )
     return codec.decode(encode(target, spec), len(bits), spec, ranks_of(len(p_C)))
+
+
+# Both -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "sample"])
+def test_a_decoded_target_outlives_the_next_ones_and_those_of_other_threads(kind):
+    """Decoding works in memory that it keeps; nothing that is handed out may lie in it."""
+    spec, rng = spec_of(kind, 5000), np.random.default_rng(0)
+    planes = []
+    for positions in (400, 100, 300, 200) * 5:
+        counts = rng.integers(20, 60, positions).astype(np.int32)
+        ids = np.concatenate([rng.choice(5000, count, replace=False) for count in counts])
+        logprobs = rng.uniform(math.log(0.01), 0, ids.size).astype(np.float32)
+        tails = np.full(positions, -1.0, np.float32)
+        target = Target(ids.astype(np.int32), logprobs, tails, counts, random_bits(positions))
+        planes.append(encode(target, spec))
+
+    def decode(each):
+        return codec.decode(each, each["target_counts.0"].size, spec, ranks_of(5000))
+
+    def content(target):
+        parts = (target.ids, target.logprobs, target.log_tail, target.counts)
+        return [part.tobytes() for part in parts]
+
+    alone = [content(decode(each)) for each in planes]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(decode, planes))
+    assert [content(target) for target in together] == alone
 
 
 # What is refused --------------------------------------------------------------------------------

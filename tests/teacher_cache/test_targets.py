@@ -60,7 +60,8 @@ def check_against_reference(selected: Selected, logits_NV: Tensor, spec: TargetS
         (1000, 1000, 4),  # two stages, last group of 40
         (1024, 1024, 4),  # two stages, whole groups only
         (1100, 1001, 1),  # columns beyond C
-        (1000, 1000, 32),  # one stage: too few groups for two
+        (1000, 1000, 12),  # two stages, three quarters of the groups
+        (1000, 1000, 13),  # one stage: too few groups for two
         (50, 40, 40),  # every class an entry
         (50, 40, 64),  # fewer classes than asked for
         (5, 2, 1),
@@ -80,16 +81,28 @@ def test_ties_go_to_the_smaller_id(num_classes):
     negative_zero = torch.rand(logits_NV.shape, generator=generator) < 0.5
     logits_NV = torch.where((logits_NV == 0) & negative_zero, -0.0, logits_NV)
     logits_NV[20:] = logits_NV[20:].clamp(max=0)
-    for top_k in (1, 3, 4, num_classes):
+    for top_k in (
+        1,
+        3,
+        4,
+        7,
+        8,
+        12,
+        13,
+        num_classes,
+    ):  # of 10 and 16 groups, two stages to 7 and 12
         spec = spec_for(num_classes, top_k)
         check_against_reference(select(logits_NV, spec), logits_NV, spec)
 
 
-def test_one_and_two_stages_choose_the_same(monkeypatch):
+@pytest.mark.parametrize("top_k", [1, 8, 18, 24])
+def test_one_and_two_stages_choose_the_same(monkeypatch, top_k):
+    """Of 24 groups, the last of 28 classes; where all are chosen, two stages still are exact."""
     logits_NV = spread_logits(64, 1500).to(torch.bfloat16)
-    two_stages = select(logits_NV, spec_for(1500, 8))
-    monkeypatch.setattr(targets, "GROUP", 1500)
-    one_stage = select(logits_NV, spec_for(1500, 8))
+    monkeypatch.setattr(targets, "TWO_STAGES_SHARE", 1.0)
+    two_stages = select(logits_NV, spec_for(1500, top_k))
+    monkeypatch.setattr(targets, "TWO_STAGES_SHARE", 0.0)
+    one_stage = select(logits_NV, spec_for(1500, top_k))
     assert torch.equal(two_stages.ids, one_stage.ids)
 
 
