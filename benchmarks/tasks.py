@@ -60,13 +60,13 @@ class Recipe:
     tokenizer: str  # a folder of DATA/tokenizers, or own:N, a byte-level BPE of the training text
     fields: tuple[str, ...] = ()  # whose text an own tokenizer is trained on
     options: dict[str, Any] = field(default_factory=dict)  # of the captures
-    teacher: Size = Size(256, 4)
+    teacher: Size = Size(192, 3)
     student: Size = Size(64, 2)
-    teacher_steps: int = 600
-    teacher_rate: float = 5e-4
-    steps: int = 400
+    teacher_steps: int = 800
+    teacher_rate: float = 7e-4
+    steps: int = 600
     rate: float = 2e-3
-    batch_tokens: int = 2048
+    batch_tokens: int = 1024
     dropout: float = 0.1
     distil: dict[str, Any] = field(default_factory=dict)  # of the training from the cache
     evaluation: dict[str, Any] = field(default_factory=dict)  # of `train-student evaluate`
