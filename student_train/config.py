@@ -11,7 +11,7 @@ from student_train.loss_spec import HiddenLoss, LossSpec, SoftLoss, Tail
 from student_train.schedule import ScheduleKind
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
-EvalMetric = Literal["loss", "kl"]
+EvalMetric = Literal["loss", "kl", "metric"]
 
 _SCHEDULED: dict[str, tuple[ScheduleKind, ...]] = {"loss_schedule": ("linear", "cosine")}
 
@@ -61,6 +61,15 @@ class TrainConfig:
     hard_weight: Annotated[float, Option(help="Weight of the hard loss (papers: beta).", min=0)] = (
         0.5
     )
+    label_smoothing: Annotated[
+        float,
+        Option(
+            help="Share of the hard label that is spread over all classes, in training only; below "
+            "1.",
+            min=0,
+            max=1,
+        ),
+    ] = 0.0
     hidden_weight: Annotated[float, Option(help="Weight of the hidden-state loss.", min=0)] = 0.0
     loss_schedule: Annotated[
         ScheduleKind,
@@ -131,10 +140,19 @@ class TrainConfig:
     log_every: Annotated[int, Option(help="Steps between looks at the losses.", min=1)] = 10
     keep_checkpoints: Annotated[int, Option(help="Checkpoints kept.", min=1)] = 2
     early_stopping_patience: Annotated[
-        int, Option(help="Evaluations without a better metric before the end; 0: never.", min=0)
+        int,
+        Option(
+            help="Evaluations without a better metric before the end, and the model of the best "
+            "one is what is saved; 0: never, and the last model is saved.",
+            min=0,
+        ),
     ] = 0
     early_stopping_metric: Annotated[
-        EvalMetric, Option(help="What early stopping and the best checkpoint look at.")
+        EvalMetric,
+        Option(
+            help="What early stopping and the best checkpoint look at; metric: the main one of the "
+            "task, such as accuracy or entity F1."
+        ),
     ] = "loss"
     seed: Annotated[int, Option(help="Seed of initialisation, order and dropout.", min=0)] = 0
     dtype: Annotated[
@@ -170,6 +188,11 @@ class TrainConfig:
             raise ConfigError(
                 "--soft-weight, --hard-weight and --hidden-weight are all 0: nothing to learn from"
             )
+        if self.label_smoothing and not hard_weight:
+            raise ConfigError(
+                "--label-smoothing is only read with a hard loss, but --hard-weight is 0: give it "
+                "a weight or leave this one out"
+            )
         if self.early_stopping_patience and not (self.validation_cache and self.eval_every):
             raise ConfigError("--early-stopping-patience needs --validation-cache and --eval-every")
         if len(self.hidden_map) > 1 and {"last", "uniform"} & set(self.hidden_map):
@@ -201,6 +224,7 @@ class TrainConfig:
             tail=self.tail,
             temperature=self.temperature,
             jsd_beta=self.jsd_beta,
+            label_smoothing=self.label_smoothing,
         )
 
     @property

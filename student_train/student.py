@@ -244,6 +244,23 @@ def check_same_labels(cache: Cache, held_out: Cache) -> None:
         )
 
 
+def check_metric(config: TrainConfig, held_out: Cache) -> None:
+    """Refuses to stop early by a number that evaluation on this cache does not give."""
+    metric, manifest = config.early_stopping_metric, held_out.manifest
+    if not config.early_stopping_patience:
+        return
+    if metric == "metric" and TASKS[manifest.task].target_space == "vocabulary":
+        raise CacheMismatch(
+            f"--early-stopping-metric metric: {held_out.path} is of {manifest.task}, which has no "
+            "metric of its own. Use loss, or kl for the distance to the teacher."
+        )
+    if metric == "kl" and manifest.targets.kind == "none":
+        raise CacheMismatch(
+            f"--early-stopping-metric kl: {held_out.path} holds hard labels only. Use loss, or "
+            "hold out rows with the teacher's targets."
+        )
+
+
 def _check_tokenizer(name: str, cache: Cache) -> None:
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):

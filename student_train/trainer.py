@@ -35,6 +35,7 @@ from student_train.student import (
     build_student,
     check_cache,
     check_fit,
+    check_metric,
     check_same_labels,
     layer_pairs,
     load_config,
@@ -100,6 +101,8 @@ class DistillTrainer(Trainer):
         logged = {f"eval_{k}": float(v) for k, v in numbers.items() if not isinstance(v, str)}
         if (kl := kl_of(numbers)) is not None:
             logged["eval_kl"] = kl
+        if "metric" in numbers:
+            logged["eval_metric"] = float(numbers[numbers["metric"]])
         self.log(dict(logged))
         if self.metrics is not None:
             self.metrics.write("eval", self.state.global_step, numbers)
@@ -142,6 +145,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         check_fit(config.student, model_config, each)
     if validation is not None:
         check_same_labels(caches.first, validation)
+        check_metric(config, validation)
     for cache in caches.caches:
         check_cache(config, model_config, cache)
         warn_of_lost_mass(config, cache)

@@ -286,6 +286,32 @@ def test_a_student_from_scratch_learns(task, train, caches, tmp_path, config_dir
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_early_stopping_by_the_metric_of_the_task_keeps_the_best_model(
+    task, train, caches, tmp_path
+):
+    result = train(
+        task,
+        max_steps=40,
+        learning_rate=0.3,  # goes astray after some steps
+        scheduler="constant",
+        warmup_ratio=0.0,
+        eval_every=1,
+        early_stopping_patience=4,
+        early_stopping_metric="metric",
+        validation_cache=caches[f"{task} held out"],
+    )
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    name = result["validation"]["metric"]
+    found = [line[name] for line in lines if line["kind"] == "eval"]
+    assert result["steps"] == 1 + found.index(max(found)) + 4 < 40
+    assert result["validation"][name] == max(found) > min(found)
+    config = EvaluateConfig(
+        student=str(tmp_path / "run"), cache=caches[f"{task} held out"], device="cpu"
+    )
+    assert run_evaluate(config)[name] == max(found)
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_stopped_and_resumed_equals_uninterrupted(task, train, tmp_path, monkeypatch):
     train(task, out=tmp_path / "whole")
     SignalAt(monkeypatch, [3])
