@@ -6,14 +6,32 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from shared.errors import ConfigError
-from shared.options import Option, check_bounds
+from shared.options import SET, Option, check_bounds
 from student_train.loss_spec import HiddenLoss, LossSpec, SoftLoss, Tail
 from student_train.schedule import ScheduleKind
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 EvalMetric = Literal["loss", "kl", "metric"]
 
+Adapter = Literal["lora", "dora", "rslora"]
+
 _SCHEDULED: dict[str, tuple[ScheduleKind, ...]] = {"loss_schedule": ("linear", "cosine")}
+_ADAPTED = {"lora_rank": (SET,)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterSpec:
+    """Low-rank adapters: what is added to a frozen weight, scaled by `alpha` / rank.
+
+    `lora`: the product of two thin matrices (Hu et al. 2021). `dora`: a length for each output
+    beside it (Liu et al. 2024). `rslora`: scaled by alpha / sqrt(rank) (Kalajdzievski 2023).
+    """
+
+    rank: int
+    kind: Adapter = "lora"
+    alpha: float | None = None  # None: twice the rank
+    dropout: float = 0.0  # of what goes into the adapters
+    targets: tuple[str, ...] = ()  # names of modules, or ends of names; none: every linear layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,8 +183,47 @@ class TrainConfig:
     compile: Annotated[bool, Option(help="torch.compile the student.")] = False
     gradient_checkpointing: Annotated[bool, Option(help="Less memory, more compute.")] = False
     lora_rank: Annotated[
-        int, Option(help="Train LoRA adapters of this rank; 0: all weights.", min=0)
+        int, Option(help="Train low-rank adapters of this rank; 0: all weights.", min=0)
     ] = 0
+    adapter: Annotated[
+        Adapter,
+        Option(
+            help="Kind of the adapters; dora also learns lengths, rslora divides by the root of "
+            "the rank.",
+            read_when=_ADAPTED,
+        ),
+    ] = "lora"
+    lora_alpha: Annotated[
+        float | None,
+        Option(
+            help="Adapters are multiplied by it and divided by their rank.",
+            min=0.001,
+            show_default="2 * --lora-rank",
+            read_when=_ADAPTED,
+        ),
+    ] = None
+    lora_dropout: Annotated[
+        float,
+        Option(help="Dropout in front of the adapters.", min=0, max=0.95, read_when=_ADAPTED),
+    ] = 0.0
+    lora_targets: Annotated[
+        tuple[str, ...],
+        Option(
+            help="Name, or end of the name, of the layers that get adapters: q_proj. Repeatable.",
+            show_default="every linear layer but the head",
+            read_when=_ADAPTED,
+        ),
+    ] = ()
+    dropout: Annotated[
+        float | None,
+        Option(
+            help="Dropout of the student: every number in its config whose name ends in dropout, "
+            "dropout_prob, dropout_rate or pdrop.",
+            min=0,
+            max=0.95,
+            show_default="the student's own",
+        ),
+    ] = None
     threads: Annotated[int, Option(help="Threads that decode the cache.", min=1, max=64)] = 2
     report_to: Annotated[
         Literal["none", "tensorboard", "wandb", "trackio"], Option(help="Experiment tracker.")
@@ -225,6 +282,19 @@ class TrainConfig:
             temperature=self.temperature,
             jsd_beta=self.jsd_beta,
             label_smoothing=self.label_smoothing,
+        )
+
+    @property
+    def adapters(self) -> AdapterSpec | None:
+        """The adapters to train; None: all weights."""
+        if not self.lora_rank:
+            return None
+        return AdapterSpec(
+            rank=self.lora_rank,
+            kind=self.adapter,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            targets=self.lora_targets,
         )
 
     @property

@@ -186,10 +186,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 
 def _student(config: TrainConfig, objective: Objective, cache: Cache) -> tuple[Any, Attachment]:
-    student: Any = build_student(config.student, cache, seed=config.seed)
+    student: Any = build_student(config.student, cache, seed=config.seed, dropout=config.dropout)
     torch.manual_seed(config.seed)  # adapters and projections
-    if config.lora_rank:
-        student = add_adapters(student, config.lora_rank, cache.manifest.task)
+    if config.adapters is not None:
+        student = add_adapters(student, config.adapters, cache.manifest.task)
     attachment = attach(student, objective)
     if config.lora_rank and len(getattr(student, PROJECTIONS, [])):
         raise ConfigError(

@@ -23,7 +23,7 @@ from transformers import (
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, Refused, Stopped
 from student_train.cli import _evaluation_text
-from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
+from student_train.config import AdapterSpec, CompareConfig, EvaluateConfig, TrainConfig
 from student_train.evaluate import evaluate
 from student_train.evaluate import run as run_evaluate
 from student_train.loss_spec import LossSpec
@@ -399,7 +399,7 @@ def test_adapters_and_head_are_saved_and_reload(task, kind, train, caches, tmp_p
 
 def test_the_trunk_of_an_adapted_student_is_frozen_and_its_head_is_not(caches):
     task = "sequence-classification"
-    student = add_adapters(fresh(bert_config(), task), 2, task)
+    student = add_adapters(fresh(bert_config(), task), AdapterSpec(rank=2), task)
     trainable = {name for name, p in student.named_parameters() if p.requires_grad}
     assert any(".classifier.modules_to_save" in name for name in trainable)
     assert any(".pooler.modules_to_save" in name for name in trainable)
