@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 from shared.errors import ConfigError
 from shared.options import SET, Option, check_bounds
+from shared.tasks import TaskName
 from student_train.loss_spec import HiddenLoss, LossSpec, SoftLoss, Tail
 from student_train.schedule import ScheduleKind
+from student_train.task_defaults import Recipe, Start, recipe_for
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 EvalMetric = Literal["loss", "kl", "metric"]
@@ -17,6 +19,7 @@ Adapter = Literal["lora", "dora", "rslora"]
 
 _SCHEDULED: dict[str, tuple[ScheduleKind, ...]] = {"loss_schedule": ("linear", "cosine")}
 _ADAPTED = {"lora_rank": (SET,)}
+_BY_TASK = "auto: by the task, and whether weights are pretrained, fresh, or adapters"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,23 +137,34 @@ class TrainConfig:
             show_default="-1:-1",
         ),
     ] = ()
-    learning_rate: Annotated[float, Option(help="Peak learning rate.", min=0)] = 1e-4
+    learning_rate: Annotated[
+        float | Literal["auto"], Option(help="Peak learning rate.", min=0, show_default=_BY_TASK)
+    ] = "auto"
     scheduler: Annotated[Scheduler, Option(help="Learning rate over the run.")] = "cosine"
     warmup_ratio: Annotated[
-        float, Option(help="Share of the steps that warm up.", min=0, max=1)
-    ] = 0.05
-    weight_decay: Annotated[float, Option(help="AdamW weight decay.", min=0)] = 0.0
+        float | Literal["auto"],
+        Option(help="Share of the steps that warm up.", min=0, max=1, show_default=_BY_TASK),
+    ] = "auto"
+    weight_decay: Annotated[
+        float | Literal["auto"], Option(help="AdamW weight decay.", min=0, show_default=_BY_TASK)
+    ] = "auto"
     max_grad_norm: Annotated[
         float, Option(help="Gradients are clipped to it; 0: never.", min=0)
     ] = 1.0
     batch_tokens: Annotated[
-        int, Option(help="Tokens of an optimiser step, over all processes.", min=1)
-    ] = 16384
+        int | Literal["auto"],
+        Option(
+            help="Tokens of an optimiser step, over all processes.", min=1, show_default=_BY_TASK
+        ),
+    ] = "auto"
     micro_batch_tokens: Annotated[
         int | Literal["auto"], Option(help="Tokens of one forward of one process.", min=1)
     ] = "auto"
     max_steps: Annotated[int, Option(help="Optimiser steps; 0: by --epochs.", min=0)] = 0
-    epochs: Annotated[int, Option(help="Passes over the cache.", min=1)] = 1
+    epochs: Annotated[
+        int | Literal["auto"],
+        Option(help="Passes over the cache.", min=1, show_default=_BY_TASK),
+    ] = "auto"
     eval_every: Annotated[
         int, Option(help="Steps between evaluations; 0: only at the end.", min=0)
     ] = 0
@@ -282,6 +296,36 @@ class TrainConfig:
             temperature=self.temperature,
             jsd_beta=self.jsd_beta,
             label_smoothing=self.label_smoothing,
+        )
+
+    def by_task(self, task: TaskName, start: Start) -> "TrainConfig":
+        """The same with a number wherever it said auto in place of one of `Recipe`."""
+        usual = recipe_for(task, start)
+        rate, epochs, decay = self.learning_rate, self.epochs, self.weight_decay
+        tokens, warmup = self.batch_tokens, self.warmup_ratio
+        return replace(
+            self,
+            learning_rate=usual.learning_rate if rate == "auto" else rate,
+            epochs=usual.epochs if epochs == "auto" else epochs,
+            batch_tokens=usual.batch_tokens if tokens == "auto" else tokens,
+            weight_decay=usual.weight_decay if decay == "auto" else decay,
+            warmup_ratio=usual.warmup_ratio if warmup == "auto" else warmup,
+        )
+
+    @property
+    def recipe(self) -> Recipe:
+        """The numbers to train by; `by_task` has left none open."""
+        assert self.learning_rate != "auto"
+        assert self.epochs != "auto"
+        assert self.batch_tokens != "auto"
+        assert self.weight_decay != "auto"
+        assert self.warmup_ratio != "auto"
+        return Recipe(
+            learning_rate=self.learning_rate,
+            epochs=self.epochs,
+            batch_tokens=self.batch_tokens,
+            weight_decay=self.weight_decay,
+            warmup_ratio=self.warmup_ratio,
         )
 
     @property

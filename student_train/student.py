@@ -44,7 +44,7 @@ def build_student(name: str, cache: Cache, *, seed: int, dropout: float | None =
         set_dropout(name, config, dropout)
     auto: Any = getattr(transformers, TASKS[task].auto_class)
     of_labels = TASKS[task].target_space == "labels"
-    from_scratch = folder.is_dir() and not _has_weights(folder)
+    from_scratch = is_from_scratch(name)
     new_head = of_labels and not _has_head(config, task)
     if of_labels:
         if from_scratch or new_head or not _unnamed(cache.manifest.labels):
@@ -152,6 +152,11 @@ def load_config(name: str) -> PretrainedConfig:
         ) from error
 
 
+def is_from_scratch(name: str) -> bool:
+    """Whether this is a folder without weights."""
+    return Path(name).is_dir() and not _has_weights(Path(name))
+
+
 def _has_weights(folder: Path) -> bool:
     patterns = ("*.safetensors", "*.bin", "*.pt", "*.pth")
     return any(any(folder.glob(pattern)) for pattern in patterns)
@@ -205,8 +210,7 @@ def _check_labels(name: str, config: PretrainedConfig, cache: Cache) -> None:
             f"{name}: it knows {tokens:,} tokens, but the rows of {cache.path} are made of "
             f"{manifest.tokenizer.num_ids:,}. Use a student with the teacher's tokenizer."
         )
-    folder = Path(name)
-    if not _has_head(config, task) or (folder.is_dir() and not _has_weights(folder)):
+    if not _has_head(config, task) or is_from_scratch(name):
         return  # a new head takes the classes of the cache
     own, cached = [config.id2label[i] for i in range(config.num_labels)], list(manifest.labels)
     advice = (

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PretrainedConfig, Trainer
 from transformers.trainer_callback import PrinterCallback
 
+from shared import manifest as manifests
 from shared.cache import Cache, open_cache
 from shared.errors import ConfigError, Stopped
+from shared.storage import Storage
 from shared.tokenizer import load_cached_tokenizer
 from student_train.arguments import micro_batch_tokens, refuse_what_breaks, training_arguments
 from student_train.cache_set import Source
@@ -37,10 +39,12 @@ from student_train.student import (
     check_fit,
     check_metric,
     check_same_labels,
+    is_from_scratch,
     layer_pairs,
     load_config,
     warn_of_lost_mass,
 )
+from student_train.task_defaults import Start
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +142,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """Trains one student from a cache; run again to resume. Returns the result it also saves."""
     refuse_what_breaks(config)
     folder = RunFolder(config.out)
+    config = with_numbers(config)
     model_config = load_config(config.student)
     validation = None if config.validation_cache is None else open_cache(config.validation_cache)
     caches = folder.open_caches(config)
@@ -150,9 +155,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
         check_cache(config, model_config, cache)
         warn_of_lost_mass(config, cache)
 
-    spec = OrderSpec(batch_tokens=config.batch_tokens, seed=config.seed)
+    spec = OrderSpec(batch_tokens=config.recipe.batch_tokens, seed=config.seed)
     order = Order(caches.block_rows, caches.row_tokens, spec, caches.parts)
-    max_steps = config.max_steps or order.steps_for_epochs(config.epochs)
+    max_steps = config.max_steps or order.steps_for_epochs(config.recipe.epochs)
     finished = folder.result(max_steps)
     if finished is not None:
         log.info("%s: this run is finished", config.out)
@@ -183,6 +188,16 @@ def run(config: TrainConfig) -> dict[str, Any]:
         )
     attachment.detach()
     return _finish(config, folder, trainer, caches, max_steps)
+
+
+def with_numbers(config: TrainConfig) -> TrainConfig:
+    """The config of this run: what was left to the task is decided by the first cache's."""
+    manifest, _ = manifests.read(Storage(config.cache_paths[0]))
+    start: Start = "scratch" if is_from_scratch(config.student) else "pretrained"
+    chosen = config.by_task(manifest.task, "adapters" if config.adapters else start)
+    if chosen != config:
+        log.info("%s: %s", config.out, chosen.recipe)
+    return chosen
 
 
 def _student(config: TrainConfig, objective: Objective, cache: Cache) -> tuple[Any, Attachment]:
@@ -223,7 +238,7 @@ def objective_for(config: TrainConfig, model_config: PretrainedConfig, caches: S
 def _stream_spec(config: TrainConfig, objective: Objective, caches: Source) -> StreamSpec:
     arguments = training_arguments(config, max_steps=1, accumulation=1)
     accumulation = accumulation_for(
-        config.batch_tokens, micro_batch_tokens(config), arguments.world_size
+        config.recipe.batch_tokens, micro_batch_tokens(config), arguments.world_size
     )
     return StreamSpec(
         accumulation=accumulation,
