@@ -4,6 +4,7 @@
 
 One loss and its backward pass, on random hidden states and a teacher near the student:
   chunked       linear_loss: soft loss, or soft and hard with --hard-weight
+  frozen head   the same with a weight that is not trained, as under adapters
   naive         full logits, log_softmax, gather, KL with a tail bucket (and F.cross_entropy)
   cross-entropy full logits, .float(), F.cross_entropy: what `transformers` does for a causal LM
   matmuls       only the three products that every one of them needs, in chunks of 384 rows
@@ -33,7 +34,7 @@ from student_train.linear_loss import linear_loss
 from student_train.loss_spec import LossSpec
 from student_train.losses import SoftTarget
 
-VARIANTS = ("chunked", "naive", "cross-entropy", "matmuls")
+VARIANTS = ("chunked", "frozen head", "naive", "cross-entropy", "matmuls")
 
 
 @dataclass(slots=True)
@@ -152,10 +153,13 @@ def run(variant: str, problem: Problem) -> list[Tensor]:
         return []
     losses: dict[str, Callable[[Problem], Tensor]] = {
         "chunked": chunked,
+        "frozen head": chunked,
         "naive": naive,
         "cross-entropy": cross_entropy,
     }
+    problem.weight_VD.requires_grad_(variant != "frozen head")
     losses[variant](problem).backward()
+    problem.weight_VD.requires_grad_()
     return [leaf.grad for leaf in problem.leaves() if leaf.grad is not None]
 
 
@@ -214,7 +218,7 @@ def relative_errors(problem: Problem, rows: int = 1024) -> dict[str, dict[str, f
 def report(args: argparse.Namespace, problem: Problem) -> dict[str, object]:
     memory = {variant: peak_extra_bytes(variant) for variant in VARIANTS}
     seconds = times_s(problem, args.rounds)
-    others = ("naive", "cross-entropy", "matmuls")
+    others = tuple(variant for variant in VARIANTS if variant != "chunked")
     return {
         "benchmark": "loss",
         "command": " ".join(sys.argv),

@@ -44,7 +44,7 @@ _OWNED = {
     "load_best_model_at_end": "--early-stopping-patience",
     "torch_compile": "--compile",
     "gradient_checkpointing": "--gradient-checkpointing",
-    "label_smoothing_factor": "--hard-weight and --soft-weight",
+    "label_smoothing_factor": "--label-smoothing",
     "ignore_data_skip": "nothing: the order of the data is our own",
     "remove_unused_columns": "nothing: targets are no columns of the model",
     "auto_find_batch_size": "--micro-batch-tokens",
@@ -56,7 +56,7 @@ def micro_batch_tokens(config: TrainConfig) -> int:
     if config.micro_batch_tokens != "auto":
         return config.micro_batch_tokens
     auto = _MICRO_BATCH_TOKENS_CUDA if _uses_cuda(config) else _MICRO_BATCH_TOKENS_CPU
-    return min(config.batch_tokens, auto)
+    return min(config.recipe.batch_tokens, auto)
 
 
 def training_arguments(
@@ -65,15 +65,16 @@ def training_arguments(
     """The arguments of the Trainer for this run."""
     evaluates = config.validation_cache is not None and config.eval_every > 0
     stops_early = config.early_stopping_patience > 0
+    recipe = config.recipe
     save_steps = config.eval_every if stops_early else config.save_every or max_steps
     fields: dict[str, Any] = {
         "output_dir": str(config.out),
         "max_steps": max_steps,
         "gradient_accumulation_steps": accumulation,
-        "learning_rate": config.learning_rate,
+        "learning_rate": recipe.learning_rate,
         "lr_scheduler_type": config.scheduler,
-        "warmup_steps": round(config.warmup_ratio * max_steps),
-        "weight_decay": config.weight_decay,
+        "warmup_steps": round(recipe.warmup_ratio * max_steps),
+        "weight_decay": recipe.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "seed": config.seed,
         "bf16": _mixed_precision(config),
@@ -87,7 +88,7 @@ def training_arguments(
         "report_to": config.report_to,
         "load_best_model_at_end": stops_early,
         "metric_for_best_model": config.early_stopping_metric if stops_early else None,
-        "greater_is_better": False if stops_early else None,
+        "greater_is_better": config.early_stopping_metric == "metric" if stops_early else None,
         "ignore_data_skip": True,
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,

@@ -6,14 +6,35 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from shared.errors import ConfigError
-from shared.options import Option, check_bounds
+from shared.options import SET, Option, check_bounds
+from shared.tasks import TaskName
 from student_train.loss_spec import HiddenLoss, LossSpec, SoftLoss, Tail
 from student_train.schedule import ScheduleKind
+from student_train.task_defaults import Recipe, Start, recipe_for
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
-EvalMetric = Literal["loss", "kl"]
+EvalMetric = Literal["loss", "kl", "metric"]
+
+Adapter = Literal["lora", "dora", "rslora"]
 
 _SCHEDULED: dict[str, tuple[ScheduleKind, ...]] = {"loss_schedule": ("linear", "cosine")}
+_ADAPTED = {"lora_rank": (SET,)}
+_BY_TASK = "auto: by the task, and whether weights are pretrained, fresh, or adapters"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterSpec:
+    """Low-rank adapters: what is added to a frozen weight, scaled by `alpha` / rank.
+
+    `lora`: the product of two thin matrices (Hu et al. 2021). `dora`: a length for each output
+    beside it (Liu et al. 2024). `rslora`: scaled by alpha / sqrt(rank) (Kalajdzievski 2023).
+    """
+
+    rank: int
+    kind: Adapter = "lora"
+    alpha: float | None = None  # None: twice the rank
+    dropout: float = 0.0  # of what goes into the adapters
+    targets: tuple[str, ...] = ()  # names of modules, or ends of names; none: every linear layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +82,15 @@ class TrainConfig:
     hard_weight: Annotated[float, Option(help="Weight of the hard loss (papers: beta).", min=0)] = (
         0.5
     )
+    label_smoothing: Annotated[
+        float,
+        Option(
+            help="Share of the hard label that is spread over all classes, in training only; below "
+            "1.",
+            min=0,
+            max=1,
+        ),
+    ] = 0.0
     hidden_weight: Annotated[float, Option(help="Weight of the hidden-state loss.", min=0)] = 0.0
     loss_schedule: Annotated[
         ScheduleKind,
@@ -107,23 +137,34 @@ class TrainConfig:
             show_default="-1:-1",
         ),
     ] = ()
-    learning_rate: Annotated[float, Option(help="Peak learning rate.", min=0)] = 1e-4
+    learning_rate: Annotated[
+        float | Literal["auto"], Option(help="Peak learning rate.", min=0, show_default=_BY_TASK)
+    ] = "auto"
     scheduler: Annotated[Scheduler, Option(help="Learning rate over the run.")] = "cosine"
     warmup_ratio: Annotated[
-        float, Option(help="Share of the steps that warm up.", min=0, max=1)
-    ] = 0.05
-    weight_decay: Annotated[float, Option(help="AdamW weight decay.", min=0)] = 0.0
+        float | Literal["auto"],
+        Option(help="Share of the steps that warm up.", min=0, max=1, show_default=_BY_TASK),
+    ] = "auto"
+    weight_decay: Annotated[
+        float | Literal["auto"], Option(help="AdamW weight decay.", min=0, show_default=_BY_TASK)
+    ] = "auto"
     max_grad_norm: Annotated[
         float, Option(help="Gradients are clipped to it; 0: never.", min=0)
     ] = 1.0
     batch_tokens: Annotated[
-        int, Option(help="Tokens of an optimiser step, over all processes.", min=1)
-    ] = 16384
+        int | Literal["auto"],
+        Option(
+            help="Tokens of an optimiser step, over all processes.", min=1, show_default=_BY_TASK
+        ),
+    ] = "auto"
     micro_batch_tokens: Annotated[
         int | Literal["auto"], Option(help="Tokens of one forward of one process.", min=1)
     ] = "auto"
     max_steps: Annotated[int, Option(help="Optimiser steps; 0: by --epochs.", min=0)] = 0
-    epochs: Annotated[int, Option(help="Passes over the cache.", min=1)] = 1
+    epochs: Annotated[
+        int | Literal["auto"],
+        Option(help="Passes over the cache.", min=1, show_default=_BY_TASK),
+    ] = "auto"
     eval_every: Annotated[
         int, Option(help="Steps between evaluations; 0: only at the end.", min=0)
     ] = 0
@@ -131,10 +172,19 @@ class TrainConfig:
     log_every: Annotated[int, Option(help="Steps between looks at the losses.", min=1)] = 10
     keep_checkpoints: Annotated[int, Option(help="Checkpoints kept.", min=1)] = 2
     early_stopping_patience: Annotated[
-        int, Option(help="Evaluations without a better metric before the end; 0: never.", min=0)
+        int,
+        Option(
+            help="Evaluations without a better metric before the end, and the model of the best "
+            "one is what is saved; 0: never, and the last model is saved.",
+            min=0,
+        ),
     ] = 0
     early_stopping_metric: Annotated[
-        EvalMetric, Option(help="What early stopping and the best checkpoint look at.")
+        EvalMetric,
+        Option(
+            help="What early stopping and the best checkpoint look at; metric: the main one of the "
+            "task, such as accuracy or entity F1."
+        ),
     ] = "loss"
     seed: Annotated[int, Option(help="Seed of initialisation, order and dropout.", min=0)] = 0
     dtype: Annotated[
@@ -147,8 +197,47 @@ class TrainConfig:
     compile: Annotated[bool, Option(help="torch.compile the student.")] = False
     gradient_checkpointing: Annotated[bool, Option(help="Less memory, more compute.")] = False
     lora_rank: Annotated[
-        int, Option(help="Train LoRA adapters of this rank; 0: all weights.", min=0)
+        int, Option(help="Train low-rank adapters of this rank; 0: all weights.", min=0)
     ] = 0
+    adapter: Annotated[
+        Adapter,
+        Option(
+            help="Kind of the adapters; dora also learns lengths, rslora divides by the root of "
+            "the rank.",
+            read_when=_ADAPTED,
+        ),
+    ] = "lora"
+    lora_alpha: Annotated[
+        float | None,
+        Option(
+            help="Adapters are multiplied by it and divided by their rank.",
+            min=0.001,
+            show_default="2 * --lora-rank",
+            read_when=_ADAPTED,
+        ),
+    ] = None
+    lora_dropout: Annotated[
+        float,
+        Option(help="Dropout in front of the adapters.", min=0, max=0.95, read_when=_ADAPTED),
+    ] = 0.0
+    lora_targets: Annotated[
+        tuple[str, ...],
+        Option(
+            help="Name, or end of the name, of the layers that get adapters: q_proj. Repeatable.",
+            show_default="every linear layer but the head",
+            read_when=_ADAPTED,
+        ),
+    ] = ()
+    dropout: Annotated[
+        float | None,
+        Option(
+            help="Dropout of the student: every number in its config whose name ends in dropout, "
+            "dropout_prob, dropout_rate or pdrop.",
+            min=0,
+            max=0.95,
+            show_default="the student's own",
+        ),
+    ] = None
     threads: Annotated[int, Option(help="Threads that decode the cache.", min=1, max=64)] = 2
     report_to: Annotated[
         Literal["none", "tensorboard", "wandb", "trackio"], Option(help="Experiment tracker.")
@@ -169,6 +258,11 @@ class TrainConfig:
         if not (self.uses_soft_loss or hard_weight or self.uses_hidden_loss):
             raise ConfigError(
                 "--soft-weight, --hard-weight and --hidden-weight are all 0: nothing to learn from"
+            )
+        if self.label_smoothing and not hard_weight:
+            raise ConfigError(
+                "--label-smoothing is only read with a hard loss, but --hard-weight is 0: give it "
+                "a weight or leave this one out"
             )
         if self.early_stopping_patience and not (self.validation_cache and self.eval_every):
             raise ConfigError("--early-stopping-patience needs --validation-cache and --eval-every")
@@ -201,6 +295,50 @@ class TrainConfig:
             tail=self.tail,
             temperature=self.temperature,
             jsd_beta=self.jsd_beta,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def by_task(self, task: TaskName, start: Start) -> "TrainConfig":
+        """The same with a number wherever it said auto in place of one of `Recipe`."""
+        usual = recipe_for(task, start)
+        rate, epochs, decay = self.learning_rate, self.epochs, self.weight_decay
+        tokens, warmup = self.batch_tokens, self.warmup_ratio
+        return replace(
+            self,
+            learning_rate=usual.learning_rate if rate == "auto" else rate,
+            epochs=usual.epochs if epochs == "auto" else epochs,
+            batch_tokens=usual.batch_tokens if tokens == "auto" else tokens,
+            weight_decay=usual.weight_decay if decay == "auto" else decay,
+            warmup_ratio=usual.warmup_ratio if warmup == "auto" else warmup,
+        )
+
+    @property
+    def recipe(self) -> Recipe:
+        """The numbers to train by; `by_task` has left none open."""
+        assert self.learning_rate != "auto"
+        assert self.epochs != "auto"
+        assert self.batch_tokens != "auto"
+        assert self.weight_decay != "auto"
+        assert self.warmup_ratio != "auto"
+        return Recipe(
+            learning_rate=self.learning_rate,
+            epochs=self.epochs,
+            batch_tokens=self.batch_tokens,
+            weight_decay=self.weight_decay,
+            warmup_ratio=self.warmup_ratio,
+        )
+
+    @property
+    def adapters(self) -> AdapterSpec | None:
+        """The adapters to train; None: all weights."""
+        if not self.lora_rank:
+            return None
+        return AdapterSpec(
+            rank=self.lora_rank,
+            kind=self.adapter,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            targets=self.lora_targets,
         )
 
     @property

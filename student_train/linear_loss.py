@@ -110,7 +110,8 @@ def logits_loss(
     rest_NC = tempered_NC.masked_fill(rest_NC == MASKED_LOGIT, MASKED_LOGIT)
     entry_NK = tempered_NC.gather(1, terms.ids_nK)
     entry_NK = entry_NK.masked_fill(entries.logprobs_nK == -math.inf, MASKED_LOGIT)
-    variables = (entry_NK, torch.logsumexp(rest_NC, dim=-1), label_logit_N1, log_all_N)
+    log_rest_N, mean_logit_N = torch.logsumexp(rest_NC, dim=-1), _mean_logit(logits_NC, terms)
+    variables = (entry_NK, log_rest_N, label_logit_N1, mean_logit_N, log_all_N)
     soft, hard = _soft_and_hard(variables, entries.logprobs_nK, terms)
     agreement = _agreement(entries, rest_NC.amax(dim=-1), terms)
     entropy = torch.zeros_like(soft)
@@ -183,7 +184,8 @@ def _terms(
     """No target is one without entries and tail, which any loss takes for 0; likewise no labels."""
     N = len(student)
     if target is None:
-        weights = replace(weights, spec=LossSpec(), apart=False)
+        smoothing = weights.spec.label_smoothing
+        weights = replace(weights, spec=LossSpec(label_smoothing=smoothing), apart=False)
         empty_N0 = student.new_empty(N, 0, dtype=weights.dtype)
         target = SoftTarget(empty_N0.long(), empty_N0, student.new_full((N,), -math.inf))
     none_N1 = student.new_full((N, 1), -1, dtype=torch.long)
@@ -371,6 +373,7 @@ def _chunk_sums(chunk: _Chunk, terms: _RowTerms, softcap: float | None, gradient
     if softcap is not None:
         logits_nC.div_(softcap).tanh_().mul_(softcap)
     label_logit_n1 = logits_nC.gather(1, terms.labels_n1.clamp_min(0))
+    mean_logit_n = _mean_logit(logits_nC, terms)
     log_all, entropy = [], logits_nC.new_zeros(())
     if terms.weights.apart:
         log_all_n, _ = _softmax(logits_nC, chunk.hard_probs_nC)
@@ -385,7 +388,7 @@ def _chunk_sums(chunk: _Chunk, terms: _RowTerms, softcap: float | None, gradient
         cells_nJ = torch.cat((entries.logits_nK, log_rest_n[:, None]), dim=-1)
         entropy = _entropy_sum(logits_nC, chunk.probs_nC, cells_nJ)
     with torch.set_grad_enabled(gradient):
-        variables = [entries.logits_nK, log_rest_n, label_logit_n1, *log_all]
+        variables = [entries.logits_nK, log_rest_n, label_logit_n1, mean_logit_n, *log_all]
         variables = [variable.detach().requires_grad_(gradient) for variable in variables]
         soft, hard = _soft_and_hard(variables, entries.logprobs_nK, terms)
         loss = terms.weights.soft_scale * soft + terms.weights.hard_scale * hard
@@ -394,6 +397,13 @@ def _chunk_sums(chunk: _Chunk, terms: _RowTerms, softcap: float | None, gradient
         _set_logits_gradient(chunk, slopes, entries, terms, softcap)
     agreement = _agreement(entries, highest_rest_n, terms)
     return torch.stack((soft.detach(), hard.detach(), agreement, entropy))
+
+
+def _mean_logit(logits_nC: Tensor, terms: _RowTerms) -> Tensor:
+    """Over the classes, [n]: all that label smoothing needs of them. 0 where it is not read."""
+    if terms.weights.spec.label_smoothing == 0:
+        return logits_nC.new_zeros(len(logits_nC))
+    return logits_nC.mean(dim=-1)
 
 
 def _softmax(logits_nC: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -421,7 +431,7 @@ def _soft_and_hard(
     variables: Sequence[Tensor], logprobs_nK: Tensor, terms: _RowTerms
 ) -> tuple[Tensor, Tensor]:
     """The two sums over a chunk, as functions of what `_chunk_sums` differentiates them by."""
-    entry_nK, log_rest_n, label_logit_n1, *log_all = variables
+    entry_nK, log_rest_n, label_logit_n1, mean_logit_n, *log_all = variables
     student_nJ = log_cells(entry_nK, log_rest_n)
     teacher_nJ = teacher_cells(logprobs_nK, terms.log_tail_n)
     if terms.sampled:
@@ -430,12 +440,17 @@ def _soft_and_hard(
         soft_n = soft_rows(student_nJ, teacher_nJ, terms.weights.spec)
     cells_nJ = torch.cat((entry_nK, log_rest_n[:, None]), dim=-1)
     log_all_n = log_all[0] if log_all else torch.logsumexp(cells_nJ, dim=-1)
-    return soft_n.sum(), _hard_sum(label_logit_n1, log_all_n, terms)
+    return soft_n.sum(), _hard_sum(label_logit_n1, mean_logit_n, log_all_n, terms)
 
 
-def _hard_sum(label_logit_n1: Tensor, log_all_n: Tensor, terms: _RowTerms) -> Tensor:
+def _hard_sum(
+    label_logit_n1: Tensor, mean_logit_n: Tensor, log_all_n: Tensor, terms: _RowTerms
+) -> Tensor:
+    smoothing = terms.weights.spec.label_smoothing
     logprob_n1 = (label_logit_n1 - log_all_n[:, None]).clamp_min(LOG_FLOOR)
-    return -logprob_n1.masked_fill(terms.labels_n1 < 0, 0.0).sum()
+    mean_logprob_n1 = (mean_logit_n - log_all_n).clamp_min(LOG_FLOOR)[:, None]
+    smooth_n1 = (1 - smoothing) * logprob_n1 + smoothing * mean_logprob_n1
+    return -smooth_n1.masked_fill(terms.labels_n1 < 0, 0.0).sum()
 
 
 def _set_logits_gradient(
@@ -445,13 +460,15 @@ def _set_logits_gradient(
     terms: _RowTerms,
     softcap: float | None,
 ) -> None:
-    entry_nK, log_rest_n, label_logit_n1, *log_all = slopes
+    entry_nK, log_rest_n, label_logit_n1, mean_logit_n, *log_all = slopes
     T = terms.weights.spec.temperature
     gradient_nC = chunk.probs_nC.mul_(log_rest_n[:, None] / T)
     gradient_nC.scatter_add_(1, terms.ids_nK, entry_nK / T)
     if log_all:
         gradient_nC.addcmul_(chunk.hard_probs_nC, log_all[0][:, None])
     gradient_nC.scatter_add_(1, terms.labels_n1.clamp_min(0), label_logit_n1)
+    if terms.weights.spec.label_smoothing:
+        gradient_nC.add_(mean_logit_n[:, None], alpha=1 / gradient_nC.shape[1])
     if softcap is not None:  # d cap tanh(z / cap) / dz = 1 - (capped / cap)^2
         ratio_nC = chunk.logits_nC.scatter_(1, terms.ids_nK, entries.raw_nK).mul_(T / softcap)
         gradient_nC.addcmul_(gradient_nC, ratio_nC.square_(), value=-1)

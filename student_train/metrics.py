@@ -34,9 +34,10 @@ class Answers:
 def task_numbers(answers: Answers, names: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
     """Every metric that the labels allow; `metric` names the main one, which has an interval.
 
-    That is entity F1 where the labels are BIO tags, else accuracy. The interval holds 95 % of the
-    main metric's values over `_RESAMPLES` draws of R rows with replacement (the bootstrap's
-    percentiles, Efron and Tibshirani 1993): rows, because the positions of one are not independent.
+    Of the main one more is better: early stopping relies on it. It is entity F1 where the labels
+    are BIO tags, else accuracy. The interval holds 95 % of its values over `_RESAMPLES` draws of R
+    rows with replacement (the bootstrap's percentiles, Efron and Tibshirani 1993): rows, because
+    the positions of one are not independent.
     """
     metric: MetricName = "entity_f1" if is_bio(names) else "accuracy"
     labels_P, predicted_P = answers.labels_P, answers.predicted_P

@@ -50,7 +50,6 @@ FREE_TO_CHANGE = frozenset(
         "log_every",
         "keep_checkpoints",
         "early_stopping_patience",
-        "early_stopping_metric",
         "micro_batch_tokens",
         "threads",
         "report_to",

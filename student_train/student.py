@@ -11,35 +11,40 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from shared.cache import Cache
 from shared.errors import CacheMismatch, ConfigError, Refused
 from shared.tasks import TASKS, TaskName
 from shared.tokenizer import content_hash, load_cached_tokenizer
-from student_train.config import TrainConfig
+from student_train.config import AdapterSpec, TrainConfig
 
 log = logging.getLogger(__name__)
 
 FEW_KEPT = 0.8  # at T=2 the best 32 keep 62 % of a strong teacher, at T=4 32 %
 
+_DROPOUTS = ("dropout", "dropout_prob", "dropout_rate", "pdrop")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
 
-def build_student(name: str, cache: Cache, *, seed: int) -> Any:
+def build_student(name: str, cache: Cache, *, seed: int, dropout: float | None = None) -> Any:
     """A pretrained student, one with adapters, or fresh weights where there is only config.json.
 
-    For the task of the cache. On a label space its head has the classes of the cache; a student
-    without a head for the task gets a new one.
+    With `dropout` in place of its own, if it is given. For the task of the cache: on a label space
+    its head has the classes of the cache; a student without a head for the task gets a new one.
     """
     transformers.utils.logging.disable_progress_bar()
     config = load_config(name)
     task, folder = cache.manifest.task, Path(name)
     if (folder / "adapter_config.json").is_file():
-        return _with_saved_adapters(folder, cache, seed=seed)
+        return _with_saved_adapters(folder, cache, seed=seed, dropout=dropout)
+    if dropout is not None:
+        set_dropout(name, config, dropout)
     auto: Any = getattr(transformers, TASKS[task].auto_class)
     of_labels = TASKS[task].target_space == "labels"
-    from_scratch = folder.is_dir() and not _has_weights(folder)
+    from_scratch = is_from_scratch(name)
     new_head = of_labels and not _has_head(config, task)
     if of_labels:
         if from_scratch or new_head or not _unnamed(cache.manifest.labels):
@@ -105,12 +110,31 @@ def _set_padding(config: PretrainedConfig, cache: Cache, *, keep_own: bool) -> N
     text_config.pad_token_id = known[0] if known else 0
 
 
-def _with_saved_adapters(folder: Path, cache: Cache, *, seed: int) -> Any:
+def set_dropout(name: str, config: PretrainedConfig, dropout: float) -> None:
+    """Every number of the config whose name says that it is the probability of a dropout.
+
+    What is null there follows another one (BERT's classifier) and goes on doing so.
+    """
+    found = 0
+    for each in {id(part): part for part in (config, config.get_text_config())}.values():
+        for field, value in each.to_dict().items():
+            numeric = isinstance(value, int | float) and not isinstance(value, bool)
+            if numeric and field.endswith(_DROPOUTS):
+                setattr(each, field, dropout)
+                found += 1
+    if not found:
+        raise ConfigError(
+            f"--dropout {dropout:g}: the config of {name} ({config.model_type}) has no dropout to "
+            f"set, no number whose name ends in {', '.join(_DROPOUTS)}. Leave the option out."
+        )
+
+
+def _with_saved_adapters(folder: Path, cache: Cache, *, seed: int, dropout: float | None) -> Any:
     _require_peft()
     from peft import PeftConfig, PeftModel
 
     base_name = str(PeftConfig.from_pretrained(folder).base_model_name_or_path)
-    base = build_student(base_name, cache, seed=seed)
+    base = build_student(base_name, cache, seed=seed, dropout=dropout)
     return PeftModel.from_pretrained(base, folder)
 
 
@@ -126,6 +150,11 @@ def load_config(name: str) -> PretrainedConfig:
             "id, "
             "or a folder with config.json and, unless it is to train from scratch, safetensors."
         ) from error
+
+
+def is_from_scratch(name: str) -> bool:
+    """Whether this is a folder without weights."""
+    return Path(name).is_dir() and not _has_weights(Path(name))
 
 
 def _has_weights(folder: Path) -> bool:
@@ -181,8 +210,7 @@ def _check_labels(name: str, config: PretrainedConfig, cache: Cache) -> None:
             f"{name}: it knows {tokens:,} tokens, but the rows of {cache.path} are made of "
             f"{manifest.tokenizer.num_ids:,}. Use a student with the teacher's tokenizer."
         )
-    folder = Path(name)
-    if not _has_head(config, task) or (folder.is_dir() and not _has_weights(folder)):
+    if not _has_head(config, task) or is_from_scratch(name):
         return  # a new head takes the classes of the cache
     own, cached = [config.id2label[i] for i in range(config.num_labels)], list(manifest.labels)
     advice = (
@@ -241,6 +269,23 @@ def check_same_labels(cache: Cache, held_out: Cache) -> None:
         raise CacheMismatch(
             f"--validation-cache {held_out.path}: its label {index} is {other!r}, but that of "
             f"{cache.path} is {one!r}. {advice}"
+        )
+
+
+def check_metric(config: TrainConfig, held_out: Cache) -> None:
+    """Refuses to stop early by a number that evaluation on this cache does not give."""
+    metric, manifest = config.early_stopping_metric, held_out.manifest
+    if not config.early_stopping_patience:
+        return
+    if metric == "metric" and TASKS[manifest.task].target_space == "vocabulary":
+        raise CacheMismatch(
+            f"--early-stopping-metric metric: {held_out.path} is of {manifest.task}, which has no "
+            "metric of its own. Use loss, or kl for the distance to the teacher."
+        )
+    if metric == "kl" and manifest.targets.kind == "none":
+        raise CacheMismatch(
+            f"--early-stopping-metric kl: {held_out.path} holds hard labels only. Use loss, or "
+            "hold out rows with the teacher's targets."
         )
 
 
@@ -365,8 +410,8 @@ _ADAPTED: dict[TaskName, str] = {
 }
 
 
-def add_adapters(student: Any, rank: int, task: TaskName = "causal-lm") -> Any:
-    """LoRA adapters on every linear layer of the trunk; everything else is frozen.
+def add_adapters(student: Any, spec: AdapterSpec, task: TaskName = "causal-lm") -> Any:
+    """Adapters on the linear layers of the trunk; everything else is frozen.
 
     On a label space what stands behind the trunk is trained as it is, and saved with the adapters.
     """
@@ -374,15 +419,35 @@ def add_adapters(student: Any, rank: int, task: TaskName = "causal-lm") -> Any:
     from peft import LoraConfig, get_peft_model
 
     heads = _heads(student) if TASKS[task].target_space == "labels" else None
+    _check_targets(student, spec.targets, heads or [])
     config = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules="all-linear",
+        r=spec.rank,
+        lora_alpha=2 * spec.rank if spec.alpha is None else spec.alpha,
+        lora_dropout=spec.dropout,
+        use_dora=spec.kind == "dora",
+        use_rslora=spec.kind == "rslora",
+        target_modules=list(spec.targets) or "all-linear",
         exclude_modules=heads,
         modules_to_save=heads,
         task_type=_ADAPTED[task],
     )
     return get_peft_model(student, config)
+
+
+def _check_targets(student: Any, targets: Sequence[str], heads: Sequence[str]) -> None:
+    """Refuses a name that stands for no linear layer: adapters would be missing without a word."""
+    layers = [
+        name
+        for name, module in student.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not set(name.split(".")) & set(heads)
+    ]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise ConfigError(
+                f"--lora-targets {target}: no linear layer of the student has this name, or one "
+                f"that ends so. There are {known}."
+            )
 
 
 def _heads(student: Any) -> list[str]:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PretrainedConfig, Trainer
 from transformers.trainer_callback import PrinterCallback
 
+from shared import manifest as manifests
 from shared.cache import Cache, open_cache
 from shared.errors import ConfigError, Stopped
+from shared.storage import Storage
 from shared.tasks import TASKS
 from shared.tokenizer import load_cached_tokenizer
 from student_train.arguments import micro_batch_tokens, refuse_what_breaks, training_arguments
@@ -36,11 +38,14 @@ from student_train.student import (
     build_student,
     check_cache,
     check_fit,
+    check_metric,
     check_same_labels,
+    is_from_scratch,
     layer_pairs,
     load_config,
     warn_of_lost_mass,
 )
+from student_train.task_defaults import Start
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +106,8 @@ class DistillTrainer(Trainer):
         logged = {f"eval_{k}": float(v) for k, v in numbers.items() if not isinstance(v, str)}
         if (kl := kl_of(numbers)) is not None:
             logged["eval_kl"] = kl
+        if "metric" in numbers:
+            logged["eval_metric"] = float(numbers[numbers["metric"]])
         self.log(dict(logged))
         if self.metrics is not None:
             self.metrics.write("eval", self.state.global_step, numbers)
@@ -136,6 +143,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """Trains one student from a cache; run again to resume. Returns the result it also saves."""
     refuse_what_breaks(config)
     folder = RunFolder(config.out)
+    config = with_numbers(config)
     model_config = load_config(config.student)
     validation = None if config.validation_cache is None else open_cache(config.validation_cache)
     caches = folder.open_caches(config)
@@ -143,13 +151,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
         check_fit(config.student, model_config, each)
     if validation is not None:
         check_same_labels(caches.first, validation)
+        check_metric(config, validation)
     for cache in caches.caches:
         check_cache(config, model_config, cache)
         warn_of_lost_mass(config, cache)
 
-    spec = OrderSpec(batch_tokens=config.batch_tokens, seed=config.seed)
+    spec = OrderSpec(batch_tokens=config.recipe.batch_tokens, seed=config.seed)
     order = Order(caches.block_rows, caches.row_tokens, spec, caches.parts)
-    max_steps = config.max_steps or order.steps_for_epochs(config.epochs)
+    max_steps = config.max_steps or order.steps_for_epochs(config.recipe.epochs)
     finished = folder.result(max_steps)
     if finished is not None:
         log.info("%s: this run is finished", config.out)
@@ -182,11 +191,21 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return _finish(config, folder, trainer, caches, max_steps)
 
 
+def with_numbers(config: TrainConfig) -> TrainConfig:
+    """The config of this run: what was left to the task is decided by the first cache's."""
+    manifest, _ = manifests.read(Storage(config.cache_paths[0]))
+    start: Start = "scratch" if is_from_scratch(config.student) else "pretrained"
+    chosen = config.by_task(manifest.task, "adapters" if config.adapters else start)
+    if chosen != config:
+        log.info("%s: %s", config.out, chosen.recipe)
+    return chosen
+
+
 def _student(config: TrainConfig, objective: Objective, cache: Cache) -> tuple[Any, Attachment]:
-    student: Any = build_student(config.student, cache, seed=config.seed)
+    student: Any = build_student(config.student, cache, seed=config.seed, dropout=config.dropout)
     torch.manual_seed(config.seed)  # adapters and projections
-    if config.lora_rank:
-        student = add_adapters(student, config.lora_rank, cache.manifest.task)
+    if config.adapters is not None:
+        student = add_adapters(student, config.adapters, cache.manifest.task)
     attachment = attach(student, objective)
     if config.lora_rank and len(getattr(student, PROJECTIONS, [])):
         raise ConfigError(
@@ -220,7 +239,7 @@ def objective_for(config: TrainConfig, model_config: PretrainedConfig, caches: S
 def _stream_spec(config: TrainConfig, objective: Objective, caches: Source) -> StreamSpec:
     arguments = training_arguments(config, max_steps=1, accumulation=1)
     accumulation = accumulation_for(
-        config.batch_tokens, micro_batch_tokens(config), arguments.world_size
+        config.recipe.batch_tokens, micro_batch_tokens(config), arguments.world_size
     )
     return StreamSpec(
         accumulation=accumulation,

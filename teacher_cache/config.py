@@ -19,7 +19,10 @@ class CaptureConfig:
     out: Annotated[Path, Option(help="Folder of the cache.")]
     corpus: Annotated[
         str,
-        Option(help="A .txt, .jsonl, .parquet or .arrow file, a folder, a glob, or a Hub name."),
+        Option(
+            help="A .txt, .jsonl, .parquet or .arrow file, of tagged words also a column file "
+            "(.conll, .bio, .iob2, .tsv, ...), a folder, a glob, or a Hub name."
+        ),
     ]
     teacher: Annotated[
         str | None, Option(help="Hub id or folder of the teacher; none with --targets none.")
@@ -36,7 +39,11 @@ class CaptureConfig:
         "train"
     )
     columns: Annotated[
-        tuple[str, ...], Option(help="Column of the corpus for a role: text=body. Repeatable.")
+        tuple[str, ...],
+        Option(
+            help="Column of the corpus for a role: text=body; of a column file by its number, from "
+            "0 or negative from the end: tags=3. Repeatable."
+        ),
     ] = ()
     sample_by: Annotated[
         Literal["line", "paragraph", "document"],

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from shared.errors import CorpusError
 from shared.manifest import CorpusInfo
 from shared.shards import file_hash
 from shared.tasks import TASKS
+from teacher_cache import conll
 from teacher_cache.chat import Conversation, Exchange
 from teacher_cache.config import CaptureConfig
-from teacher_cache.label_rows import Labelled, Tagged
+from teacher_cache.label_rows import Label, Labelled, Tagged
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ _LOADERS = {
     ".json": "json",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    **dict.fromkeys(conll.SUFFIXES, "conll"),
 }
 # Role -> names that are taken for it, in this order, where --columns says nothing.
 _NAMES = {
@@ -62,7 +65,7 @@ _DOCUMENTS: dict[tuple[str, ...], Callable[..., Any]] = {
 _READ_AT_ONCE = 1000  # documents
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Corpus:
     """Documents by index; `read` of a range is one memory-mapped read."""
 
@@ -78,8 +81,24 @@ class Corpus:
         """Whether only a part of each document is predicted: what an assistant says."""
         return self.columns.keys() != {"text"}
 
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """What the numbers in the column of labels stand for, where the data set says so."""
+        role = "tags" if "tags" in self.columns else "label"
+        if role not in self.columns:
+            return ()
+        feature = self.documents.features[self.columns[role]]
+        while isinstance(feature, datasets.List | datasets.LargeList):
+            feature = feature.feature
+        return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
+
     def labels(self) -> tuple[str, ...]:
-        """The names of all labels there are, sorted; of numbers, the numbers up to the largest."""
+        """The names of all labels there are, sorted; of numbers, the numbers up to the largest.
+
+        A data set that names its classes itself has those, in its own order.
+        """
+        if self.class_names:
+            return self.class_names
         role = "tags" if "tags" in self.columns else "label"
         found: set[str | int] = set()
         for start in range(0, len(self), _READ_AT_ONCE):
@@ -109,11 +128,20 @@ class Corpus:
         match role:
             case "messages":
                 return self._conversation(index, value)
-            case "tokens" | "tags":
+            case "tokens":
                 return tuple(value or ())
+            case "tags":
+                return tuple(self._named(label) for label in value or ())
             case "label":
-                return value
+                return self._named(value)
         return self._text(index, value, role)
+
+    def _named(self, label: Label) -> Label:
+        """A number by the name the data set gives it: a teacher may count in another order."""
+        names = self.class_names
+        if not names or not isinstance(label, int):
+            return label
+        return names[label] if label >= 0 else None  # `datasets` has -1 where none is known
 
     def _text(self, index: int, value: Any, role: str) -> str:
         if value is not None and not isinstance(value, str):
@@ -152,12 +180,17 @@ def open_corpus(config: CaptureConfig) -> Corpus:
         raise CorpusError(
             f"{config.corpus}: no document in {config.split}. Check --split and the file."
         )
+    columns = (
+        conll.columns_of(config.column_of, files[0].suffix).names
+        if files and _kind(files[0]) == "conll"
+        else _columns(documents, config)
+    )
     info = CorpusInfo(
         source=_shown(config.corpus, local=bool(files)),
         fingerprint=fingerprint,
         num_documents=len(documents),
     )
-    return Corpus(info, documents, _columns(documents, config))
+    return Corpus(info, documents, columns)
 
 
 def _shown(source: str, *, local: bool) -> str:
@@ -249,13 +282,17 @@ def _open_local(config: CaptureConfig, files: list[Path]) -> tuple[datasets.Data
         if path.stat().st_size == 0:
             raise CorpusError(f"{path}: this file is empty")
     fingerprint = _fingerprint(loader, files)
+    # `datasets` goes by a file's date: another content of the same date would be missed
+    cache_dir = Path(datasets.config.HF_DATASETS_CACHE) / f"teacher-cache-{fingerprint}"
+    split = f"train{match.group(1)}"
     try:
+        if loader == "conll":
+            return _open_conll(config, files, split, cache_dir), fingerprint
         documents = datasets.load_dataset(
             loader,
             data_files={"train": [glob.escape(str(path.absolute())) for path in files]},
-            split=f"train{match.group(1)}",
-            # `datasets` goes by a file's date: another content of the same date would be missed
-            cache_dir=str(Path(datasets.config.HF_DATASETS_CACHE) / f"teacher-cache-{fingerprint}"),
+            split=split,
+            cache_dir=str(cache_dir),
             **options,
         )
     except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError) as error:
@@ -265,6 +302,26 @@ def _open_local(config: CaptureConfig, files: list[Path]) -> tuple[datasets.Data
     except ValueError as error:
         raise CorpusError(f"{config.corpus}: --split {config.split}: {error}") from error
     return documents, fingerprint
+
+
+def _open_conll(
+    config: CaptureConfig, files: list[Path], split: str, cache_dir: Path
+) -> datasets.Dataset:
+    if config.task != "token-classification":
+        raise CorpusError(
+            f"{files[0]}: a column file of tagged words is a corpus of --task token-classification,"
+            f" not of {config.task}"
+        )
+    for path in files:
+        if path.suffix not in conll.SUFFIXES:
+            raise CorpusError(f"{path}: column files are not read compressed: unpack it")
+        if path.suffix != files[0].suffix:
+            raise CorpusError(
+                f"{path}: its columns may have other meanings than those of {files[0].name}. Name "
+                f"files of one kind with a pattern, such as '*{files[0].suffix}'."
+            )
+    columns = conll.columns_of(config.column_of, files[0].suffix)
+    return conll.open_sentences(files, columns, config.encoding_errors, split, cache_dir)
 
 
 def _fingerprint(loader: str, files: list[Path]) -> str:

@@ -270,6 +270,8 @@ def _labels(config: CaptureConfig, corpus: Corpus, teacher: Teacher | None) -> t
             + (f"; the first that differ are {first[0]!r} and {first[1]!r}" if first else "")
             + ". Classes are the teacher's: leave --labels out, or set its id2label."
         )
+    if its == tuple(f"LABEL_{number}" for number in range(len(corpus.class_names))):
+        its = corpus.class_names  # the teacher was given no names, the corpus was
     labels = asked or its or corpus.labels()
     if len(labels) < 2:
         raise CorpusError(f"{config.corpus}: {len(labels)} different labels, expected at least 2")

@@ -23,7 +23,7 @@ from transformers import (
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, Refused, Stopped
 from student_train.cli import _evaluation_text
-from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
+from student_train.config import AdapterSpec, CompareConfig, EvaluateConfig, TrainConfig
 from student_train.evaluate import evaluate
 from student_train.evaluate import run as run_evaluate
 from student_train.loss_spec import LossSpec
@@ -286,6 +286,32 @@ def test_a_student_from_scratch_learns(task, train, caches, tmp_path, config_dir
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_early_stopping_by_the_metric_of_the_task_keeps_the_best_model(
+    task, train, caches, tmp_path
+):
+    result = train(
+        task,
+        max_steps=40,
+        learning_rate=0.3,  # goes astray after some steps
+        scheduler="constant",
+        warmup_ratio=0.0,
+        eval_every=1,
+        early_stopping_patience=4,
+        early_stopping_metric="metric",
+        validation_cache=caches[f"{task} held out"],
+    )
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    name = result["validation"]["metric"]
+    found = [line[name] for line in lines if line["kind"] == "eval"]
+    assert result["steps"] == 1 + found.index(max(found)) + 4 < 40
+    assert result["validation"][name] == max(found) > min(found)
+    config = EvaluateConfig(
+        student=str(tmp_path / "run"), cache=caches[f"{task} held out"], device="cpu"
+    )
+    assert run_evaluate(config)[name] == max(found)
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_stopped_and_resumed_equals_uninterrupted(task, train, tmp_path, monkeypatch):
     train(task, out=tmp_path / "whole")
     SignalAt(monkeypatch, [3])
@@ -373,7 +399,7 @@ def test_adapters_and_head_are_saved_and_reload(task, kind, train, caches, tmp_p
 
 def test_the_trunk_of_an_adapted_student_is_frozen_and_its_head_is_not(caches):
     task = "sequence-classification"
-    student = add_adapters(fresh(bert_config(), task), 2, task)
+    student = add_adapters(fresh(bert_config(), task), AdapterSpec(rank=2), task)
     trainable = {name for name, p in student.named_parameters() if p.requires_grad}
     assert any(".classifier.modules_to_save" in name for name in trainable)
     assert any(".pooler.modules_to_save" in name for name in trainable)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from shared.errors import ConfigError
 from student_train.linear_loss import LinearLossOutput, linear_loss, logits_loss
 from student_train.loss_spec import LossSpec
 from student_train.losses import SoftTarget
@@ -29,10 +30,12 @@ SPECS = [
     ]
     for temperature in ([1.0] if loss == "mse" else [1.0, 2.0, 4.0])
 ]
+SPECS += [LossSpec(temperature=temperature, label_smoothing=0.2) for temperature in (1.0, 2.0)]
 
 
 def name_of(spec: LossSpec) -> str:
-    return f"{spec.soft_loss}-{spec.tail}-{spec.temperature:g}"
+    smooth = "-smooth" if spec.label_smoothing else ""
+    return f"{spec.soft_loss}-{spec.tail}-{spec.temperature:g}{smooth}"
 
 
 @dataclass(kw_only=True)
@@ -113,7 +116,8 @@ class Problem:
         hard = self.hidden.new_zeros(())
         if self.labels is not None:
             logits = self.logits()[:, : self.classes]
-            hard = F.cross_entropy(logits, self.labels, ignore_index=-100, reduction="sum")
+            smoothing = {"label_smoothing": self.spec.label_smoothing, "reduction": "sum"}
+            hard = F.cross_entropy(logits, self.labels, ignore_index=-100, **smoothing)
         return self.soft_scale * soft + self.hard_scale * hard
 
     def _soft_row(self, n: int) -> Tensor:
@@ -215,9 +219,10 @@ def test_value_and_gradients_equal_the_dense_reference(spec):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("taught", [True, False])
-def test_scale_cap_and_missing_bias(temperature, labelled, taught):
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_scale_cap_and_missing_bias(temperature, labelled, taught, smoothing):
     problem = make_problem(
-        spec=LossSpec(temperature=temperature),
+        spec=LossSpec(temperature=temperature, label_smoothing=smoothing),
         logit_scale=0.6,
         softcap=1.5,
         soft_scale=0.7 * taught,
@@ -330,6 +335,14 @@ def test_reported_sums_equal_the_dense_ones():
             total.requires_grad
             for total in (output.soft_sum, output.hard_sum, output.student_entropy_sum)
         )
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0, math.nan])
+def test_a_smoothing_that_leaves_the_label_nothing_is_refused(smoothing):
+    with pytest.raises(
+        ConfigError, match=r"--label-smoothing .*: expected a number from 0 to below"
+    ):
+        LossSpec(label_smoothing=smoothing)
 
 
 def test_scales_may_be_tensors():

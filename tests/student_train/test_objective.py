@@ -336,11 +336,12 @@ def test_a_step_cut_into_micro_batches_has_the_same_gradient(cache_dir, accumula
 
 def test_adapters_on_the_trunk_get_the_gradient_of_the_dense_loss(cache_dir):
     """And the frozen head and trunk get none."""
+    from student_train.config import AdapterSpec
     from student_train.student import add_adapters
 
     cache = open_cache(cache_dir)
     torch.manual_seed(3)
-    student = add_adapters(AutoModelForCausalLM.from_config(llama_config()), 2)
+    student = add_adapters(AutoModelForCausalLM.from_config(llama_config()), AdapterSpec(rank=2))
     adapters = {n: p for n, p in student.named_parameters() if "lora_" in n}
     for parameter in adapters.values():
         torch.nn.init.normal_(parameter, std=0.1)  # the second factor starts at 0

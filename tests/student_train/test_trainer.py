@@ -231,6 +231,17 @@ def test_all_weights_zero_are_refused(train):
         train(soft_weight=0.0, hard_weight=0.0)
 
 
+def test_label_smoothing_is_of_the_hard_loss_in_training_only(train, tmp_path, cache_dir):
+    options = {"learning_rate": 0.0, "max_steps": 2, "validation_cache": cache_dir}
+    options |= {"student": _without_dropout(tmp_path), "soft_weight": 0.0}
+    plain = train(out=tmp_path / "plain", **options)
+    smooth = train(out=tmp_path / "smooth", label_smoothing=0.4, **options)
+    assert smooth["validation"] == plain["validation"]
+    assert losses(tmp_path / "smooth") != losses(tmp_path / "plain")
+    with pytest.raises(ConfigError, match="only read with a hard loss, but --hard-weight is 0"):
+        train(hard_weight=0.0, label_smoothing=0.4)
+
+
 def test_the_student_learns_what_the_teacher_says(train, cache_dir):
     result = train(
         max_steps=60,
@@ -370,6 +381,24 @@ def test_early_stopping_keeps_the_best_model(train, tmp_path, cache_dir):
     assert result["validation"]["loss"] == pytest.approx(
         min(line["loss"] for line in evaluations), rel=1e-6
     )
+
+
+def test_early_stopping_by_what_evaluation_does_not_give_is_refused(train, cache_dir, labels_dir):
+    options = {"early_stopping_patience": 1, "eval_every": 1}
+    with pytest.raises(
+        CacheMismatch, match=r"metric: .* is of causal-lm, which has no metric of it"
+    ):
+        train(early_stopping_metric="metric", validation_cache=cache_dir, **options)
+    with pytest.raises(CacheMismatch, match=r"metric kl: .* holds hard labels only\. Use loss, or"):
+        train(early_stopping_metric="kl", validation_cache=labels_dir, **options)
+
+
+def test_another_metric_is_another_run(train, cache_dir):
+    """The best number so far is kept with the state, and would be compared with another kind."""
+    options = {"early_stopping_patience": 9, "eval_every": 3, "validation_cache": cache_dir}
+    train(**options)
+    with pytest.raises(CacheMismatch, match="early_stopping_metric: this run has 'loss', asked fo"):
+        train(early_stopping_metric="kl", max_steps=9, **options)
 
 
 def test_a_finished_run_is_not_run_again(train, tmp_path):

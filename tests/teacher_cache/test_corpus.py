@@ -301,7 +301,8 @@ def test_a_folder_without_files(tmp_path):
     (tmp_path / "c" / "notes.md").write_text("x")
     message = refusal(tmp_path / "c")
     assert message == (
-        f"{tmp_path / 'c'}: no .txt, .jsonl, .json, .parquet, .arrow file in this folder"
+        f"{tmp_path / 'c'}: no .txt, .jsonl, .json, .parquet, .arrow, .conll, .conllu, .bio, .iob, "
+        ".iob2, .tsv file in this folder"
     )
 
 
