@@ -31,5 +31,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         staging = Path(around) / "whole"
         staging.mkdir()
         yield staging
+        mode = staging.stat().st_mode & 0o666  # safetensors are written for their owner alone
+        for path in staging.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
         with Storage(out).errors_explained():
             staging.replace(out)

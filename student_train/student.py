@@ -106,7 +106,7 @@ def _set_padding(config: PretrainedConfig, cache: Cache, *, keep_own: bool) -> N
 
 
 def _with_saved_adapters(folder: Path, cache: Cache, *, seed: int) -> Any:
-    _require_peft()
+    require_peft()
     from peft import PeftConfig, PeftModel
 
     base_name = str(PeftConfig.from_pretrained(folder).base_model_name_or_path)
@@ -370,7 +370,7 @@ def add_adapters(student: Any, rank: int, task: TaskName = "causal-lm") -> Any:
 
     On a label space what stands behind the trunk is trained as it is, and saved with the adapters.
     """
-    _require_peft()
+    require_peft()
     from peft import LoraConfig, get_peft_model
 
     heads = _heads(student) if TASKS[task].target_space == "labels" else None
@@ -400,6 +400,7 @@ def _heads(student: Any) -> list[str]:
     return names + pooler
 
 
-def _require_peft() -> None:
+def require_peft() -> None:
+    """Refuses adapters where the library is not installed."""
     if find_spec("peft") is None:
         raise ConfigError("adapters need peft: pip install 'teacher-cache[lora]'")

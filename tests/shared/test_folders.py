@@ -10,11 +10,14 @@ def test_a_folder_appears_at_a_clean_exit(tmp_path):
     out = tmp_path / "a" / "b"
     with new_folder(out) as folder:
         (folder / "one").write_text("1")
+        (folder / "one").chmod(0o600)
         assert not out.exists()
     assert [path.name for path in out.iterdir()] == ["one"]
     assert list(out.parent.iterdir()) == [out]
     (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "one").write_text("1")
     assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (out / "one").stat().st_mode == (tmp_path / "plain" / "one").stat().st_mode
 
 
 def test_an_empty_folder_may_be_there(tmp_path):
