@@ -222,7 +222,7 @@ def _checks(subject: Subject) -> Iterator[str]:
     yield _table(header, rows)
     yield (
         f"Differences of logits from the float32 student, on {subject.checked_on}; the time of one "
-        "row, as a multiple of what the student takes in torch on the same threads of a CPU."
+        "row, as a multiple of what float32 takes in torch on the same threads of a CPU."
     )
 
 
