@@ -254,8 +254,10 @@ def _has_onnx(subject: Subject) -> bool:
 
 
 def _pad_token(student: Any, tokenizer: Any) -> int:
+    """One that the model has an embedding for: a tokenizer's may have been added after it."""
     own = student.config.get_text_config().pad_token_id
-    known = [i for i in (own, tokenizer.pad_token_id) if i is not None and i >= 0]
+    places = range(_vocabulary(student))
+    known = [i for i in (own, tokenizer.pad_token_id) if i is not None and i in places]
     return known[0] if known else 0
 
 
