@@ -89,6 +89,8 @@ ARMS: dict[str, Arm] = {
     "adaptive16-label": Arm(cache="adaptive16", tail="label"),
     "rskd12": Arm(source="rskd"),
     "sample12": Arm(cache="sample12"),
+    "sample16": Arm(cache="sample16"),
+    "sample32": Arm(cache="sample32"),
     "sample12+hard0.5": Arm(cache="sample12", hard=0.5),
     "full@T2": Arm(source="full", temperature=2.0),
     "topk32-bucket@T2": Arm(temperature=2.0),
@@ -101,6 +103,8 @@ CACHES: dict[str, dict[str, Any]] = {
     "topk32": {"targets": "topk", "top_k": 32, "temperature": (2.0,)},
     "adaptive16": {"targets": "adaptive", "mean_entries": 16.0, "temperature": (2.0,)},
     "sample12": {"targets": "sample", "mean_entries": 12.0},
+    "sample16": {"targets": "sample", "mean_entries": 16.0},
+    "sample32": {"targets": "sample", "mean_entries": 32.0},
 }
 
 

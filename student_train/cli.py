@@ -9,7 +9,7 @@ import typer
 
 from shared.options import command
 from shared.options import main as run_app
-from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
+from student_train.config import CompareConfig, EvaluateConfig, ExportConfig, TrainConfig
 
 app = typer.Typer(
     name="train-student",
@@ -49,6 +49,16 @@ def compare_command(config: CompareConfig) -> None:
     if config.html is not None:
         write_html(comparison, config.html)
         typer.echo(f"drawn in {config.html}", err=True)
+
+
+@command(app, "export", ExportConfig)
+def export_command(config: ExportConfig) -> None:
+    """Makes a folder ready to serve: adapters merged, int8, ONNX, each checked, a model card."""
+    from student_train.export import run, table
+
+    numbers = run(config)
+    typer.echo(json.dumps(numbers) if config.json else table(numbers))
+    typer.echo(f"saved in {config.out}", err=True)
 
 
 def _evaluation_text(numbers: dict[str, object]) -> str:

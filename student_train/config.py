@@ -473,3 +473,44 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+
+ExportFormat = Literal["safetensors", "int8", "onnx"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    """`train-student export`."""
+
+    student: Annotated[
+        Path, Option(help="Folder of a run, of a checkpoint, or of any student.", argument=True)
+    ]
+    out: Annotated[Path, Option(help="Folder of the exported model.")]
+    cache: Annotated[
+        Path | None,
+        Option(
+            help="Held-out cache whose rows the export is checked on.",
+            show_default="one that the run names",
+        ),
+    ] = None
+    format: Annotated[
+        tuple[ExportFormat, ...],
+        Option(
+            help="safetensors: for transformers and servers; onnx: float32, any runtime; int8: for "
+            "CPUs, an ONNX file. Repeatable."
+        ),
+    ] = ("safetensors",)
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        Option(help="Number type of the safetensors."),
+    ] = "float32"
+    rows: Annotated[int, Option(help="Rows the export is checked on.", min=1)] = 64
+    json: Annotated[bool, Option(help="Print one JSON object.")] = False
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if self.dtype != "float32" and "safetensors" not in self.format:
+            raise ConfigError(
+                f"--dtype {self.dtype}: it is the number type of --format safetensors, which is "
+                "not asked for"
+            )

@@ -130,7 +130,7 @@ def set_dropout(name: str, config: PretrainedConfig, dropout: float) -> None:
 
 
 def _with_saved_adapters(folder: Path, cache: Cache, *, seed: int, dropout: float | None) -> Any:
-    _require_peft()
+    require_peft()
     from peft import PeftConfig, PeftModel
 
     base_name = str(PeftConfig.from_pretrained(folder).base_model_name_or_path)
@@ -415,7 +415,7 @@ def add_adapters(student: Any, spec: AdapterSpec, task: TaskName = "causal-lm") 
 
     On a label space what stands behind the trunk is trained as it is, and saved with the adapters.
     """
-    _require_peft()
+    require_peft()
     from peft import LoraConfig, get_peft_model
 
     heads = _heads(student) if TASKS[task].target_space == "labels" else None
@@ -465,6 +465,7 @@ def _heads(student: Any) -> list[str]:
     return names + pooler
 
 
-def _require_peft() -> None:
+def require_peft() -> None:
+    """Refuses adapters where the library is not installed."""
     if find_spec("peft") is None:
         raise ConfigError("adapters need peft: pip install 'teacher-cache[lora]'")

@@ -297,7 +297,10 @@ def _finish(
         "student": config.student,
         "out": str(config.out),
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "task": caches.manifest.task,
         "cache_ids": caches.cache_ids,
+        "targets": [cache.manifest.targets.text for cache in caches.caches],
+        "teachers": [_teacher(cache) for cache in caches.caches],
         "cache_weights": list(config.cache_weights),
         "ensemble": config.ensemble,
         "max_steps": max_steps,
@@ -320,6 +323,14 @@ def _finish(
         _save(folder.path, student, caches.first)
         folder.save_result(numbers)
     return numbers
+
+
+def _teacher(cache: Cache) -> dict[str, Any] | None:
+    """What a model card says of whom the student learnt from."""
+    info = cache.manifest.teacher
+    if info is None:
+        return None
+    return {"id": info.id, "revision": info.revision, "parameters": info.parameters}
 
 
 def _save(path: Path, student: Any, cache: Cache) -> None:

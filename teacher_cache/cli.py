@@ -18,6 +18,7 @@ from teacher_cache.config import (
     InspectConfig,
     PlanConfig,
     RepackConfig,
+    StudentConfig,
     VerifyConfig,
 )
 
@@ -95,6 +96,15 @@ def repack_command(config: RepackConfig) -> None:
     from teacher_cache.repack import repack
 
     repack(config)
+
+
+@command(app, "student", StudentConfig)
+def student_command(config: StudentConfig) -> None:
+    """Makes a smaller model of some of the teacher's blocks, for a student to start from."""
+    from teacher_cache.layers import run
+
+    typer.echo(run(config).text)
+    typer.echo(f"saved in {config.out}", err=True)
 
 
 @command(app, "clean", CleanConfig)

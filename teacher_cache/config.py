@@ -327,3 +327,43 @@ class CleanConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentConfig:
+    """`cache-teacher student`."""
+
+    teacher: Annotated[str, Option(help="Hub id or folder of the teacher.")]
+    layers: Annotated[
+        str, Option(help="Blocks to keep, such as 0,3,5, counted from 0; of the encoder, if any.")
+    ]
+    out: Annotated[Path, Option(help="Folder of the smaller model.")]
+    decoder_layers: Annotated[
+        str | None,
+        Option(help="Blocks of the decoder to keep.", show_default="as --layers"),
+    ] = None
+    revision: Annotated[str | None, Option(help="Revision of the teacher on the Hub.")] = None
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        _ = self.picked, self.decoder_picked
+
+    @property
+    def picked(self) -> tuple[int, ...]:
+        return _block_numbers("--layers", self.layers)
+
+    @property
+    def decoder_picked(self) -> tuple[int, ...]:
+        if self.decoder_layers is None:
+            return self.picked
+        return _block_numbers("--decoder-layers", self.decoder_layers)
+
+
+def _block_numbers(option: str, text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    numbers = tuple(int(part) for part in parts if part.isascii() and part.isdecimal())
+    if len(numbers) != len(parts) or sorted(set(numbers)) != list(numbers):
+        raise ConfigError(
+            f"{option} {text}: expected numbers of blocks, ascending and each once, such as 0,3,5"
+        )
+    return numbers
