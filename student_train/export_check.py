@@ -135,7 +135,7 @@ def labels_of(cache: Cache, config: PretrainedConfig) -> Labels | None:
     manifest = cache.manifest
     if config.is_encoder_decoder:
         return None
-    return Labels(TASKS[manifest.task].one_per_row, manifest.labels)
+    return Labels(TASKS[manifest.task].layout == "row", manifest.labels)
 
 
 def padded(samples: Sequence[Sample], pad_token: int) -> dict[str, Tensor]:
