@@ -22,6 +22,7 @@ class Series:
     colour: int
     dashed: bool = False
     titles: Sequence[str] = ()  # shown where the mouse rests on a point
+    dots: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ def lines(
                 "colour": one.colour,
                 "dashed": one.dashed,
                 "path": " ".join(f"{a},{b}" for a, b in places),
-                "dots": [(a, b, t) for (a, b), t in zip(places, titles, strict=True)],
+                "dots": [(a, b, t) for (a, b), t in zip(places, titles, strict=True) if one.dots],
             }
         )
     return Chart(
