@@ -22,7 +22,7 @@ from shared.tasks import TASKS
 from shared.tokenizer import load_cached_tokenizer
 from student_train.arguments import micro_batch_tokens, refuse_what_breaks, training_arguments
 from student_train.cache_set import Source
-from student_train.callbacks import ProgressLine, StopOnSignal
+from student_train.callbacks import BeforeTheFirstStep, ProgressLine, StopOnSignal
 from student_train.config import TrainConfig
 from student_train.evaluate import evaluate
 from student_train.metrics_log import MetricsLog
@@ -108,6 +108,18 @@ class DistillTrainer(Trainer):
         self.control: Any = handler.on_evaluate(self.args, self.state, control, logged)
         return logged
 
+    def evaluate_before(self) -> None:
+        """The student's numbers on the held-out cache before the first step, into the log alone.
+
+        They are no part of early stopping, and their seconds none of the training.
+        """
+        assert self.validation is not None  # asked for only with one
+        assert self.metrics is not None
+        numbers = evaluate(self.model, self.validation, batch_tokens=_EVAL_TOKENS)
+        of_cache = {"validation_cache_id": self.validation.cache_id}
+        self.metrics.write("eval", 0, numbers | of_cache)
+        self.metrics.restart_clock()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer, after the terms of the loss apart have joined the log."""
         if self.metrics is not None and "loss" in logs:
@@ -169,6 +181,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     if config.loss_schedule != "constant":
         schedule = LossSchedule(config.loss_schedule, max_steps, config.scheduled)
         trainer.scheduled = ScheduledLoss(attachment, schedule)
+    if validation is not None and folder.before(validation.cache_id) is None:
+        trainer.add_callback(BeforeTheFirstStep(trainer.evaluate_before))
     if checkpoint is not None:
         log.info("%s: going on from %s", config.out, checkpoint.name)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -296,6 +310,9 @@ def _finish(
     }
     if trainer.validation is not None:
         numbers["validation_cache_id"] = trainer.validation.cache_id
+        before = folder.before(trainer.validation.cache_id)
+        if before is not None:
+            numbers["before"] = before
         numbers["validation"] = evaluate(student, trainer.validation, batch_tokens=_EVAL_TOKENS)
     if trainer.args.should_save:
         _save(folder.path, student, caches.first)
