@@ -108,18 +108,6 @@ class DistillTrainer(Trainer):
         self.control: Any = handler.on_evaluate(self.args, self.state, control, logged)
         return logged
 
-    def evaluate_before(self) -> None:
-        """The student's numbers on the held-out cache before the first step, into the log alone.
-
-        They are no part of early stopping, and their seconds none of the training.
-        """
-        assert self.validation is not None  # asked for only with one
-        assert self.metrics is not None
-        numbers = evaluate(self.model, self.validation, batch_tokens=_EVAL_TOKENS)
-        of_cache = {"validation_cache_id": self.validation.cache_id}
-        self.metrics.write("eval", 0, numbers | of_cache)
-        self.metrics.restart_clock()
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer, after the terms of the loss apart have joined the log."""
         if self.metrics is not None and "loss" in logs:
@@ -182,7 +170,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         schedule = LossSchedule(config.loss_schedule, max_steps, config.scheduled)
         trainer.scheduled = ScheduledLoss(attachment, schedule)
     if validation is not None and folder.before(validation.cache_id) is None:
-        trainer.add_callback(BeforeTheFirstStep(trainer.evaluate_before))
+        trainer.add_callback(BeforeTheFirstStep(lambda: _evaluate_before(trainer)))
     if checkpoint is not None:
         log.info("%s: going on from %s", config.out, checkpoint.name)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -276,6 +264,19 @@ def _trainer(
         ),
         callbacks=callbacks,
     )
+
+
+def _evaluate_before(trainer: DistillTrainer) -> None:
+    """The student's numbers on the held-out cache before the first step, into metrics.jsonl.
+
+    They are no part of early stopping, and their seconds none of the training.
+    """
+    assert trainer.validation is not None  # asked for only with one
+    assert trainer.metrics is not None
+    numbers = evaluate(trainer.model, trainer.validation, batch_tokens=_EVAL_TOKENS)
+    of_cache = {"validation_cache_id": trainer.validation.cache_id}
+    trainer.metrics.write("eval", 0, numbers | of_cache)
+    trainer.metrics.restart_clock()
 
 
 def _finish(
