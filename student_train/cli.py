@@ -47,7 +47,8 @@ def evaluate_command(config: EvaluateConfig) -> None:
 @command(app, "compare", CompareConfig)
 def compare_command(config: CompareConfig) -> None:
     """Puts many students of one cache side by side."""
-    from student_train.report import as_json, compare, table, write_html
+    from student_train.compare_page import write_html
+    from student_train.report import as_json, compare, table
 
     comparison = compare(config)
     typer.echo(as_json(comparison) if config.json else table(comparison))

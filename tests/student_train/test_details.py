@@ -368,8 +368,8 @@ def test_rows_whose_loss_is_not_a_number_are_the_worst(cache_dir, language_model
     cache: Cache = open_cache(cache_dir)
     model = LlamaForCausalLM.from_pretrained(language_model).eval()
     with torch.no_grad():
-        model.model.embed_tokens.weight[40] = torch.nan
-    broken = [row.row_id for row in cache if 40 in row.input_ids[row.positions]]
+        model.model.embed_tokens.weight[int(cache[3].input_ids[1])] = torch.nan
+    broken = [row.row_id for row in cache if cache[3].input_ids[1] in row.input_ids[row.positions]]
     assert 2 <= len(broken) < len(cache)
     details = Details(cache, worst=2, by="loss")
     evaluate(model, cache, batch_tokens=3000, details=details)
