@@ -24,7 +24,7 @@ from student_train.config import WorstBy
 from student_train.positions import PREFIX
 from student_train.reliability import Reliability
 
-_SURPRISES = 12  # tokens marked in a row over a vocabulary
+MOST_MARKED = 12  # tokens marked in a row over a vocabulary
 _CHUNK_BITS = 24  # of a row id: document << 24 | chunk
 _CONTEXT_TOKENS = 6  # that decide how a token is written
 
@@ -132,7 +132,7 @@ def _shown(
     loss_P, names = kept.answers["loss"], cache.manifest.labels
     places = np.arange(len(loss_P))
     if not names:
-        places = np.sort(np.argsort(-loss_P, kind="stable")[:_SURPRISES])
+        places = np.sort(np.argsort(-loss_P, kind="stable")[:MOST_MARKED])
     texts = token_texts(tokenizer, row.input_ids.tolist())
     answers = []
     for p in places.tolist():

@@ -9,6 +9,7 @@ from shared import drawing
 from shared.cache import Cache
 from shared.drawing import Axis, Chart, Series
 from shared.pages import write_page
+from student_train.details import MOST_MARKED
 from student_train.metrics import TITLES
 from student_train.reliability import NUM_BINS
 
@@ -50,6 +51,7 @@ def write_evaluation(numbers: dict[str, Any], cache: Cache, path: Path) -> None:
         worst=[_shown(row) for row in details["worst"]],
         worst_by="KL to the teacher" if details["worst_by"] == "kl" else "loss",
         of_labels="classes" in details,
+        most_marked=MOST_MARKED,
     )
 
 
@@ -155,7 +157,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     of_row = [answer for answer in row["answers"] if answer["token"] is None]
     pieces = _pieces(row["tokens"], about)
     listed = of_row or sorted(row["answers"], key=lambda answer: -answer["loss"])
-    return row | {"pieces": pieces, "listed": listed[:12], "more": len(listed) - 12}
+    return row | {"pieces": pieces, "listed": listed}
 
 
 def _pieces(tokens: Sequence[str], about: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
