@@ -1,9 +1,11 @@
 """What happens beside the steps: a progress line, and a stop on a signal with the state saved."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from shared.progress import Progress
@@ -46,6 +48,24 @@ class ProgressLine(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.progress.__exit__(None, None, None)
+
+
+class BeforeTheFirstStep(TrainerCallback):
+    """Does something once, before step 1, with the student as it is where it will be trained.
+
+    A run that goes on from a checkpoint has been there. Random numbers drawn meanwhile are given
+    back, so that the steps are those of a run that does it not.
+    """
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
+                self.action()
 
 
 class StopOnSignal(TrainerCallback):

@@ -4,12 +4,15 @@ import json
 import logging
 import os
 import sys
+from typing import Any
 
 import typer
 
 from shared.options import command
 from shared.options import main as run_app
 from student_train.config import CompareConfig, EvaluateConfig, ExportConfig, TrainConfig
+
+_TEXT_SHOWN = 160  # characters of a row
 
 app = typer.Typer(
     name="train-student",
@@ -37,12 +40,15 @@ def evaluate_command(config: EvaluateConfig) -> None:
 
     numbers = run(config)
     typer.echo(json.dumps(numbers) if config.json else _evaluation_text(numbers))
+    if config.html is not None:
+        typer.echo(f"drawn in {config.html}", err=True)
 
 
 @command(app, "compare", CompareConfig)
 def compare_command(config: CompareConfig) -> None:
     """Puts many students of one cache side by side."""
-    from student_train.report import as_json, compare, table, write_html
+    from student_train.compare_page import write_html
+    from student_train.report import as_json, compare, table
 
     comparison = compare(config)
     typer.echo(as_json(comparison) if config.json else table(comparison))
@@ -61,15 +67,28 @@ def export_command(config: ExportConfig) -> None:
     typer.echo(f"saved in {config.out}", err=True)
 
 
-def _evaluation_text(numbers: dict[str, object]) -> str:
+def _evaluation_text(numbers: dict[str, Any]) -> str:
     names = ("loss", "perplexity", "kl", "kl_bucketed", "agreement", "teacher_loss")
     of_labels = ("accuracy", "macro_f1", "entity_f1", "ece")
-    of_teacher = ("teacher_accuracy", "teacher_entity_f1")
+    of_teacher = ("teacher_accuracy", "teacher_entity_f1", "teacher_ece")
     shown = [name for name in (*names, *of_labels, *of_teacher, "positions") if name in numbers]
     width = max(14, *(len(name) + 2 for name in shown))
-    return "\n".join(
-        f"{name:<{width}}{_number(numbers[name])}{_range(name, numbers)}" for name in shown
-    )
+    lines = [f"{name:<{width}}{_number(numbers[name])}{_range(name, numbers)}" for name in shown]
+    return "\n".join([*lines, *_worst_text(numbers)])
+
+
+def _worst_text(numbers: dict[str, Any]) -> list[str]:
+    """The worst rows, each with its answer of the highest loss."""
+    lines = []
+    for row in numbers.get("details", {}).get("worst", []):
+        answer = max(row["answers"], key=lambda answer: answer["loss"])
+        student = f"{answer['student']!r} ({answer['probability']:.2f})"
+        lines += [
+            f"document {row['document']}, chunk {row['chunk']}: loss {row['loss']:.4f}; "
+            f"{answer['label']!r} answered by {student}",
+            "    " + " ".join("".join(row["tokens"]).split())[:_TEXT_SHOWN],
+        ]
+    return lines
 
 
 def _range(name: str, numbers: dict[str, object]) -> str:

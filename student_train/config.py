@@ -16,6 +16,7 @@ Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "pol
 EvalMetric = Literal["loss", "kl", "metric"]
 
 Adapter = Literal["lora", "dora", "rslora"]
+WorstBy = Literal["loss", "kl"]
 
 _SCHEDULED: dict[str, tuple[ScheduleKind, ...]] = {"loss_schedule": ("linear", "cosine")}
 _ADAPTED = {"lora_rank": (SET,)}
@@ -446,6 +447,9 @@ def _path_and_weight(given: Path) -> tuple[Path, float | None]:
     return Path(path), weight
 
 
+_WORST_ON_A_PAGE = 20
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
     """`train-student evaluate`."""
@@ -457,10 +461,30 @@ class EvaluateConfig:
     device: Annotated[Literal["auto", "cpu"], Option(help="cpu: even where there is a GPU.")] = (
         "auto"
     )
+    html: Annotated[Path | None, Option(help="Also draw it into this file.")] = None
+    worst: Annotated[
+        int | Literal["auto"],
+        Option(help="Rows to list, the worst first; auto: 20 with --html, else none.", min=0),
+    ] = "auto"
+    worst_by: Annotated[
+        WorstBy, Option(help="What the worst rows have most of, in the mean of their positions.")
+    ] = "loss"
     json: Annotated[bool, Option(help="Print one JSON object.")] = False
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+    @property
+    def num_worst(self) -> int:
+        """How many of the worst rows are listed."""
+        if self.worst == "auto":
+            return 0 if self.html is None else _WORST_ON_A_PAGE
+        return self.worst
+
+    @property
+    def asks_for_worst(self) -> bool:
+        """Whether they are wanted beside the numbers, and not only on the page."""
+        return self.worst != "auto" and self.worst > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,9 +13,12 @@ import torch.distributed as dist
 from torch import nn
 
 from shared.cache import Cache, open_cache
+from shared.errors import ConfigError
 from shared.tasks import TASKS
 from student_train.answers import collector_for
 from student_train.config import EvaluateConfig
+from student_train.details import Details
+from student_train.evaluation_page import write_evaluation
 from student_train.loss_spec import LossSpec
 from student_train.objective import Objective, attach
 from student_train.order import Order, OrderSpec
@@ -25,14 +28,17 @@ from student_train.student import build_student, check_fit, load_config
 _SUMS = {"hard", "soft", "agreement", "student_entropy"}  # over positions
 
 
-def evaluate(student: nn.Module, cache: Cache, *, batch_tokens: int) -> dict[str, Any]:
+def evaluate(
+    student: nn.Module, cache: Cache, *, batch_tokens: int, details: Details | None = None
+) -> dict[str, Any]:
     """The student's numbers over every row of a cache, at T = 1.
 
     `loss`: mean cross-entropy on the hard labels, nats. `kl`: KL(teacher || student), if the cache
     knows all of it (`dense`; `sample` on average), else `kl_bucketed`, over the kept classes and
     one cell for all others. `agreement`: share of positions where student and teacher have the same
     most probable class. The last two only where the cache has targets. On a label space also the
-    metrics of the task (metrics.py).
+    metrics of the task (metrics.py). `details` is shown every batch, and what single positions of
+    it were answered with.
     """
     manifest = cache.manifest
     has_targets = manifest.targets.kind != "none"
@@ -42,6 +48,7 @@ def evaluate(student: nn.Module, cache: Cache, *, batch_tokens: int) -> dict[str
         target_kind=manifest.targets.kind,
         soft_weight=1.0 if has_targets else 0.0,
         hard_weight=1.0,
+        with_answers=details is not None,
     )
     world, rank = _world()
     order = Order(
@@ -67,6 +74,8 @@ def evaluate(student: nn.Module, cache: Cache, *, batch_tokens: int) -> dict[str
                     sums[name] = sums[name] + output[name].double().cpu()
                 if collector is not None:
                     collector.add(output, batch)
+                if details is not None:
+                    details.add(output, batch)
     finally:
         attachment.detach()
         student.train(training)
@@ -120,9 +129,31 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     student = build_student(config.student, cache, seed=0)
     cuda = config.device == "auto" and torch.cuda.is_available()
     student.to("cuda" if cuda else "cpu")
-    return {
+    details = None
+    if config.html is not None or config.num_worst:
+        _check_worst_by(config, cache)
+        details = Details(cache, worst=config.num_worst, by=config.worst_by)
+    numbers: dict[str, Any] = {
         "student": config.student,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "cache_id": cache.cache_id,
-        **evaluate(student, cache, batch_tokens=config.batch_tokens),
+        **evaluate(student, cache, batch_tokens=config.batch_tokens, details=details),
     }
+    if details is None:
+        return numbers
+    found = details.numbers()
+    # Over labels `ece` is there already, from probabilities in float64.
+    numbers = {n: found.pop(n) for n in ("ece", "teacher_ece") if n in found} | numbers
+    if config.html is not None:
+        write_evaluation(numbers | {"details": found}, cache, config.html)
+    return numbers | {"details": found} if config.asks_for_worst else numbers
+
+
+def _check_worst_by(config: EvaluateConfig, cache: Cache) -> None:
+    kind = cache.manifest.targets.kind
+    if config.worst_by == "kl" and kind in ("none", "sample"):
+        has = "no teacher" if kind == "none" else "a sample of the teacher's classes"
+        raise ConfigError(
+            f"--worst-by kl: {cache.path} holds {has}, so the KL of single rows is not known. "
+            "Rank them with --worst-by loss."
+        )

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from student_train.reliability import NUM_BINS, bin_of
+
 MetricName = Literal["accuracy", "entity_f1"]
 TITLES: dict[MetricName, str] = {"accuracy": "accuracy", "entity_f1": "entity F1"}
 
-_ECE_BINS = 15  # as Guo et al. 2017
 _RESAMPLES = 1000
 _INTERVAL = (2.5, 97.5)  # percent
 _OUTSIDE = "O"
@@ -138,12 +139,11 @@ def calibration_error(confidence_P: np.ndarray, right_P: np.ndarray) -> float:
     """Expected calibration error over 15 bins of equal width (Guo et al. 2017, equation 3).
 
     The mean, weighted by positions, of how far a bin's share of right answers is from its mean
-    confidence. A bin holds its upper edge and not its lower one.
+    confidence.
     """
     if not len(confidence_P):
         return 0.0
-    bin_P = np.clip(np.ceil(confidence_P * _ECE_BINS).astype(int) - 1, 0, _ECE_BINS - 1)
-    gaps = np.bincount(bin_P, weights=right_P - confidence_P, minlength=_ECE_BINS)
+    gaps = np.bincount(bin_of(confidence_P), weights=right_P - confidence_P, minlength=NUM_BINS)
     return float(np.abs(gaps).sum() / len(confidence_P))
 
 

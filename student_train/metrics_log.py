@@ -67,6 +67,10 @@ class MetricsLog:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **numbers}) + "\n")
 
+    def restart_clock(self) -> None:
+        """What went by until now is no time of training."""
+        self._last_flush_s = time.monotonic()
+
     def take_means(self) -> dict[str, float]:
         """Means since the last call."""
         means, self._since_log = self._means(), []

@@ -26,6 +26,7 @@ from shared.target import TargetKind
 from student_train.linear_loss import LinearLossOutput, linear_loss, logits_loss
 from student_train.loss_spec import HiddenLoss, LossSpec
 from student_train.losses import PER_STATE, SoftTarget, hidden_contrastive
+from student_train.positions import PREFIX, LinearHead, answers_of_logits, answers_of_states
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Objective:
     layer_pairs: tuple[tuple[int, int], ...] = ()  # (teacher layer, student layer)
     deviations: Mapping[int, Tensor] = field(default_factory=dict)  # teacher layer -> [D]
     with_entropy: bool = True
+    with_answers: bool = False  # also `answers.*`, of every position (positions.py)
 
     def with_values(self, values: Mapping[str, float]) -> "Objective":
         """The same with other `temperature`, `soft_weight`, `hard_weight` or `hidden_weight`."""
@@ -178,9 +180,15 @@ class Attachment:
             assert states is not None  # the head was called: every causal model calls it once
             states_ND = states.flatten(0, 1).index_select(0, targets["position_index"])
             result = self._head_loss(states_ND, common)
+            if objective.with_answers:
+                answers = answers_of_states(states_ND, self._linear_head(), **_compared(common))
+                sums |= {PREFIX + name: values for name, values in answers.items()}
         else:
             logits_NV = self._own_logits(output, targets)
             result = logits_loss(logits_NV, **common)
+            if objective.with_answers:
+                answers = answers_of_logits(logits_NV, **_compared(common))
+                sums |= {PREFIX + name: values for name, values in answers.items()}
             if self._of_labels:
                 sums["logits"] = logits_NV[:, : objective.num_classes].detach()
         loss = result.loss
@@ -246,6 +254,11 @@ class Attachment:
         scale, softcap = self.head.scale, self.head.softcap
         return linear_loss(states_ND, weight, bias, logit_scale=scale, softcap=softcap, **common)
 
+    def _linear_head(self) -> LinearHead:
+        bias = getattr(self.head_module, "bias", None)
+        weight, bias = _whole(self.head_module.weight), None if bias is None else _whole(bias)
+        return LinearHead(weight, bias, self.head.scale, self.head.softcap)
+
     def _hidden_count(self, targets: dict[str, Tensor]) -> Tensor:
         """States or, for a loss of whole rows, rows of the whole optimiser step; at least 1."""
         per_row = self.objective.hidden_loss == "contrastive"
@@ -282,6 +295,11 @@ def attach(student: nn.Module, objective: Objective) -> Attachment:
     Wrap the student in DDP, or shard it with `fully_shard` (FSDP2), after this and not before.
     """
     return Attachment(student, objective)
+
+
+def _compared(common: dict[str, Any]) -> dict[str, Any]:
+    """Of what the loss is told, what single positions are compared with."""
+    return {name: common[name] for name in ("target", "labels_N", "num_classes")}
 
 
 def _count(targets: dict[str, Tensor]) -> Tensor:

@@ -45,6 +45,8 @@ class _Snapshot:
 
 
 _ALWAYS = ("loss", "positions")
+_OPTIONAL = ("teacher_parameters", "validation_cache_id", "validation", "before", "student")
+_RUN_AGAIN = "Delete it and run the same train-student run command again: its checkpoints are kept."
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class _Validation:
     entity_f1: float | None
     teacher_accuracy: float | None
     teacher_entity_f1: float | None
+    ece: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ class _Result:
     teacher_parameters: int | None
     validation_cache_id: str | None
     validation: _Validation | None
+    before: _Validation | None
+    student: str | None
 
 
 def read_snapshot(storage: Storage) -> tuple[CacheSnapshot, ...]:
@@ -100,25 +105,34 @@ def read_options(storage: Storage) -> dict[str, Any]:
 def read_result(storage: Storage) -> dict[str, Any]:
     """The numbers of a finished run; those that `compare` shows are of their type."""
     path = storage.path(RESULT)
-    advice = "Delete it and run the same train-student run command again: its checkpoints are kept."
-    with _explained(advice):
+    with _explained(_RUN_AGAIN):
         raw = parse_json(storage.read(RESULT, max_bytes=_MAX_RESULT_BYTES), str(path))
         build(_Result, _with_absent(raw), str(path))
-        result: dict[str, Any] = raw
-        return result
+    result: dict[str, Any] = raw
+    for name in ("validation", "before"):
+        _check_intervals(result.get(name), f"{path}: {name}")
+    return result
 
 
 def _with_absent(raw: Any) -> Any:
     """The same with None for every number that a run may not have."""
     if not isinstance(raw, dict):
         return raw
-    filled = dict.fromkeys(("teacher_parameters", "validation_cache_id", "validation")) | raw
-    if isinstance(filled["validation"], dict):
-        absent = dict.fromkeys(
-            field.name for field in fields(_Validation) if field.name not in _ALWAYS
-        )
-        filled["validation"] = absent | filled["validation"]
+    filled: dict[str, Any] = dict.fromkeys(_OPTIONAL) | raw
+    absent = dict.fromkeys(field.name for field in fields(_Validation) if field.name not in _ALWAYS)
+    for name in ("validation", "before"):
+        if isinstance(filled[name], dict):
+            filled[name] = absent | filled[name]
     return filled
+
+
+def _check_intervals(numbers: Any, where: str) -> None:
+    """The ends of an interval are named after a metric, of which there are more with every task."""
+    for name, value in (numbers or {}).items():
+        if name.endswith(("_low", "_high")) and type(value) not in (int, float):
+            raise CorruptRun(
+                f"{where}: {name[:80]}: found {_short(value)}, expected a number. {_RUN_AGAIN}"
+            )
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -175,6 +175,18 @@ class RunFolder:
         """The lines of metrics.jsonl; a last line cut short by a crash is left out."""
         return read_metrics(self.path / METRICS)
 
+    def before(self, validation_cache_id: str) -> dict[str, Any] | None:
+        """The student's numbers on this held-out cache before the first step, once they are known.
+
+        A resumed run may name another held-out cache, on which nobody looked at that student.
+        """
+        for line in self.metrics():
+            first = line["kind"] == "eval" and line["step"] == 0
+            if first and line.get("validation_cache_id") == validation_cache_id:
+                outside = ("kind", "step", "validation_cache_id")
+                return {name: value for name, value in line.items() if name not in outside}
+        return None
+
     def seconds(self) -> float:
         """Seconds of training that the log accounts for so far."""
         return sum(line["seconds"] for line in self.metrics() if line["kind"] == "speed")

@@ -24,7 +24,7 @@ from shared.tasks import TASKS
 from shared.tokenizer import load_cached_tokenizer
 from student_train.arguments import micro_batch_tokens, refuse_what_breaks, training_arguments
 from student_train.cache_set import Source
-from student_train.callbacks import ProgressLine, StopOnSignal
+from student_train.callbacks import BeforeTheFirstStep, ProgressLine, StopOnSignal
 from student_train.config import TrainConfig
 from student_train.evaluate import evaluate
 from student_train.metrics_log import MetricsLog
@@ -178,6 +178,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     if config.loss_schedule != "constant":
         schedule = LossSchedule(config.loss_schedule, max_steps, config.scheduled)
         trainer.scheduled = ScheduledLoss(attachment, schedule)
+    if validation is not None and folder.before(validation.cache_id) is None:
+        trainer.add_callback(BeforeTheFirstStep(lambda: _evaluate_before(trainer)))
     if checkpoint is not None:
         log.info("%s: going on from %s", config.out, checkpoint.name)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -283,6 +285,19 @@ def _trainer(
     )
 
 
+def _evaluate_before(trainer: DistillTrainer) -> None:
+    """The student's numbers on the held-out cache before the first step, into metrics.jsonl.
+
+    They are no part of early stopping, and their seconds none of the training.
+    """
+    assert trainer.validation is not None  # asked for only with one
+    assert trainer.metrics is not None
+    numbers = evaluate(trainer.model, trainer.validation, batch_tokens=_EVAL_TOKENS)
+    of_cache = {"validation_cache_id": trainer.validation.cache_id}
+    trainer.metrics.write("eval", 0, numbers | of_cache)
+    trainer.metrics.restart_clock()
+
+
 def _finish(
     config: TrainConfig,
     folder: RunFolder,
@@ -318,6 +333,9 @@ def _finish(
     }
     if trainer.validation is not None:
         numbers["validation_cache_id"] = trainer.validation.cache_id
+        before = folder.before(trainer.validation.cache_id)
+        if before is not None:
+            numbers["before"] = before
         numbers["validation"] = evaluate(student, trainer.validation, batch_tokens=_EVAL_TOKENS)
     if trainer.args.should_save:
         _save(folder.path, student, caches.first)

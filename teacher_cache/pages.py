@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
-
-from teacher_cache import drawing
-from teacher_cache.drawing import Axis, Chart, Series, log_axis
+from shared import drawing
+from shared.drawing import Axis, Chart, Series, log_axis
+from shared.pages import write_page
 from teacher_cache.report import (
     CHOICE_NOTES,
     choice_table,
@@ -29,7 +28,8 @@ def write_plan(numbers: dict[str, Any], path: Path) -> None:
     """What `estimate` found; needs --calibrate."""
     choices = numbers["choices"]
     table = choice_table(choices)
-    _write(
+    write_page(
+        "teacher_cache",
         "plan.html",
         path,
         asked=numbers["asked"],
@@ -149,7 +149,8 @@ def write_inspection(numbers: dict[str, Any], path: Path) -> None:
         )
     kept = numbers["kept_mass"] if numbers["teacher"] is not None else {}
     missing = numbers["missing_shards"]
-    _write(
+    write_page(
+        "teacher_cache",
         "inspect.html",
         path,
         cache_id=numbers["cache_id"][:16],
@@ -235,12 +236,3 @@ def _bars(values: dict[str, float], form: str) -> list[dict[str, Any]]:
         {"name": name, "share": value / largest, "text": form.format(value)}
         for name, value in values.items()
     ]
-
-
-def _write(template: str, path: Path, **values: Any) -> None:
-    environment = Environment(
-        loader=PackageLoader("teacher_cache"), autoescape=True, trim_blocks=True
-    )
-    html = environment.get_template(template).render(**values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html.lstrip(), encoding="utf-8")

@@ -136,6 +136,10 @@ def test_two_processes_equal_one(train, tmp_path, cache_dir):
     assert results[1]["validation"]["loss"] == pytest.approx(
         results[0]["validation"]["loss"], rel=1e-5
     )
+    assert results[1]["before"]["loss"] == pytest.approx(results[0]["before"]["loss"], rel=1e-5)
+    for name in ("one", "two"):
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        assert sum(line["kind"] == "eval" and line["step"] == 0 for line in lines) == 1
     for (_, one), (_, two) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert float.fromhex(two) == pytest.approx(float.fromhex(one), rel=1e-5)
 
@@ -223,7 +227,8 @@ def test_one_batch_can_be_learnt_by_heart(train, cache_dir, capture, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     soft = [line["soft"] for line in lines if line["kind"] == "train"]
     assert soft[-1] < soft[0] / 10
-    assert next(line["kl_bucketed"] for line in lines if line["kind"] == "eval") < soft[0] / 10
+    (kl,) = [line["kl_bucketed"] for line in lines if line["kind"] == "eval" and line["step"]]
+    assert kl < soft[0] / 10
 
 
 def test_all_weights_zero_are_refused(train):
@@ -251,7 +256,7 @@ def test_the_student_learns_what_the_teacher_says(train, cache_dir):
         eval_every=1,
     )
     lines = [json.loads(line) for line in (train_out(result)).read_text().splitlines()]
-    first = next(line for line in lines if line["kind"] == "eval")
+    first = next(line for line in lines if line["kind"] == "eval" and line["step"])
     assert result["validation"]["kl_bucketed"] < first["kl_bucketed"] / 1.5
     assert result["validation"]["agreement"] > first["agreement"]
 
@@ -267,7 +272,7 @@ def test_evaluation_during_training_is_that_at_the_end(options, train, cache_dir
     """Loss and KL at T = 1, whatever the student is trained on."""
     result = train(max_steps=2, eval_every=2, validation_cache=cache_dir, **options)
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    (during,) = [line for line in lines if line["kind"] == "eval"]
+    (during,) = [line for line in lines if line["kind"] == "eval" and line["step"]]
     for name in ("loss", "kl_bucketed", "agreement"):
         assert during[name] == pytest.approx(result["validation"][name], rel=1e-6)
 
@@ -375,7 +380,7 @@ def test_early_stopping_keeps_the_best_model(train, tmp_path, cache_dir):
     evaluations = [
         line
         for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-        if line["kind"] == "eval"
+        if line["kind"] == "eval" and line["step"]
     ]
     assert result["steps"] < 40
     assert result["validation"]["loss"] == pytest.approx(

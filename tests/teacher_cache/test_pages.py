@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from shared import open_cache
+from shared.drawing import Axis, Series, histogram, lines, log_axis
 from shared.ragged import drawn_logprob
 from shared.tokenizer import load_cached_tokenizer
 from teacher_cache.config import InspectConfig, PlanConfig
-from teacher_cache.drawing import Axis, Series, histogram, lines, log_axis
 from teacher_cache.estimate import estimate
 from teacher_cache.inspection import inspect
 from teacher_cache.pages import write_inspection, write_plan

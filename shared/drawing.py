@@ -22,6 +22,7 @@ class Series:
     colour: int
     dashed: bool = False
     titles: Sequence[str] = ()  # shown where the mouse rests on a point
+    dots: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ def lines(
                 "colour": one.colour,
                 "dashed": one.dashed,
                 "path": " ".join(f"{a},{b}" for a, b in places),
-                "dots": [(a, b, t) for (a, b), t in zip(places, titles, strict=True)],
+                "dots": [(a, b, t) for (a, b), t in zip(places, titles, strict=True) if one.dots],
             }
         )
     return Chart(
@@ -137,24 +138,41 @@ def lines(
     )
 
 
+def bars(
+    title: str,
+    x: Axis,
+    y: Axis,
+    columns: Sequence[tuple[float, float, float, str]],
+    series: Sequence[Series] = (),
+) -> Chart:
+    """Columns (from, to, height, title) that stand side by side, and lines in front of them."""
+    drawn = []
+    for low, high, value, text in columns:
+        left, right, top = _x(x, low), _x(x, high), _y(y, value)
+        drawn.append(
+            {
+                "x": left + 0.5,
+                "y": top,
+                "width": round(max(0.5, right - left - 1), 2),
+                "height": round(HEIGHT - _BOTTOM - top, 2),
+                "title": text,
+            }
+        )
+    chart = lines(title, x, y, series)
+    chart.bars.extend(drawn)
+    return chart
+
+
 def histogram(
     title: str, label: str, found: dict[str, list[float]], *, percent: bool = False
 ) -> Chart:
     """Bars of `statistics.histogram`, as shares of all."""
     edges, total = found["edges"], sum(found["counts"]) or 1
     shares = [count / total for count in found["counts"]]
+    columns = [
+        (low, high, share, f"{low:.4g} to {high:.4g}: {share:.1%}")
+        for low, high, share in zip(edges, edges[1:], shares, strict=False)
+    ]
     x = Axis(label, edges[0], edges[-1], percent=percent)
     y = Axis("positions", 0.0, max(shares) * 1.08 or 1.0, percent=True)
-    bars = []
-    for low, high, share in zip(edges, edges[1:], shares, strict=False):
-        left, right, top = _x(x, low), _x(x, high), _y(y, share)
-        bars.append(
-            {
-                "x": left + 0.5,
-                "y": top,
-                "width": round(max(0.5, right - left - 1), 2),
-                "height": round(HEIGHT - _BOTTOM - top, 2),
-                "title": f"{low:.4g} to {high:.4g}: {share:.1%}",
-            }
-        )
-    return Chart(title, x.label, y.label, _ticks(_x, x), _ticks(_y, y), bars=bars)
+    return bars(title, x, y, columns)
