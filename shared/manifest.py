@@ -81,7 +81,10 @@ class CorpusInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
-    """Every option that decides which tokens a document becomes."""
+    """Every option that decides which tokens a document becomes.
+
+    `mask_...` are of a masked language model alone: its rows are another for each copy and seed.
+    """
 
     split: str
     columns: tuple[str, ...]
@@ -90,6 +93,9 @@ class Preprocessing:
     limit_documents: int
     max_length: int
     pack: bool
+    mask_copies: int = field(default=0, metadata={"added": True})
+    mask_share: float = field(default=0.0, metadata={"added": True})
+    mask_seed: int = field(default=0, metadata={"added": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,9 @@ Rows are built in stage one and metrics live in stage two; both read the task fr
 from dataclasses import dataclass
 from typing import Literal
 
-TaskName = Literal["causal-lm", "token-classification", "sequence-classification"]
+TaskName = Literal["causal-lm", "masked-lm", "token-classification", "sequence-classification"]
 Layout = Literal["tokens", "row"]
+Labels = Literal["next", "stored"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,7 @@ class Task:
 
     `layout`: how a row is laid out and where its targets are. tokens: at tokens, or the next ones;
     row: of the row as a whole, at position 0.
+    `labels`: the hard labels are the next tokens, or stored in a column of their own.
     `ways`: which columns a document may consist of, by role.
     """
 
@@ -23,6 +25,7 @@ class Task:
     auto_class: str
     layout: Layout
     ways: tuple[tuple[str, ...], ...]
+    labels: Labels = "stored"
 
 
 TASKS: dict[TaskName, Task] = {
@@ -31,6 +34,13 @@ TASKS: dict[TaskName, Task] = {
         "AutoModelForCausalLM",
         layout="tokens",
         ways=(("messages",), ("text",), ("prompt", "completion")),
+        labels="next",
+    ),
+    "masked-lm": Task(
+        "vocabulary",
+        "AutoModelForMaskedLM",
+        layout="tokens",
+        ways=(("text",),),
     ),
     "token-classification": Task(
         "labels",

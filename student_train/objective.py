@@ -112,7 +112,10 @@ class Attachment:
         if not self._of_labels:
             self._handles.append(self.head_module.register_forward_pre_hook(self._hold_back))
         for _, layer in objective.layer_pairs:
-            if layer != -1:
+            if layer == -1:
+                trunk = _whole_model(student).base_model
+                self._handles.append(trunk.register_forward_hook(self._keep_final))
+            else:
                 block = _blocks(student)[layer]
                 self._handles.append(block.register_forward_hook(self._keeper(layer)))
         if objective.layer_pairs and not hasattr(student, PROJECTIONS):
@@ -166,6 +169,11 @@ class Attachment:
 
         return keep
 
+    def _keep_final(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The final state, which a masked language model transforms before its head."""
+        if self._targets is not None:
+            self._layers[-1] = output["last_hidden_state"]
+
     def _return_loss(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._targets is None:
             return None
@@ -197,7 +205,8 @@ class Attachment:
             sums |= {name: soft, "agreement": result.agreement}
         if objective.layer_pairs:
             assert states is not None
-            layers[-1] = states
+            # A trunk that the model does not call itself (OPT) ends in front of the head.
+            layers.setdefault(-1, states)
             hidden, count = self._hidden_sum(layers, targets), self._hidden_count(targets)
             # A mean times all positions, as the other sums are: those are what it is divided by.
             sums["hidden"] = hidden.detach() * (_count(targets) / count)
@@ -319,7 +328,7 @@ def probe_head(student: nn.Module, head: nn.Module | None, num_classes: int) -> 
 
 def reads_token_types(student: Any) -> bool:
     """Whether the model tells the two texts of a pair apart by `token_type_ids`."""
-    model = student.get_base_model() if hasattr(student, "peft_config") else student
+    model = _whole_model(student)
     types = getattr(model.config.get_text_config(), "type_vocab_size", 0)
     return types > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
 
@@ -356,6 +365,11 @@ def _whole(parameter: Tensor) -> Tensor:
     if whole.requires_grad:
         whole.register_hook(lambda gradient: gradient / mesh.size())
     return whole
+
+
+def _whole_model(student: Any) -> Any:
+    """The model of `transformers`, also inside adapters."""
+    return student.get_base_model() if hasattr(student, "peft_config") else student
 
 
 def _is_adapted(head: nn.Module) -> bool:

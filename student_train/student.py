@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from shared.cache import Cache
 from shared.errors import CacheMismatch, ConfigError, Refused
+from shared.positions import most_tokens
 from shared.tasks import TASKS, TaskName
 from shared.tokenizer import content_hash, load_cached_tokenizer
 from student_train.config import TrainConfig
@@ -145,13 +146,28 @@ def check_fit(name: str, config: PretrainedConfig, cache: Cache) -> None:
     else:
         _check_vocabulary(name, text_config, cache)
     longest = int(cache.row_tokens.max(initial=0))
-    places = getattr(text_config, "max_position_embeddings", None)
+    places = _places(config, cache.manifest.task, longest)
     if places is not None and longest > places:
         raise CacheMismatch(
             f"{name}: takes {places:,} positions, but the longest row of {cache.path} has "
             f"{longest:,} tokens. Cache again with --max-length {places}, or use another student."
         )
     _check_tokenizer(name, cache)
+
+
+def _places(config: PretrainedConfig, task: TaskName, longest: int) -> int | None:
+    """Tokens that a row may have; a model is built, without weights, where that may decide."""
+    text_config = config.get_text_config()
+    places = getattr(text_config, "max_position_embeddings", None)
+    padding = getattr(text_config, "pad_token_id", None)
+    if places is None or padding is None or not places - padding - 1 < longest <= places:
+        return places
+    auto: Any = getattr(transformers, TASKS[task].auto_class)
+    if type(config) not in auto._model_mapping:
+        return places
+    with torch.device("meta"):
+        most = most_tokens(auto.from_config(config))
+    return places if most is None else most
 
 
 def _check_vocabulary(name: str, text_config: PretrainedConfig, cache: Cache) -> None:
@@ -358,8 +374,9 @@ def _check_sample(config: TrainConfig, cache: Cache) -> None:
             )
 
 
-_ADAPTED: dict[TaskName, str] = {
+_ADAPTED: dict[TaskName, str | None] = {
     "causal-lm": "CAUSAL_LM",
+    "masked-lm": None,  # peft has no name for it, and wraps the model as it is
     "token-classification": "TOKEN_CLS",
     "sequence-classification": "SEQ_CLS",
 }

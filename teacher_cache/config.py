@@ -60,6 +60,25 @@ class CaptureConfig:
     pack: Annotated[
         bool, Option(help="Put several short documents into one row.", read_when=_NOT_LIKE)
     ] = False
+    mask_copies: Annotated[
+        int,
+        Option(
+            help="Rows of each text, or chunk of one, that differ in what is masked.",
+            min=1,
+            max=1000,
+            read_when={"task": ("masked-lm",)} | _NOT_LIKE,
+        ),
+    ] = 4
+    mask_share: Annotated[
+        float,
+        Option(
+            help="Share of a row's tokens that are masked: 80 % of these replaced by the mask "
+            "token, 10 % by any token, 10 % kept.",
+            min=0.001,
+            max=1,
+            read_when={"task": ("masked-lm",)} | _NOT_LIKE,
+        ),
+    ] = 0.15
     targets: Annotated[
         Targets,
         Option(
@@ -158,6 +177,11 @@ class CaptureConfig:
         check_bounds(self)
         if TASKS[self.task].target_space == "labels":
             self._check_label_space()
+        if self.task == "masked-lm" and self.pack:
+            raise ConfigError(
+                "--pack is not there for --task masked-lm: in a packed row the documents of a "
+                "bidirectional model see each other. Rows of similar length are batched anyway."
+            )
         if self.targets == "none":
             self._check_label_only()
         elif self.teacher is None:

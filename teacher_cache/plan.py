@@ -169,7 +169,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
 
 def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
     """The options with those of --like's cache that decide whether two caches train together."""
-    targets = old.targets
+    targets, masked = old.targets, config.task == old.task == "masked-lm"
     return replace(
         config,
         like=None,
@@ -183,6 +183,8 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
         hidden_every=old.hidden.every,
         max_length=old.preprocessing.max_length,
         pack=old.preprocessing.pack,
+        mask_copies=old.preprocessing.mask_copies if masked else config.mask_copies,
+        mask_share=old.preprocessing.mask_share if masked else config.mask_share,
     )
 
 
@@ -219,6 +221,8 @@ def _load_teacher(config: CaptureConfig) -> Teacher:
         attn_implementation=None if attention == "auto" else attention,
         trust_remote_code=config.trust_remote_code,
     )
+    if config.task == "masked-lm":  # other tasks have rows of their documents' length
+        teacher.check_length(config.max_length)
     if config.hidden_layers:
         teacher.check_layers(config.hidden_layers)
     if config.pack and not teacher.allows_packing():
@@ -290,6 +294,7 @@ def read_labels(file: Path) -> tuple[str, ...]:
 
 
 def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
+    masked = config.task == "masked-lm"
     return Preprocessing(
         split=config.split,
         columns=tuple(f"{role}={column}" for role, column in corpus.columns.items()),
@@ -298,6 +303,9 @@ def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
         limit_documents=config.limit_documents,
         max_length=config.max_length,
         pack=config.pack,
+        mask_copies=config.mask_copies if masked else 0,
+        mask_share=config.mask_share if masked else 0.0,
+        mask_seed=config.seed if masked else 0,
     )
 
 
@@ -413,10 +421,11 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
 
 
 def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Manifest:
+    stored = TASKS[draft.config.task].labels == "stored"
     columns = optional_columns(
         segments=draft.preprocessing.pack,
-        positions=draft.corpus.supervised,
-        labels=bool(draft.labels),
+        positions=draft.corpus.supervised or stored,
+        labels=stored,
         targets=draft.teacher is not None,
         token_types="text_pair" in draft.corpus.columns,
     )

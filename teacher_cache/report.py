@@ -212,9 +212,14 @@ def _row_text(row: dict[str, Any]) -> list[str]:
             f"{entry['token']!r} {entry['p']:.3f}{' (drawn)' if entry['drawn'] else ''}"
             for entry in position["teacher"][:4]
         )
+        label = repr(position["hard_label"])
+        where = (
+            f"after {position['after']!r} comes {label}"
+            if "after" in position
+            else f"in {position['around']!r} stood {label}"
+        )
         lines.append(
-            f"  after {position['after']!r} comes {position['hard_label']!r}; the teacher says "
-            f"{best}  {position['rest']} {position['tail_mass']:.3f}"
+            f"  {where}; the teacher says {best}  {position['rest']} {position['tail_mass']:.3f}"
         )
     return lines
 

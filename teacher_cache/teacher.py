@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from shared.errors import ConfigError, Refused
+from shared.positions import most_tokens
 from shared.tasks import TASKS, Layout, TaskName
 from teacher_cache import probes, streamed_head
 from teacher_cache.streamed_head import (
@@ -68,7 +69,8 @@ class TeacherOutput:
 class Teacher:
     """A model in evaluation mode, without a cache and without gradients.
 
-    A causal language model, or one with a head over labels, whose logits are its own: they are few.
+    A language model, causal or masked, or one with a head over labels, whose logits are its own:
+    they are few.
     """
 
     model: Any  # PreTrainedModel
@@ -129,7 +131,7 @@ class Teacher:
             )
         if TASKS[task].target_space == "labels":
             return cls.wrap_labels(model, loaded_tokenizer, task)
-        return cls.wrap(model, loaded_tokenizer)
+        return cls.wrap(model, loaded_tokenizer, task)
 
     @classmethod
     def wrap_labels(cls, model: Any, tokenizer: Any, task: TaskName) -> "Teacher":
@@ -153,8 +155,8 @@ class Teacher:
         )
 
     @classmethod
-    def wrap(cls, model: Any, tokenizer: Any) -> "Teacher":
-        """A model already in memory, which is put into evaluation mode and probed."""
+    def wrap(cls, model: Any, tokenizer: Any, task: TaskName = "causal-lm") -> "Teacher":
+        """A language model already in memory, which is put into evaluation mode and probed."""
         model.eval().requires_grad_(False)
         model.config.return_dict = True
         num_ids = max(tokenizer.get_vocab().values()) + 1
@@ -183,7 +185,14 @@ class Teacher:
             blocks=_find_blocks(trunk or model),
             streamed=found if streams else None,
         )
-        if probes.sees_later_tokens(teacher.logits, teacher.num_classes):
+        sees_later_tokens = probes.sees_later_tokens(teacher.logits, teacher.num_classes)
+        if task == "masked-lm" and not sees_later_tokens:
+            raise Refused(
+                f"{type(model).__name__}: its prediction of a token does not depend on later "
+                "tokens, so it is no masked language model. Name an encoder (a BERT: saved "
+                "without is_decoder), or use --task causal-lm."
+            )
+        if task != "masked-lm" and sees_later_tokens:
             raise Refused(
                 f"{type(model).__name__}: its prediction of a token depends on later tokens, so it "
                 "is no causal language model. Name a decoder (a BERT: saved with is_decoder)."
@@ -250,6 +259,15 @@ class Teacher:
         return streamed_head.accepts(self.model, "position_ids") and probes.packed_equals_alone(
             self.logits, self.num_classes
         )
+
+    def check_length(self, max_length: int) -> None:
+        """Refuses rows that are longer than the model's table of positions."""
+        most = most_tokens(self.model)
+        if most is not None and max_length > most:
+            raise Refused(
+                f"--max-length {max_length}: {type(self.model).__name__} takes rows of at most "
+                f"{most} tokens. Use --max-length {most}: longer texts are cut into several rows."
+            )
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Refuses a layer that does not exist, is of another width, or is reported otherwise."""
