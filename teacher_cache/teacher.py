@@ -185,14 +185,14 @@ class Teacher:
             blocks=_find_blocks(trunk or model),
             streamed=found if streams else None,
         )
-        sees_later_tokens = probes.sees_later_tokens(teacher.logits, teacher.num_classes)
-        if task == "masked-lm" and not sees_later_tokens:
+        probed = teacher.logits, teacher.num_classes
+        if task == "masked-lm" and probes.ignores_later_tokens(*probed):
             raise Refused(
                 f"{type(model).__name__}: its prediction of a token does not depend on later "
                 "tokens, so it is no masked language model. Name an encoder (a BERT: saved "
                 "without is_decoder), or use --task causal-lm."
             )
-        if task != "masked-lm" and sees_later_tokens:
+        if task != "masked-lm" and probes.sees_later_tokens(*probed):
             raise Refused(
                 f"{type(model).__name__}: its prediction of a token depends on later tokens, so it "
                 "is no causal language model. Name a decoder (a BERT: saved with is_decoder)."
