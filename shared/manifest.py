@@ -23,7 +23,7 @@ from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCa
 from shared.hidden import HiddenCodec
 from shared.storage import Storage
 from shared.target import TargetSpec
-from shared.tasks import TASKS, TaskName
+from shared.tasks import TASKS, Pooling, TaskName
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -102,13 +102,15 @@ class Preprocessing:
 class HiddenSpec:
     """Stored layers (-1 is the final state after the last norm), their widths and codec.
 
-    Of each row the positions 0, `every`, 2 `every`, ... have states.
+    Of each row the positions 0, `every`, 2 `every`, ... have states. With `pooling` a row has one
+    position, whose state is made of those of all its tokens.
     """
 
     layers: tuple[int, ...]
     widths: tuple[int, ...]
     codec: HiddenCodec
     every: int = field(default=1, metadata={"added": True})
+    pooling: Pooling = field(default="none", metadata={"added": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

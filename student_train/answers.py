@@ -32,6 +32,10 @@ def collector_for(cache: Cache) -> Collector | None:
     """The collector of the task of a cache; None where sums of losses say all there is."""
     if TASKS[cache.manifest.task].target_space == "labels":
         return LabelAnswers(cache)
+    if TASKS[cache.manifest.task].target_space == "states":
+        from student_train.vectors import VectorAnswers  # which gathers as this module does
+
+        return VectorAnswers(cache)
     return None
 
 

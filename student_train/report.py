@@ -139,6 +139,8 @@ def table(comparison: Comparison) -> str:
 
 def note(comparison: Comparison) -> str:
     """What the numbers are over."""
+    if comparison.metric == "cosine":
+        return f"held-out loss is 1 - cosine, the mean over {comparison.positions:,} states"
     whole = comparison.targets == "dense" or comparison.targets.startswith("sample")
     over = "all classes, from" if whole else "the cells of"
     return (

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PretrainedConfig, Trainer
 from transformers.trainer_callback import PrinterCallback
 
+from shared import manifest as manifests
 from shared.cache import Cache, open_cache
 from shared.errors import ConfigError, Stopped
+from shared.storage import Storage
 from shared.tasks import TASKS
 from shared.tokenizer import load_cached_tokenizer
 from student_train.arguments import micro_batch_tokens, refuse_what_breaks, training_arguments
@@ -39,8 +41,11 @@ from student_train.student import (
     check_same_labels,
     layer_pairs,
     load_config,
+    resolved_weights,
     warn_of_lost_mass,
 )
+from student_train.vectors import projection_of
+from student_train.vectors import save as save_vectors
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +140,8 @@ def _never_called(*args: Any, **kwargs: Any) -> None:
 def run(config: TrainConfig) -> dict[str, Any]:
     """Trains one student from a cache; run again to resume. Returns the result it also saves."""
     refuse_what_breaks(config)
+    task = manifests.read(Storage(config.cache_paths[0]))[0].task
+    config = resolved_weights(config, task)
     folder = RunFolder(config.out)
     model_config = load_config(config.student)
     validation = None if config.validation_cache is None else open_cache(config.validation_cache)
@@ -214,6 +221,8 @@ def objective_for(config: TrainConfig, model_config: PretrainedConfig, caches: S
         contrastive_temperature=config.contrastive_temperature,
         layer_pairs=pairs,
         deviations={layer: caches.channel_deviation(layer) for layer, _ in pairs},
+        states_only=TASKS[caches.manifest.task].target_space == "states",
+        pooling=caches.manifest.hidden.pooling,
     )
 
 
@@ -304,7 +313,14 @@ def _finish(
 
 
 def _save(path: Path, student: Any, cache: Cache) -> None:
-    """The model as plain `transformers` reads it; projections are in the checkpoints alone."""
+    """The model as plain `transformers` reads it; projections are in the checkpoints alone.
+
+    Those of vectors, which need them in use, stand beside the model.
+    """
+    if TASKS[cache.manifest.task].target_space == "states":
+        path.mkdir(parents=True, exist_ok=True)
+        width = int(student.config.get_text_config().hidden_size)
+        save_vectors(path, projection_of(student, cache), width, cache)
     if hasattr(student, PROJECTIONS):
         delattr(student, PROJECTIONS)
     student.save_pretrained(path)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from shared.errors import ConfigError, Refused
+from shared.pooling import pooled
 from shared.positions import most_tokens
-from shared.tasks import TASKS, Layout, TaskName
+from shared.tasks import TASKS, Layout, Pooling, TaskName
 from teacher_cache import probes, streamed_head
 from teacher_cache.streamed_head import (
     StreamedHead,
@@ -70,7 +71,7 @@ class Teacher:
     """A model in evaluation mode, without a cache and without gradients.
 
     A language model, causal or masked, or one with a head over labels, whose logits are its own:
-    they are few.
+    they are few. Or a model without a head, of which hidden states are wanted.
     """
 
     model: Any  # PreTrainedModel
@@ -82,6 +83,7 @@ class Teacher:
     streamed: StreamedHead | None  # None: full logits, since streamed ones differed
     labels: tuple[str, ...] = ()  # names of the classes of a label space
     layout: Layout = "tokens"  # row: logits are [B, C], those of a row
+    has_logits: bool = True
 
     @classmethod
     def load(
@@ -123,12 +125,17 @@ class Teacher:
         except (OSError, ValueError, ImportError) as error:
             raise Refused(f"{teacher}: cannot be loaded for {task}. {error}") from error
         missing = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
+        of_states = TASKS[task].target_space == "states"
+        if of_states and missing and all(name.startswith("pooler.") for name in missing):
+            model.pooler, missing = None, []  # saved with another head, and read by nothing here
         if missing:
             raise Refused(
                 f"{teacher}: the checkpoint lacks {len(missing)} weights of {type(model).__name__} "
                 f"({', '.join(missing[:3])}), which would stay random. "
                 f"Name a checkpoint that was saved with its head for {task}."
             )
+        if of_states:
+            return cls.wrap_states(model, loaded_tokenizer)
         if TASKS[task].target_space == "labels":
             return cls.wrap_labels(model, loaded_tokenizer, task)
         return cls.wrap(model, loaded_tokenizer, task)
@@ -152,6 +159,22 @@ class Teacher:
             streamed=None,
             labels=tuple(str(names[number]) for number in range(count)),
             layout=TASKS[task].layout,
+        )
+
+    @classmethod
+    def wrap_states(cls, model: Any, tokenizer: Any) -> "Teacher":
+        """A model without a head that is already in memory: its states are wanted."""
+        model.eval().requires_grad_(False)
+        model.config.return_dict = True
+        return cls(
+            model=model,
+            tokenizer=tokenizer,
+            num_classes=max(tokenizer.get_vocab().values()) + 1,
+            logit_width=1,
+            trunk=model,
+            blocks=_find_blocks(model),
+            streamed=None,
+            has_logits=False,
         )
 
     @classmethod
@@ -239,13 +262,20 @@ class Teacher:
         layers: Sequence[int] = (),
         *,
         chunk_positions: int | None = None,
+        pooling: Pooling = "none",
     ) -> TeacherOutput:
-        """One forward of the trunk now; the head runs as the caller takes the chunks."""
+        """One forward of the trunk now; the head runs as the caller takes the chunks.
+
+        With `pooling` each row has one position, whose state is made of those of all its tokens.
+        """
         batch = batch.to(self.device)
         hidden: dict[int, Tensor] = {}
         with torch.no_grad(), ExitStack() as hooks:
             for layer in layers:
-                hooks.enter_context(self._keeping(layer, batch.position_index, hidden))
+                hooks.enter_context(self._keeping(layer, batch, pooling, hidden))
+            if not self.has_logits:
+                self.model(**model_inputs(self.model, batch))
+                return TeacherOutput(hidden, iter(()))
             logits_of = self._run(model_inputs(self.model, batch))
         chunk = chunk_positions or self.chunk_positions
         return TeacherOutput(hidden, _chunks(logits_of, batch.position_index, chunk))
@@ -313,12 +343,20 @@ class Teacher:
         )
 
     @contextmanager
-    def _keeping(self, layer: int, index_N: Tensor, hidden: dict[int, Tensor]) -> Iterator[None]:
+    def _keeping(
+        self, layer: int, batch: TeacherBatch, pooling: Pooling, hidden: dict[int, Tensor]
+    ) -> Iterator[None]:
         """Keeps a layer's states at the positions, and not the [B, T, D] they are cut from."""
+        index_N = batch.position_index
 
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             state_BTD = last_state(output) if layer == FINAL else _block_state(output)
-            hidden[layer] = state_BTD.flatten(0, 1)[index_N.to(state_BTD.device)]
+            if pooling == "none":
+                hidden[layer] = state_BTD.flatten(0, 1)[index_N.to(state_BTD.device)]
+            else:
+                assert batch.attention_mask is not None  # rows are not packed
+                mask_BT = batch.attention_mask.to(state_BTD.device)
+                hidden[layer] = pooled(state_BTD, mask_BT, pooling)
 
         handle = self._module(layer).register_forward_hook(hook)
         try:

@@ -166,6 +166,7 @@ ADDED = [
     ("targets", "mean_entries"),
     ("targets", "threshold"),
     ("hidden", "every"),
+    ("hidden", "pooling"),
     ("labels",),
     ("preprocessing", "mask_copies"),
     ("preprocessing", "mask_share"),
