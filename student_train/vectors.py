@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from shared.cache import Cache
 from shared.errors import CacheMismatch, CorruptRun
-from student_train.answers import of_all_processes
 from student_train.collate import MicroBatch
 from student_train.metrics import bootstrap_interval, ratio
 from student_train.objective import PROJECTIONS, projection_name
+from student_train.processes import of_all_processes
 
 MOST_ROWS = 2000  # whose vectors are kept; their cosines take 32 MB
 _RANKED_ROWS = 500  # 124,750 pairs

@@ -30,6 +30,7 @@ from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, Plan
 from teacher_cache.estimate import estimate
 from teacher_cache.inspection import inspect
 from teacher_cache.job import run
+from teacher_cache.pages import write_inspection
 from teacher_cache.report import check_text, estimate_text, inspect_text
 from tests.student_train.test_objective import batches
 from tests.teacher_cache.test_masked_lm import bert_config, tokenizer_of
@@ -330,6 +331,10 @@ def test_plan_and_inspect(files, corpus_file, caches, tmp_path):
     text = inspect_text(inspect(InspectConfig(cache=caches["mean"], rows=2)))
     assert "hidden      layer -1: bf16, one for each row (mean); off by 0.1" in text
     assert "kept mass" not in text
+    write_inspection(
+        inspect(InspectConfig(cache=caches["mean"], html=tmp_path / "x.html")), tmp_path / "x.html"
+    )
+    assert "hidden states alone" in (tmp_path / "x.html").read_text()
     with pytest.raises(ConfigError, match="--calibrate compares kinds of targets"):
         PlanConfig(**options, calibrate=True)
 
