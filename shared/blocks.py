@@ -15,6 +15,7 @@ from shared.hidden import NO_SCALES, ChannelScales
 from shared.manifest import Manifest
 from shared.schema import layout
 from shared.target import ClassRanks, Target
+from shared.tasks import TASKS, Labels
 
 
 @dataclass(slots=True)
@@ -22,8 +23,9 @@ class Block:
     """Decoded consecutive rows.
 
     `positions` are token indices inside the row; `labels` is None where the hard label is the next
-    token; `segments` are the lengths of the documents' parts of packed rows; `hidden` holds
-    bfloat16 bit patterns. `positions` are written only where they are not the task's default.
+    token, and -1 where there is none; `segments` are the lengths of the documents' parts of packed
+    rows; `hidden` holds bfloat16 bit patterns. `positions` are written only where they are not the
+    task's default.
     """
 
     row_ids: np.ndarray  # u64 [R]
@@ -104,7 +106,9 @@ def from_planes(
         _check_segments(segments, num_segments, num_tokens, predicted)
     if "positions.0" in values:
         positions = _joined(values, "positions")
-        _check_positions(positions, num_tokens, num_positions, own_labels="labels.0" in values)
+        _check_positions(
+            positions, num_tokens, num_positions, own_labels=_labels_of(manifest) != "next"
+        )
     else:
         positions = _default_positions(num_tokens, num_positions, segments)
     block = Block(
@@ -118,6 +122,8 @@ def from_planes(
         labels=_joined(values, "labels") if "labels.0" in values else None,
         token_type_ids=_joined(values, "token_type_ids") if "token_type_ids.0" in values else None,
     )
+    if _labels_of(manifest) == "none":
+        block.labels = np.full(count, -1, np.int32)
     if "reference.0" in values:
         block.reference = values["reference.0"]
         block.reference_bytes = _unsigned(values["reference_bytes.0"])
@@ -145,6 +151,10 @@ def from_planes(
             codec_name = manifest.hidden.codec
             block.hidden[layer] = hidden.decode(parts, codec_name, width, scales.get(layer))
     return block
+
+
+def _labels_of(manifest: Manifest) -> Labels:
+    return TASKS[manifest.task].labels
 
 
 def _check_segments(

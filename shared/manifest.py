@@ -23,7 +23,7 @@ from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCa
 from shared.hidden import HiddenCodec
 from shared.storage import Storage
 from shared.target import TargetSpec
-from shared.tasks import TASKS, TaskName
+from shared.tasks import TASKS, Pooling, TaskName
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -81,7 +81,10 @@ class CorpusInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
-    """Every option that decides which tokens a document becomes."""
+    """Every option that decides which tokens a document becomes.
+
+    `mask_...` are of a masked language model alone: its rows are another for each copy and seed.
+    """
 
     split: str
     columns: tuple[str, ...]
@@ -90,19 +93,24 @@ class Preprocessing:
     limit_documents: int
     max_length: int
     pack: bool
+    mask_copies: int = field(default=0, metadata={"added": True})
+    mask_share: float = field(default=0.0, metadata={"added": True})
+    mask_seed: int = field(default=0, metadata={"added": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiddenSpec:
     """Stored layers (-1 is the final state after the last norm), their widths and codec.
 
-    Of each row the positions 0, `every`, 2 `every`, ... have states.
+    Of each row the positions 0, `every`, 2 `every`, ... have states. With `pooling` a row has one
+    position, whose state is made of those of all its tokens.
     """
 
     layers: tuple[int, ...]
     widths: tuple[int, ...]
     codec: HiddenCodec
     every: int = field(default=1, metadata={"added": True})
+    pooling: Pooling = field(default="none", metadata={"added": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

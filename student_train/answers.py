@@ -9,13 +9,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shared.cache import Cache
 from shared.tasks import TASKS
 from student_train.collate import MicroBatch
 from student_train.metrics import Answers, task_numbers
+from student_train.processes import of_all_processes
+from student_train.vectors import VectorAnswers
 
 
 class Collector(Protocol):
@@ -32,6 +33,8 @@ def collector_for(cache: Cache) -> Collector | None:
     """The collector of the task of a cache; None where sums of losses say all there is."""
     if TASKS[cache.manifest.task].target_space == "labels":
         return LabelAnswers(cache)
+    if TASKS[cache.manifest.task].target_space == "states":
+        return VectorAnswers(cache)
     return None
 
 
@@ -70,20 +73,3 @@ class LabelAnswers:
         return task_numbers(
             Answers(row_P, labels_P, predicted_P, confidence_P, teacher), self._names
         )
-
-
-def of_all_processes(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The rows of every process, in the order of ranks; they may differ in number."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return rows
-    counts = [
-        torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())
-    ]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=device))
-    longest = int(torch.cat(counts).max())
-    padded = rows.new_zeros(longest, rows.shape[1]).to(device)
-    padded[: len(rows)] = rows.to(device)
-    everyone = [torch.zeros_like(padded) for _ in counts]
-    dist.all_gather(everyone, padded)
-    parts = zip(everyone, counts, strict=True)
-    return torch.cat([part[: int(count)] for part, count in parts]).cpu()

@@ -71,7 +71,9 @@ def _evaluation_text(numbers: dict[str, Any]) -> str:
     names = ("loss", "perplexity", "kl", "kl_bucketed", "agreement", "teacher_loss")
     of_labels = ("accuracy", "macro_f1", "entity_f1", "ece")
     of_teacher = ("teacher_accuracy", "teacher_entity_f1", "teacher_ece")
-    shown = [name for name in (*names, *of_labels, *of_teacher, "positions") if name in numbers]
+    of_vectors = ("cosine", "nearest_agreement", "similarity_correlation")
+    all_names = (*names, *of_labels, *of_teacher, *of_vectors, "positions")
+    shown = [name for name in all_names if name in numbers]
     width = max(14, *(len(name) + 2 for name in shown))
     lines = [f"{name:<{width}}{_number(numbers[name])}{_range(name, numbers)}" for name in shown]
     return "\n".join([*lines, *_worst_text(numbers)])

@@ -24,6 +24,7 @@ from student_train.objective import Objective, attach
 from student_train.order import Order, OrderSpec
 from student_train.stream import BatchStream, StreamSpec
 from student_train.student import build_student, check_fit, load_config
+from student_train.vectors import layer_pair, load_projection
 
 _SUMS = {"hard", "soft", "agreement", "student_entropy"}  # over positions
 
@@ -37,11 +38,13 @@ def evaluate(
     knows all of it (`dense`; `sample` on average), else `kl_bucketed`, over the kept classes and
     one cell for all others. `agreement`: share of positions where student and teacher have the same
     most probable class. The last two only where the cache has targets. On a label space also the
-    metrics of the task (metrics.py). `details` is shown every batch, and what single positions of
-    it were answered with.
+    metrics of the task (metrics.py); of hidden states alone those of vectors.py, and `loss` is
+    1 - cosine. `details` is shown every batch, and what single positions of it were answered with.
     """
     manifest = cache.manifest
     has_targets = manifest.targets.kind != "none"
+    of_states = TASKS[manifest.task].target_space == "states"
+    pairs = (layer_pair(cache),) if of_states else ()
     objective = Objective(
         spec=LossSpec(),
         num_classes=manifest.targets.num_classes,
@@ -49,6 +52,11 @@ def evaluate(
         soft_weight=1.0 if has_targets else 0.0,
         hard_weight=1.0,
         with_answers=details is not None,
+        hidden_weight=1.0 if of_states else 0.0,
+        layer_pairs=pairs,
+        deviations={layer: cache.channel_deviation(layer) for layer, _ in pairs},
+        states_only=of_states,
+        pooling=manifest.hidden.pooling,
     )
     world, rank = _world()
     order = Order(
@@ -57,7 +65,14 @@ def evaluate(
         OrderSpec(batch_tokens=batch_tokens * world, shuffle=False, epochs=1),
     )
     layout = TASKS[manifest.task].layout
-    spec = StreamSpec(world_size=world, rank=rank, targets=has_targets, layout=layout)
+    spec = StreamSpec(
+        world_size=world,
+        rank=rank,
+        targets=has_targets,
+        hidden_layers=tuple(layer for layer, _ in pairs),
+        hidden_every=manifest.hidden.every,
+        layout=layout,
+    )
     stream = BatchStream(cache, order, spec, max_steps=order.steps_for_epochs(1))
     device = next(student.parameters()).device
     sums: dict[str, torch.Tensor] = {}
@@ -79,6 +94,9 @@ def evaluate(
     finally:
         attachment.detach()
         student.train(training)
+    if of_states:
+        assert collector is not None  # there is one for states
+        return {"positions": int(cache.row_positions.sum()), **collector.numbers(device)}
     names = sorted(sums)
     totals = torch.stack([sums[name] for name in names])
     if world > 1:
@@ -128,6 +146,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     check_fit(config.student, model_config, cache)
     student = build_student(config.student, cache, seed=0)
     cuda = config.device == "auto" and torch.cuda.is_available()
+    if TASKS[cache.manifest.task].target_space == "states":
+        load_projection(config.student, student, cache)
     student.to("cuda" if cuda else "cpu")
     details = None
     if config.html is not None or config.num_worst:

@@ -13,8 +13,12 @@ import numpy as np
 
 from student_train.reliability import NUM_BINS, bin_of
 
-MetricName = Literal["accuracy", "entity_f1"]
-TITLES: dict[MetricName, str] = {"accuracy": "accuracy", "entity_f1": "entity F1"}
+MetricName = Literal["accuracy", "entity_f1", "cosine"]
+TITLES: dict[MetricName, str] = {
+    "accuracy": "accuracy",
+    "entity_f1": "entity F1",
+    "cosine": "cosine",
+}
 
 _RESAMPLES = 1000
 _INTERVAL = (2.5, 97.5)  # percent

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
 from shared.errors import Refused
+from shared.pooling import pooled
 from shared.target import TargetKind
+from shared.tasks import Pooling
 from student_train.linear_loss import LinearLossOutput, linear_loss, logits_loss
 from student_train.loss_spec import HiddenLoss, LossSpec
 from student_train.losses import PER_STATE, SoftTarget, hidden_contrastive
@@ -66,6 +68,8 @@ class Objective:
     deviations: Mapping[int, Tensor] = field(default_factory=dict)  # teacher layer -> [D]
     with_entropy: bool = True
     with_answers: bool = False  # also `answers.*`, of every position (positions.py)
+    states_only: bool = False  # the student has no head, and no loss but that of hidden states
+    pooling: Pooling = "none"  # a row's states become one
 
     def with_values(self, values: Mapping[str, float]) -> "Objective":
         """The same with other `temperature`, `soft_weight`, `hard_weight` or `hidden_weight`."""
@@ -95,12 +99,15 @@ class Attachment:
         _refuse_shards(student)
         self.student, self.objective = student, objective
         self.head_module: Any = student.get_output_embeddings()
-        if self.head_module is None:
+        if objective.states_only:
+            self.head = Head(linear=False)
+        elif self.head_module is None:
             self.head = Head(linear=False)
             _refuse_hidden(student, objective)
         else:
             self.head = probe_head(student, self.head_module, objective.num_classes)
-        self._of_labels = self.head_module is None
+        self._of_labels = self.head_module is None and not objective.states_only
+        self._mask: Tensor | None = None  # i64 [B, T] of the micro-batch
         self._reads_token_types = reads_token_types(student)
         self._num_tokens = 0  # T of the micro-batch
         self._targets: dict[str, Tensor] | None = None
@@ -111,10 +118,15 @@ class Attachment:
             student.register_forward_pre_hook(self._take_targets, with_kwargs=True, prepend=True),
             student.register_forward_hook(self._return_loss),
         ]
-        if not self._of_labels:
+        if not self._of_labels and not objective.states_only:
             self._handles.append(self.head_module.register_forward_pre_hook(self._hold_back))
         for _, layer in objective.layer_pairs:
-            if layer != -1:
+            if layer == -1 and objective.states_only:
+                continue  # the student's own output
+            if layer == -1:
+                trunk = _whole_model(student).base_model
+                self._handles.append(trunk.register_forward_hook(self._keep_final))
+            else:
                 block = _blocks(student)[layer]
                 self._handles.append(block.register_forward_hook(self._keeper(layer)))
         if objective.layer_pairs and not hasattr(student, PROJECTIONS):
@@ -131,7 +143,7 @@ class Attachment:
         for teacher_layer, student_layer in self.objective.layer_pairs:
             wanted = len(self.objective.deviations[teacher_layer])
             if wanted != width:
-                name = f"{teacher_layer}_{student_layer}".replace("-", "m")
+                name = projection_name(teacher_layer, student_layer)
                 maps[name] = nn.Linear(width, wanted, bias=False)
         return nn.ModuleDict(maps)
 
@@ -143,6 +155,7 @@ class Attachment:
             return args, kwargs
         names = [name for name in kwargs if name in TARGET_KEYS or name.startswith("hidden.")]
         self._targets = {name: kwargs.pop(name) for name in names}
+        self._mask = kwargs.get("attention_mask")
         if not self._reads_token_types:
             kwargs.pop("token_type_ids", None)
         if self._of_labels:
@@ -168,12 +181,19 @@ class Attachment:
 
         return keep
 
+    def _keep_final(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The final state, which a masked language model transforms before its head."""
+        if self._targets is not None:
+            self._layers[-1] = output["last_hidden_state"]
+
     def _return_loss(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._targets is None:
             return None
         objective, targets, self._targets = self.objective, self._targets, None
         states, self._states = self._states, None
         layers, self._layers = self._layers, {}
+        if objective.states_only:
+            return self._states_loss({**layers, -1: output["last_hidden_state"]}, targets)
         sums: dict[str, Tensor] = {}
         common = self._common(targets)
         if self.head.linear:
@@ -205,7 +225,8 @@ class Attachment:
             sums |= {name: soft, "agreement": result.agreement}
         if objective.layer_pairs:
             assert states is not None
-            layers[-1] = states
+            # A trunk that the model does not call itself (OPT) ends in front of the head.
+            layers.setdefault(-1, states)
             hidden, count = self._hidden_sum(layers, targets), self._hidden_count(targets)
             # A mean times all positions, as the other sums are: those are what it is divided by.
             sums["hidden"] = hidden.detach() * (_count(targets) / count)
@@ -213,6 +234,19 @@ class Attachment:
         if "entropy" in targets:
             sums["teacher_entropy"] = targets["entropy"].sum()
         return {"loss": loss, **sums}
+
+    def _states_loss(
+        self, layers: dict[int, Tensor], targets: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The loss of hidden states alone, and the student's vectors of the first pair [S, D]."""
+        hidden, count = self._hidden_sum(layers, targets), self._hidden_count(targets)
+        with torch.no_grad():
+            vectors_SD = self._student_states(layers, targets, *self.objective.layer_pairs[0])
+        return {
+            "loss": hidden * (self.objective.hidden_weight / count),
+            "hidden": hidden.detach() * (_count(targets) / count),
+            "vectors": vectors_SD,
+        }
 
     def _own_logits(self, output: Any, targets: dict[str, Tensor]) -> Tensor:
         """The student's logits at the positions, [N, V].
@@ -265,16 +299,30 @@ class Attachment:
         return targets["num_rows" if per_row else "num_states"].clamp_min(1).to(torch.float32)
 
     def _hidden_sum(self, layers: dict[int, Tensor], targets: dict[str, Tensor]) -> Tensor:
-        projections: nn.ModuleDict = getattr(self.student, PROJECTIONS)
-        at = targets["hidden_index"]
-        total = torch.zeros((), device=at.device)
-        for teacher_layer, student_layer in self.objective.layer_pairs:
-            states_SD = layers[student_layer].flatten(0, 1).index_select(0, at)
-            name = f"{teacher_layer}_{student_layer}".replace("-", "m")
-            if name in projections:
-                states_SD = projections[name](states_SD)
-            total = total + self._distance(states_SD, teacher_layer, targets)
+        total = torch.zeros((), device=targets["hidden_index"].device)
+        for pair in self.objective.layer_pairs:
+            states_SD = self._student_states(layers, targets, *pair)
+            total = total + self._distance(states_SD, pair[0], targets)
         return total
+
+    def _student_states(
+        self,
+        layers: dict[int, Tensor],
+        targets: dict[str, Tensor],
+        teacher_layer: int,
+        student_layer: int,
+    ) -> Tensor:
+        """The student's states where the teacher's are, pooled and of the teacher's width."""
+        projections: nn.ModuleDict = getattr(self.student, PROJECTIONS)
+        pooling, states_BTD = self.objective.pooling, layers[student_layer]
+        if pooling == "none":
+            states_SD = states_BTD.flatten(0, 1).index_select(0, targets["hidden_index"])
+        else:
+            assert self._mask is not None  # rows are not packed
+            pooled_BD = pooled(states_BTD, self._mask, pooling)
+            states_SD = pooled_BD.index_select(0, targets["hidden_row"])
+        name = projection_name(teacher_layer, student_layer)
+        return projections[name](states_SD) if name in projections else states_SD
 
     def _distance(self, states_SD: Tensor, layer: int, targets: dict[str, Tensor]) -> Tensor:
         objective, teacher_SD = self.objective, targets[f"hidden.{layer}"]
@@ -300,6 +348,11 @@ def attach(student: nn.Module, objective: Objective) -> Attachment:
 def _compared(common: dict[str, Any]) -> dict[str, Any]:
     """Of what the loss is told, what single positions are compared with."""
     return {name: common[name] for name in ("target", "labels_N", "num_classes")}
+
+
+def projection_name(teacher_layer: int, student_layer: int) -> str:
+    """A name that may be one of a module."""
+    return f"{teacher_layer}_{student_layer}".replace("-", "m")
 
 
 def _count(targets: dict[str, Tensor]) -> Tensor:
@@ -337,7 +390,7 @@ def probe_head(student: nn.Module, head: nn.Module | None, num_classes: int) -> 
 
 def reads_token_types(student: Any) -> bool:
     """Whether the model tells the two texts of a pair apart by `token_type_ids`."""
-    model = student.get_base_model() if hasattr(student, "peft_config") else student
+    model = _whole_model(student)
     types = getattr(model.config.get_text_config(), "type_vocab_size", 0)
     return types > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
 
@@ -374,6 +427,11 @@ def _whole(parameter: Tensor) -> Tensor:
     if whole.requires_grad:
         whole.register_hook(lambda gradient: gradient / mesh.size())
     return whole
+
+
+def _whole_model(student: Any) -> Any:
+    """The model of `transformers`, also inside adapters."""
+    return student.get_base_model() if hasattr(student, "peft_config") else student
 
 
 def _is_adapted(head: nn.Module) -> bool:

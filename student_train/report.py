@@ -310,7 +310,9 @@ def notes(comparison: Comparison) -> list[str]:
     whole = comparison.targets == "dense" or comparison.targets.startswith("sample")
     over = "all classes, from" if whole else "the cells of"
     found = [
-        f"held-out loss in nats over {comparison.positions:,} positions; KL over {over} "
+        f"held-out loss is 1 - cosine, the mean over {comparison.positions:,} states"
+        if comparison.metric == "cosine"
+        else f"held-out loss in nats over {comparison.positions:,} positions; KL over {over} "
         f"{comparison.targets}"
     ]
     if any(line.kind == "seeds" for line in comparison.lines):

@@ -5,6 +5,7 @@ Weights come from safetensors only, and no code that comes with a model is ever 
 
 import logging
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from shared.cache import Cache
 from shared.errors import CacheMismatch, ConfigError, Refused
+from shared.positions import most_tokens
 from shared.tasks import TASKS, TaskName
 from shared.tokenizer import content_hash, load_cached_tokenizer
 from student_train.config import AdapterSpec, TrainConfig
@@ -55,7 +57,7 @@ def build_student(name: str, cache: Cache, *, seed: int, dropout: float | None =
     torch.manual_seed(seed)
     if from_scratch:
         log.info("%s: no weights there, training from scratch", name)
-        return auto.from_config(config, dtype=torch.float32)
+        return _without_pooler(auto.from_config(config, dtype=torch.float32), task)
     if new_head:
         log.info("%s: it has no head for %s, a new one is made", name, task)
     try:
@@ -82,6 +84,13 @@ def build_student(name: str, cache: Cache, *, seed: int, dropout: float | None =
             f"{name}: the weights of {wrong[0]} have another shape than its config.json says. "
             "Take both from the same model."
         )
+    return _without_pooler(student, task)
+
+
+def _without_pooler(student: Any, task: TaskName) -> Any:
+    """Of a model for hidden states a pooler would be trained by nothing."""
+    if TASKS[task].target_space == "states" and "pooler" in dict(student.named_children()):
+        student.pooler = None
     return student
 
 
@@ -174,13 +183,28 @@ def check_fit(name: str, config: PretrainedConfig, cache: Cache) -> None:
     else:
         _check_vocabulary(name, text_config, cache)
     longest = int(cache.row_tokens.max(initial=0))
-    places = getattr(text_config, "max_position_embeddings", None)
+    places = _places(config, cache.manifest.task, longest)
     if places is not None and longest > places:
         raise CacheMismatch(
             f"{name}: takes {places:,} positions, but the longest row of {cache.path} has "
             f"{longest:,} tokens. Cache again with --max-length {places}, or use another student."
         )
     _check_tokenizer(name, cache)
+
+
+def _places(config: PretrainedConfig, task: TaskName, longest: int) -> int | None:
+    """Tokens that a row may have; a model is built, without weights, where that may decide."""
+    text_config = config.get_text_config()
+    places = getattr(text_config, "max_position_embeddings", None)
+    padding = getattr(text_config, "pad_token_id", None)
+    if places is None or padding is None or not places - padding - 1 < longest <= places:
+        return places
+    auto: Any = getattr(transformers, TASKS[task].auto_class)
+    if type(config) not in auto._model_mapping:
+        return places
+    with torch.device("meta"):
+        most = most_tokens(auto.from_config(config))
+    return places if most is None else most
 
 
 def _check_vocabulary(name: str, text_config: PretrainedConfig, cache: Cache) -> None:
@@ -334,7 +358,8 @@ def layer_pairs(
 def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cache) -> None:
     """Refuses a loss that the cache holds nothing for."""
     manifest = cache.manifest
-    if manifest.targets.kind == "none" and (config.uses_soft_loss or config.uses_hidden_loss):
+    hidden_alone = config.uses_hidden_loss and not manifest.hidden.layers
+    if manifest.targets.kind == "none" and (config.uses_soft_loss or hidden_alone):
         raise CacheMismatch(
             f"{cache.path}: holds hard labels only (--targets none). Train with --soft-weight 0 "
             "--hard-weight 1, or cache a teacher."
@@ -371,6 +396,22 @@ def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cach
         raise CacheMismatch(f"{cache.path}: its committed shards hold no row to train on")
 
 
+def resolved_weights(config: TrainConfig, task: TaskName) -> TrainConfig:
+    """The options with the weights that are the default of a task: of states, theirs alone."""
+    if TASKS[task].target_space != "states":
+        return config
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    for name in ("soft_weight", "hard_weight"):
+        value = getattr(config, name)
+        if value not in (0, defaults[name]) or getattr(config, f"{name}_end"):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value:g}: a cache of --task {task} holds hidden "
+                "states and neither targets nor labels. Leave it out; the loss is that of "
+                "--hidden-loss."
+            )
+    return replace(config, soft_weight=0, hard_weight=0, hidden_weight=config.hidden_weight or 1.0)
+
+
 def warn_of_lost_mass(config: TrainConfig, cache: Cache) -> None:
     """Of what is cut away a student learns only how much it is together, not where it lies."""
     if not config.uses_soft_loss or cache.manifest.targets.kind not in ("topk", "adaptive"):
@@ -403,8 +444,10 @@ def _check_sample(config: TrainConfig, cache: Cache) -> None:
             )
 
 
-_ADAPTED: dict[TaskName, str] = {
+_ADAPTED: dict[TaskName, str | None] = {
     "causal-lm": "CAUSAL_LM",
+    "masked-lm": None,  # peft has no name for it, and wraps the model as it is
+    "feature-extraction": "FEATURE_EXTRACTION",
     "token-classification": "TOKEN_CLS",
     "sequence-classification": "SEQ_CLS",
 }

@@ -43,9 +43,12 @@ from student_train.student import (
     is_from_scratch,
     layer_pairs,
     load_config,
+    resolved_weights,
     warn_of_lost_mass,
 )
 from student_train.task_defaults import Start
+from student_train.vectors import projection_of
+from student_train.vectors import save as save_vectors
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +200,7 @@ def with_numbers(config: TrainConfig) -> TrainConfig:
     """The config of this run: what was left to the task is decided by the first cache's."""
     manifest, _ = manifests.read(Storage(config.cache_paths[0]))
     start: Start = "scratch" if is_from_scratch(config.student) else "pretrained"
+    config = resolved_weights(config, manifest.task)
     chosen = config.by_task(manifest.task, "adapters" if config.adapters else start)
     if chosen != config:
         log.info("%s: %s", config.out, chosen.recipe)
@@ -235,6 +239,8 @@ def objective_for(config: TrainConfig, model_config: PretrainedConfig, caches: S
         contrastive_temperature=config.contrastive_temperature,
         layer_pairs=pairs,
         deviations={layer: caches.channel_deviation(layer) for layer, _ in pairs},
+        states_only=TASKS[caches.manifest.task].target_space == "states",
+        pooling=caches.manifest.hidden.pooling,
     )
 
 
@@ -352,7 +358,14 @@ def _teacher(cache: Cache) -> dict[str, Any] | None:
 
 
 def _save(path: Path, student: Any, cache: Cache) -> None:
-    """The model as plain `transformers` reads it; projections are in the checkpoints alone."""
+    """The model as plain `transformers` reads it; projections are in the checkpoints alone.
+
+    Those of vectors, which need them in use, stand beside the model.
+    """
+    if TASKS[cache.manifest.task].target_space == "states":
+        path.mkdir(parents=True, exist_ok=True)
+        width = int(student.config.get_text_config().hidden_size)
+        save_vectors(path, projection_of(student, cache), width, cache)
     if hasattr(student, PROJECTIONS):
         delattr(student, PROJECTIONS)
     student.save_pretrained(path)

@@ -32,6 +32,7 @@ class WindowTargets:
         spec, hidden = manifest.targets, manifest.hidden
         self.starts = np.cumsum([0, *(row.num_positions for row in window)])
         n = int(self.starts[-1])
+        self.has_targets = spec.kind != "none"
         self.entries = _RaggedEntries(n) if spec.ragged else _EqualEntries(n, spec.num_entries)
         self.random_bits = _random_bits(manifest.seed, window) if spec.kind == "sample" else None
         self.log_tail, self.entropy, self.label_logprob = (torch.empty(n) for _ in range(3))
@@ -100,6 +101,14 @@ class WindowTargets:
 
     def fill(self, block: Block, rows: Sequence[int]) -> None:
         """Gives a block the targets of the rows it consists of."""
+        if self.has_targets:
+            self._fill_targets(block, rows)
+        at = self._states(rows)
+        block.hidden = {
+            layer: states[at].view(torch.uint16).numpy() for layer, states in self.hidden.items()
+        }
+
+    def _fill_targets(self, block: Block, rows: Sequence[int]) -> None:
         places = [np.arange(self.starts[row], self.starts[row + 1]) for row in rows]
         at = torch.from_numpy(np.concatenate(places))
         block.target = self.entries.target(at, self.log_tail[at].numpy())
@@ -108,10 +117,6 @@ class WindowTargets:
         block.label_logprob = self.label_logprob[at].numpy()
         block.entropy = self.entropy[at].numpy()
         block.log_partition_ratio = {t: ratio[at].numpy() for t, ratio in self.ratios.items()}
-        at = self._states(rows)
-        block.hidden = {
-            layer: states[at].view(torch.uint16).numpy() for layer, states in self.hidden.items()
-        }
 
     def roundings(self, rows: Sequence[int]) -> dict[int, np.ndarray]:
         """By layer: the squared error that bfloat16 made in each state of these rows, f32 [S]."""
@@ -207,7 +212,10 @@ def _forward(
     """One forward and its targets, on the device; None where they do not fit into its memory."""
     try:
         output = teacher.forward(
-            batch.inputs, manifest.hidden.layers, chunk_positions=manifest.plan.chunk_positions
+            batch.inputs,
+            manifest.hidden.layers,
+            chunk_positions=manifest.plan.chunk_positions,
+            pooling=manifest.hidden.pooling,
         )
         labels = batch.labels.to(teacher.device)
         chosen = [

@@ -20,8 +20,10 @@ from shared.errors import CacheMismatch
 from shared.manifest import differences
 from shared.ragged import drawn_logprob
 from shared.target import MAX_ENTRIES, TargetSpec
+from shared.tasks import TASKS
 from shared.tokenizer import describe
 from teacher_cache.batches import forward_batches
+from teacher_cache.check_states import CheckedStates, check_states
 from teacher_cache.config import CheckConfig
 from teacher_cache.plan import teacher_info
 from teacher_cache.rows import Row
@@ -56,10 +58,11 @@ class Checked:
         return kl and self.agreement_live_cached >= floor and not self.differences
 
 
-def check(config: CheckConfig) -> Checked:
+def check(config: CheckConfig) -> Checked | CheckedStates:
     """Runs the teacher over a sample of a cache's rows and compares."""
     cache = open_cache(config.cache, allow_partial=True)
-    if not cache.has_targets:
+    of_states = TASKS[cache.manifest.task].target_space == "states"
+    if not cache.has_targets and not of_states:
         raise CacheMismatch(f"{config.cache}: holds hard labels only, so no teacher can be checked")
     teacher = Teacher.load(
         config.teacher,
@@ -72,6 +75,8 @@ def check(config: CheckConfig) -> Checked:
     count = min(config.rows, cache.num_rows)
     chosen = np.unique(np.linspace(0, cache.num_rows - 1, count).astype(np.int64)).tolist()
     rows = [_row(cache, index) for index in chosen]
+    if of_states:
+        return check_states(cache, teacher, chosen, rows, [*_differences(cache, teacher, config)])
     cached = _cached(cache, chosen)
     batched = _live(teacher, cache, rows, cached.ids)
     sizes = [row.num_positions for row in rows]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from shared.errors import ConfigError
 from shared.options import SET, Option, check_bounds
-from shared.tasks import TASKS, TaskName
+from shared.tasks import TASKS, Pooling, TaskName
 
 Targets = Literal["auto", "topk", "adaptive", "sample", "dense", "none"]
 _NOT_LIKE = {"like": (None,)}  # with --like these come from that cache
@@ -67,6 +67,25 @@ class CaptureConfig:
     pack: Annotated[
         bool, Option(help="Put several short documents into one row.", read_when=_NOT_LIKE)
     ] = False
+    mask_copies: Annotated[
+        int,
+        Option(
+            help="Rows of each text, or chunk of one, that differ in what is masked.",
+            min=1,
+            max=1000,
+            read_when={"task": ("masked-lm",)} | _NOT_LIKE,
+        ),
+    ] = 4
+    mask_share: Annotated[
+        float,
+        Option(
+            help="Share of a row's tokens that are masked: 80 % of these replaced by the mask "
+            "token, 10 % by any token, 10 % kept.",
+            min=0.001,
+            max=1,
+            read_when={"task": ("masked-lm",)} | _NOT_LIKE,
+        ),
+    ] = 0.15
     targets: Annotated[
         Targets,
         Option(
@@ -133,6 +152,14 @@ class CaptureConfig:
             min=1,
         ),
     ] = 1
+    pooling: Annotated[
+        Literal["auto", "mean", "cls", "last", "none"],
+        Option(
+            help="What becomes of a text's states: their mean, special tokens included (auto), "
+            "that of its first or last token, or all of them but those of special tokens.",
+            read_when={"task": ("feature-extraction",)} | _NOT_LIKE,
+        ),
+    ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Option(help="Number type of the teacher."),
@@ -165,7 +192,14 @@ class CaptureConfig:
         check_bounds(self)
         if TASKS[self.task].target_space == "labels":
             self._check_label_space()
-        if self.targets == "none":
+        if self.task == "masked-lm" and self.pack:
+            raise ConfigError(
+                "--pack is not there for --task masked-lm: in a packed row the documents of a "
+                "bidirectional model see each other. Rows of similar length are batched anyway."
+            )
+        if TASKS[self.task].target_space == "states":
+            self._check_states()
+        elif self.targets == "none":
             self._check_label_only()
         elif self.teacher is None:
             raise ConfigError(
@@ -184,6 +218,43 @@ class CaptureConfig:
             )
         if self.pack or self.hidden_layers:
             raise ConfigError(f"--pack and --hidden-layers are not there for --task {self.task}")
+
+    def _check_states(self) -> None:
+        if self.targets not in ("auto", "none") or self.temperature or self.top_k is not None:
+            raise ConfigError(
+                f"--task {self.task} keeps hidden states and no distribution: leave --targets, "
+                "--top-k and --temperature out"
+            )
+        if self.teacher is None:
+            raise ConfigError(
+                f"--teacher is missing: --task {self.task} keeps a teacher's hidden states, so "
+                "name a Hub id or a folder"
+            )
+        if self.pack:
+            raise ConfigError(f"--pack is not there for --task {self.task}: a row is one text")
+        if self.pooling != "none" and self.hidden_every != 1:
+            raise ConfigError(
+                f"--hidden-every {self.hidden_every}: a pooled row has one state. Leave it out, or "
+                "keep the states of all tokens with --pooling none"
+            )
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether anything is asked of a teacher; else its tokenizer alone is read."""
+        return self.targets != "none" or TASKS[self.task].target_space == "states"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The hidden layers to keep, ascending."""
+        default = (-1,) if TASKS[self.task].target_space == "states" else ()
+        return tuple(sorted(set(self.hidden_layers))) or default
+
+    @property
+    def pooled(self) -> Pooling:
+        """How the states of a row become one."""
+        if TASKS[self.task].target_space != "states":
+            return "none"
+        return "mean" if self.pooling == "auto" else self.pooling
 
     def _check_label_only(self) -> None:
         if self.teacher is None and self.tokenizer is None:
@@ -218,6 +289,11 @@ class PlanConfig(CaptureConfig):
 
     def __post_init__(self) -> None:
         CaptureConfig.__post_init__(self)
+        if self.calibrate and TASKS[self.task].target_space == "states":
+            raise ConfigError(
+                f"--calibrate compares kinds of targets, of which --task {self.task} has none: "
+                "leave it out"
+            )
         if self.html is not None and not self.calibrate:
             raise ConfigError("--html draws what --calibrate measures: give both")
 

@@ -127,6 +127,7 @@ def _bytes_by_part(
         parts["targets"] = next(choice.bytes_per_position for choice in shown if choice.asked)
         stored = len(draft.targets.temperatures)
         parts["sums"] = _LABEL_AND_ENTROPY_BYTES + stored * _LOG_PARTITION_BYTES
+    if draft.hidden.layers:
         channel = _CHANNEL_BYTES[draft.hidden.codec]
         parts["hidden"] = sum(draft.hidden.widths) * channel / draft.hidden.every
     return parts

@@ -16,6 +16,7 @@ import numpy as np
 from shared import manifest as manifests
 from shared.cache import (
     Cache,
+    Row,
     channel_scales,
     check_side_files,
     class_ranks,
@@ -151,7 +152,7 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
         rest = 1 - float(logprobs[place][as_they_are].exp().sum())
         shown["positions"].append(
             {
-                "after": tokenizer.decode(row.input_ids[: int(row.positions[place]) + 1][-8:]),
+                **_context(cache, tokenizer, row, int(row.positions[place])),
                 "hard_label": tokenizer.decode([int(row.labels[place])]),
                 "teacher": [
                     {
@@ -170,6 +171,13 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
             }
         )
     return shown
+
+
+def _context(cache: Cache, tokenizer: Any, row: Row, position: int) -> dict[str, str]:
+    """The tokens near a position that its prediction is made from."""
+    if cache.manifest.task == "masked-lm":
+        return {"around": tokenizer.decode(row.input_ids[max(0, position - 5) : position + 4])}
+    return {"after": tokenizer.decode(row.input_ids[: position + 1][-8:])}
 
 
 def histograms(cache: Cache) -> dict[str, Any]:

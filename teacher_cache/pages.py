@@ -147,14 +147,14 @@ def write_inspection(numbers: dict[str, Any], path: Path) -> None:
             f"The histograms are over {histograms['positions']:,} positions in "
             f"{histograms['blocks']:,} blocks spread over the cache."
         )
-    kept = numbers["kept_mass"] if numbers["teacher"] is not None else {}
+    kept = numbers["kept_mass"] if numbers["targets"]["kind"] != "none" else {}
     missing = numbers["missing_shards"]
     write_page(
         "teacher_cache",
         "inspect.html",
         path,
         cache_id=numbers["cache_id"][:16],
-        subtitle=targets_text(numbers) if kind != "none" else "hard labels only, no teacher",
+        subtitle=_subtitle(numbers),
         tiles=_inspection_tiles(numbers),
         completeness=[
             {
@@ -182,6 +182,12 @@ def write_inspection(numbers: dict[str, Any], path: Path) -> None:
     )
 
 
+def _subtitle(numbers: dict[str, Any]) -> str:
+    if numbers["targets"]["kind"] != "none":
+        return targets_text(numbers)
+    return "hard labels only, no teacher" if numbers["teacher"] is None else "hidden states alone"
+
+
 def _inspection_tiles(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     tiles = [
         (
@@ -193,7 +199,7 @@ def _inspection_tiles(numbers: dict[str, Any]) -> list[tuple[str, str]]:
         (f"{numbers['tokens']:,}", "tokens"),
         (f"{numbers['positions']:,}", "positions"),
     ]
-    if numbers["teacher"] is not None:
+    if numbers["targets"]["kind"] != "none":
         tiles += [
             (f"{numbers['kept_mass']['1']:.1%}", "kept mass at T = 1"),
             (f"{numbers['entropy']:.2f} nats", "entropy of the teacher"),

@@ -93,7 +93,12 @@ class Draft:
     ) -> Iterator[Row]:
         """Rows of (index, document) pairs, in order; what is left out is counted."""
         context = RowContext(
-            self.config.task, self.tokenizer, self.preprocessing, self.labels, self.config.seed
+            self.config.task,
+            self.tokenizer,
+            self.preprocessing,
+            self.labels,
+            self.config.seed,
+            self.hidden.pooling,
         )
         return build_rows(documents, context, counters)
 
@@ -145,7 +150,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
     if old is not None:
         config = _as_in(config, manifests.read(old)[0])
     corpus = open_corpus(config)
-    teacher = _load_teacher(config) if load_teacher and config.targets != "none" else None
+    teacher = _load_teacher(config) if load_teacher and config.uses_teacher else None
     name = config.tokenizer or config.teacher
     assert name is not None  # CaptureConfig refuses a job without either
     tokenizer = load_tokenizer(name, revision=None if config.tokenizer else config.revision)
@@ -169,7 +174,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
 
 def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
     """The options with those of --like's cache that decide whether two caches train together."""
-    targets = old.targets
+    targets, masked = old.targets, config.task == old.task == "masked-lm"
     return replace(
         config,
         like=None,
@@ -181,8 +186,11 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
         hidden_layers=old.hidden.layers,
         hidden_codec=old.hidden.codec,
         hidden_every=old.hidden.every,
+        pooling=old.hidden.pooling if config.task == old.task == "feature-extraction" else "auto",
         max_length=old.preprocessing.max_length,
         pack=old.preprocessing.pack,
+        mask_copies=old.preprocessing.mask_copies if masked else config.mask_copies,
+        mask_share=old.preprocessing.mask_share if masked else config.mask_share,
     )
 
 
@@ -219,8 +227,13 @@ def _load_teacher(config: CaptureConfig) -> Teacher:
         attn_implementation=None if attention == "auto" else attention,
         trust_remote_code=config.trust_remote_code,
     )
-    if config.hidden_layers:
-        teacher.check_layers(config.hidden_layers)
+    if config.task in (
+        "masked-lm",
+        "feature-extraction",
+    ):  # other tasks have rows of their documents' length
+        teacher.check_length(config.max_length)
+    if config.layers:
+        teacher.check_layers(config.layers)
     if config.pack and not teacher.allows_packing():
         raise Refused(
             f"--pack: packed and alone, {config.teacher} gives different outputs (its documents "
@@ -248,7 +261,7 @@ def teacher_info(name: str, teacher: Teacher) -> TeacherInfo:
 def _num_classes(config: CaptureConfig, teacher: Teacher | None, info: TokenizerInfo) -> int:
     if teacher is not None:
         return teacher.num_classes
-    if config.targets == "none" or config.teacher is None:
+    if not config.uses_teacher or config.teacher is None:
         return info.num_ids
     return min(info.num_ids, logit_width_of(config.teacher, config.revision))
 
@@ -292,6 +305,7 @@ def read_labels(file: Path) -> tuple[str, ...]:
 
 
 def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
+    masked = config.task == "masked-lm"
     return Preprocessing(
         split=config.split,
         columns=tuple(f"{role}={column}" for role, column in corpus.columns.items()),
@@ -300,12 +314,17 @@ def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
         limit_documents=config.limit_documents,
         max_length=config.max_length,
         pack=config.pack,
+        mask_copies=config.mask_copies if masked else 0,
+        mask_share=config.mask_share if masked else 0.0,
+        mask_seed=config.seed if masked else 0,
     )
 
 
 def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
     kind: TargetKind
-    if config.targets == "auto":
+    if TASKS[config.task].target_space == "states":
+        kind = "none"
+    elif config.targets == "auto":
         labels = TASKS[config.task].target_space == "labels"
         asked_for_topk = config.top_k is not None or any(t != 1 for t in config.temperature)
         if labels or num_classes <= AUTO_DENSE_CLASSES:
@@ -334,8 +353,7 @@ def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
 
 
 def _hidden_spec(config: CaptureConfig, teacher: Teacher | None) -> HiddenSpec:
-    layers = tuple(sorted(set(config.hidden_layers)))
-    width = 0
+    layers, width = config.layers, 0
     if layers and teacher is not None:
         width = teacher.hidden_width
     elif layers and config.teacher is not None:  # `plan` reads no weights
@@ -345,6 +363,7 @@ def _hidden_spec(config: CaptureConfig, teacher: Teacher | None) -> HiddenSpec:
         widths=(width,) * len(layers),
         codec=config.hidden_codec,
         every=config.hidden_every,
+        pooling=config.pooled,
     )
 
 
@@ -415,11 +434,12 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
 
 
 def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Manifest:
+    its_labels = TASKS[draft.config.task].labels
     columns = optional_columns(
         segments=draft.preprocessing.pack,
-        positions=draft.corpus.supervised,
-        labels=bool(draft.labels),
-        targets=draft.teacher is not None,
+        positions=draft.corpus.supervised or its_labels != "next",
+        labels=its_labels == "stored",
+        targets=draft.targets.kind != "none",
         token_types="text_pair" in draft.corpus.columns,
     )
     return Manifest(
@@ -530,7 +550,8 @@ def run_largest(draft: Draft, teacher: Teacher, chosen: list[Row], forward_token
     statistics: dict[int, ChannelStatistics] = {}
     ordinary: dict[int, ChannelStatistics] = {}
     for batch in forward_batches(chosen, forward_tokens, packed=draft.preprocessing.pack):
-        output = teacher.forward(batch.inputs, draft.hidden.layers)
+        hidden = draft.hidden
+        output = teacher.forward(batch.inputs, hidden.layers, pooling=hidden.pooling)
         for _, logits in output.chunks:
             selected = select(logits, spec)
             good = ~selected.bad_N
@@ -541,7 +562,9 @@ def run_largest(draft: Draft, teacher: Teacher, chosen: list[Row], forward_token
             for found, some in ((statistics, bits), (ordinary, without_massive(bits))):
                 of_batch = ChannelStatistics.of(some)
                 found[layer] = found[layer].merge(of_batch) if layer in found else of_batch
-    ids_NK, logprobs_NK = (torch.cat(parts) for parts in zip(*largest, strict=True))
+    nothing = torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1)
+    parts = zip(*(largest or [nothing]), strict=True)
+    ids_NK, logprobs_NK = (torch.cat(each) for each in parts)
     return Largest(ids_NK, logprobs_NK, statistics, ordinary)
 
 

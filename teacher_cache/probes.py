@@ -34,6 +34,21 @@ def padded_batch(num_classes: int) -> TeacherBatch:
 
 def sees_later_tokens(logits: LogitsFn, num_classes: int) -> bool:
     """Whether another last token changes the logits before it, as in a bidirectional encoder."""
+    first, second = _with_other_last_tokens(logits, num_classes)
+    return not same_values(first, second, OTHER_SHAPE[first.dtype])
+
+
+def ignores_later_tokens(logits: LogitsFn, num_classes: int) -> bool:
+    """Whether another last token leaves the logits before it as they are, to the last bit.
+
+    A masked language model that has learnt little looks at other tokens, but hardly: its logits
+    may change by less than what `sees_later_tokens` forgives. Those of a decoder are the same.
+    """
+    return torch.equal(*_with_other_last_tokens(logits, num_classes))
+
+
+def _with_other_last_tokens(logits: LogitsFn, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Logits of all tokens but the last, which differs, of one row: [11, V] each."""
     tokens_BT = _tokens((1, 12), num_classes, seed=1)
     other_BT = tokens_BT.clone()
     other_BT[:, -1] = (other_BT[:, -1] + 1) % num_classes
@@ -47,7 +62,7 @@ def sees_later_tokens(logits: LogitsFn, num_classes: int) -> bool:
         )
         for ids_BT in (tokens_BT, other_BT)
     )
-    return not same_values(first, second, OTHER_SHAPE[first.dtype])
+    return first, second
 
 
 def packed_equals_alone(logits: LogitsFn, num_classes: int) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from teacher_cache.check import Checked
+from teacher_cache.check_states import CheckedStates
 from teacher_cache.inspection import Verification
 
 
@@ -137,7 +138,7 @@ def inspect_text(numbers: dict[str, Any]) -> str:
     ]
     if numbers["counters"]:
         lines.append("counted     " + _counted(numbers["counters"]))
-    if teacher is not None:
+    if teacher is not None and numbers["targets"]["kind"] != "none":
         lines += [
             f"kept mass   {kept_text(numbers)}",
             f"entropy     {numbers['entropy']:.3f} nats; loss on the hard labels "
@@ -198,7 +199,8 @@ def _hidden(layer: int, numbers: dict[str, Any]) -> str:
     off = ""
     if error is not None:
         off = f"; off by {error['mean']:.2%} of its length, {error['worst']:.2%} at worst"
-    return f"hidden      layer {layer}: {spec['codec']}{often}{off}"
+    pooled = "" if spec["pooling"] == "none" else f", one for each row ({spec['pooling']})"
+    return f"hidden      layer {layer}: {spec['codec']}{often}{pooled}{off}"
 
 
 def _counted(counters: dict[str, int]) -> str:
@@ -212,9 +214,14 @@ def _row_text(row: dict[str, Any]) -> list[str]:
             f"{entry['token']!r} {entry['p']:.3f}{' (drawn)' if entry['drawn'] else ''}"
             for entry in position["teacher"][:4]
         )
+        label = repr(position["hard_label"])
+        where = (
+            f"after {position['after']!r} comes {label}"
+            if "after" in position
+            else f"in {position['around']!r} stood {label}"
+        )
         lines.append(
-            f"  after {position['after']!r} comes {position['hard_label']!r}; the teacher says "
-            f"{best}  {position['rest']} {position['tail_mass']:.3f}"
+            f"  {where}; the teacher says {best}  {position['rest']} {position['tail_mass']:.3f}"
         )
     return lines
 
@@ -235,18 +242,30 @@ def verify_text(found: Verification) -> str:
     return "\n".join(lines)
 
 
-def check_text(found: Checked) -> str:
+def check_text(found: Checked | CheckedStates) -> str:
     """The answer of `cache-teacher check`."""
     lines = [f"DIFFERS {line}" for line in found.differences]
+    verdict = (
+        "the cache says what this teacher says"
+        if found.sound
+        else "THE CACHE IS OFF: another teacher made it, or its rows and targets do not match"
+    )
+    if isinstance(found, CheckedStates):
+        lines += [
+            f"rows                  {found.rows:,} with {found.states:,} states",
+            f"error live to live    {found.error_live_live:.3%} of their length (the noise floor)",
+            f"error live to cached  {found.error_live_cached:.3%}, worst {found.worst_error:.3%}, "
+            f"allowed {found.allowed:.3%}",
+            verdict,
+        ]
+        return "\n".join(lines)
     lines += [
         f"rows                  {found.rows:,} with {found.positions:,} positions",
         f"KL live to live       {found.kl_live_live:.2e} nats (the noise floor)",
         f"KL live to cached     {found.kl_live_cached:.2e} nats, worst {found.worst_kl:.2e}",
         f"agreement live/live   {found.agreement_live_live:.2%}",
         f"agreement live/cached {found.agreement_live_cached:.2%}",
-        "the cache says what this teacher says"
-        if found.sound
-        else "THE CACHE IS OFF: another teacher made it, or its rows and targets do not match",
+        verdict,
     ]
     return "\n".join(lines)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shared.manifest import Preprocessing
-from shared.tasks import TaskName
-from teacher_cache import label_rows, rows
+from shared.tasks import Pooling, TaskName
+from teacher_cache import label_rows, masked_rows, rows, vector_rows
 from teacher_cache.rows import Row
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class RowContext:
     preprocessing: Preprocessing
     labels: tuple[str, ...]  # names of the classes of a label space
     seed: int
+    pooling: Pooling = "none"
 
 
 def build_rows(
@@ -33,6 +34,11 @@ def build_rows(
     match context.task:
         case "causal-lm":
             return rows.build(documents, tokenizer, preprocessing, counters)
+        case "masked-lm":
+            return masked_rows.build(documents, tokenizer, preprocessing, counters)
+        case "feature-extraction":
+            length, pooling = preprocessing.max_length, context.pooling
+            return vector_rows.build(documents, tokenizer, length, pooling, counters)
         case "token-classification" | "sequence-classification":
             length = preprocessing.max_length
             return label_rows.build(documents, tokenizer, length, context.labels, counters)

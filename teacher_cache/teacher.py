@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from shared.errors import ConfigError, Refused
-from shared.tasks import TASKS, Layout, TaskName
+from shared.pooling import pooled
+from shared.positions import most_tokens
+from shared.tasks import TASKS, Layout, Pooling, TaskName
 from teacher_cache import probes, streamed_head
 from teacher_cache.streamed_head import (
     StreamedHead,
@@ -68,7 +70,8 @@ class TeacherOutput:
 class Teacher:
     """A model in evaluation mode, without a cache and without gradients.
 
-    A causal language model, or one with a head over labels, whose logits are its own: they are few.
+    A language model, causal or masked, or one with a head over labels, whose logits are its own:
+    they are few. Or a model without a head, of which hidden states are wanted.
     """
 
     model: Any  # PreTrainedModel
@@ -80,6 +83,7 @@ class Teacher:
     streamed: StreamedHead | None  # None: full logits, since streamed ones differed
     labels: tuple[str, ...] = ()  # names of the classes of a label space
     layout: Layout = "tokens"  # row: logits are [B, C], those of a row
+    has_logits: bool = True
 
     @classmethod
     def load(
@@ -121,15 +125,20 @@ class Teacher:
         except (OSError, ValueError, ImportError) as error:
             raise Refused(f"{teacher}: cannot be loaded for {task}. {error}") from error
         missing = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
+        of_states = TASKS[task].target_space == "states"
+        if of_states and missing and all(name.startswith("pooler.") for name in missing):
+            model.pooler, missing = None, []  # saved with another head, and read by nothing here
         if missing:
             raise Refused(
                 f"{teacher}: the checkpoint lacks {len(missing)} weights of {type(model).__name__} "
                 f"({', '.join(missing[:3])}), which would stay random. "
                 f"Name a checkpoint that was saved with its head for {task}."
             )
+        if of_states:
+            return cls.wrap_states(model, loaded_tokenizer)
         if TASKS[task].target_space == "labels":
             return cls.wrap_labels(model, loaded_tokenizer, task)
-        return cls.wrap(model, loaded_tokenizer)
+        return cls.wrap(model, loaded_tokenizer, task)
 
     @classmethod
     def wrap_labels(cls, model: Any, tokenizer: Any, task: TaskName) -> "Teacher":
@@ -153,8 +162,24 @@ class Teacher:
         )
 
     @classmethod
-    def wrap(cls, model: Any, tokenizer: Any) -> "Teacher":
-        """A model already in memory, which is put into evaluation mode and probed."""
+    def wrap_states(cls, model: Any, tokenizer: Any) -> "Teacher":
+        """A model without a head that is already in memory: its states are wanted."""
+        model.eval().requires_grad_(False)
+        model.config.return_dict = True
+        return cls(
+            model=model,
+            tokenizer=tokenizer,
+            num_classes=max(tokenizer.get_vocab().values()) + 1,
+            logit_width=1,
+            trunk=model,
+            blocks=_find_blocks(model),
+            streamed=None,
+            has_logits=False,
+        )
+
+    @classmethod
+    def wrap(cls, model: Any, tokenizer: Any, task: TaskName = "causal-lm") -> "Teacher":
+        """A language model already in memory, which is put into evaluation mode and probed."""
         model.eval().requires_grad_(False)
         model.config.return_dict = True
         num_ids = max(tokenizer.get_vocab().values()) + 1
@@ -183,7 +208,14 @@ class Teacher:
             blocks=_find_blocks(trunk or model),
             streamed=found if streams else None,
         )
-        if probes.sees_later_tokens(teacher.logits, teacher.num_classes):
+        probed = teacher.logits, teacher.num_classes
+        if task == "masked-lm" and probes.ignores_later_tokens(*probed):
+            raise Refused(
+                f"{type(model).__name__}: its prediction of a token does not depend on later "
+                "tokens, so it is no masked language model. Name an encoder (a BERT: saved "
+                "without is_decoder), or use --task causal-lm."
+            )
+        if task != "masked-lm" and probes.sees_later_tokens(*probed):
             raise Refused(
                 f"{type(model).__name__}: its prediction of a token depends on later tokens, so it "
                 "is no causal language model. Name a decoder (a BERT: saved with is_decoder)."
@@ -230,13 +262,20 @@ class Teacher:
         layers: Sequence[int] = (),
         *,
         chunk_positions: int | None = None,
+        pooling: Pooling = "none",
     ) -> TeacherOutput:
-        """One forward of the trunk now; the head runs as the caller takes the chunks."""
+        """One forward of the trunk now; the head runs as the caller takes the chunks.
+
+        With `pooling` each row has one position, whose state is made of those of all its tokens.
+        """
         batch = batch.to(self.device)
         hidden: dict[int, Tensor] = {}
         with torch.no_grad(), ExitStack() as hooks:
             for layer in layers:
-                hooks.enter_context(self._keeping(layer, batch.position_index, hidden))
+                hooks.enter_context(self._keeping(layer, batch, pooling, hidden))
+            if not self.has_logits:
+                self.model(**model_inputs(self.model, batch))
+                return TeacherOutput(hidden, iter(()))
             logits_of = self._run(model_inputs(self.model, batch))
         chunk = chunk_positions or self.chunk_positions
         return TeacherOutput(hidden, _chunks(logits_of, batch.position_index, chunk))
@@ -250,6 +289,15 @@ class Teacher:
         return streamed_head.accepts(self.model, "position_ids") and probes.packed_equals_alone(
             self.logits, self.num_classes
         )
+
+    def check_length(self, max_length: int) -> None:
+        """Refuses rows that are longer than the model's table of positions."""
+        most = most_tokens(self.model)
+        if most is not None and max_length > most:
+            raise Refused(
+                f"--max-length {max_length}: {type(self.model).__name__} takes rows of at most "
+                f"{most} tokens. Use --max-length {most}: longer texts are cut into several rows."
+            )
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Refuses a layer that does not exist, is of another width, or is reported otherwise."""
@@ -295,12 +343,20 @@ class Teacher:
         )
 
     @contextmanager
-    def _keeping(self, layer: int, index_N: Tensor, hidden: dict[int, Tensor]) -> Iterator[None]:
+    def _keeping(
+        self, layer: int, batch: TeacherBatch, pooling: Pooling, hidden: dict[int, Tensor]
+    ) -> Iterator[None]:
         """Keeps a layer's states at the positions, and not the [B, T, D] they are cut from."""
+        index_N = batch.position_index
 
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             state_BTD = last_state(output) if layer == FINAL else _block_state(output)
-            hidden[layer] = state_BTD.flatten(0, 1)[index_N.to(state_BTD.device)]
+            if pooling == "none":
+                hidden[layer] = state_BTD.flatten(0, 1)[index_N.to(state_BTD.device)]
+            else:
+                assert batch.attention_mask is not None  # rows are not packed
+                mask_BT = batch.attention_mask.to(state_BTD.device)
+                hidden[layer] = pooled(state_BTD, mask_BT, pooling)
 
         handle = self._module(layer).register_forward_hook(hook)
         try:

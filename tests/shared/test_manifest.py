@@ -162,7 +162,16 @@ def paths_of(value, path=()):
 
 
 EVERY_FIELD = list(paths_of(json.loads(make_manifest().to_json())))
-ADDED = [("targets", "mean_entries"), ("targets", "threshold"), ("hidden", "every"), ("labels",)]
+ADDED = [
+    ("targets", "mean_entries"),
+    ("targets", "threshold"),
+    ("hidden", "every"),
+    ("hidden", "pooling"),
+    ("labels",),
+    ("preprocessing", "mask_copies"),
+    ("preprocessing", "mask_share"),
+    ("preprocessing", "mask_seed"),
+]
 
 
 def at(raw, path):
