@@ -6,20 +6,25 @@ Rows are built in stage one and metrics live in stage two; both read the task fr
 from dataclasses import dataclass
 from typing import Literal
 
-TaskName = Literal["causal-lm", "token-classification", "sequence-classification"]
-Layout = Literal["tokens", "row"]
+TaskName = Literal[
+    "causal-lm", "token-classification", "sequence-classification", "question-answering"
+]
+Layout = Literal["tokens", "row", "window"]
+
+MAX_ANSWER_TOKENS = 30  # of question answering; as the scripts that go with SQuAD have it
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """`target_space`: what a class is. `auto_class`: the class in `transformers` that loads it.
 
+    A class is an id of the vocabulary, one of the named labels, or a token of the row itself.
     `layout`: how a row is laid out and where its targets are. tokens: at tokens, or the next ones;
-    row: of the row as a whole, at position 0.
+    row: of the row as a whole, at position 0; window: of start and end of an answer (windows.py).
     `ways`: which columns a document may consist of, by role.
     """
 
-    target_space: Literal["vocabulary", "labels"]
+    target_space: Literal["vocabulary", "labels", "tokens"]
     auto_class: str
     layout: Layout
     ways: tuple[tuple[str, ...], ...]
@@ -43,5 +48,11 @@ TASKS: dict[TaskName, Task] = {
         "AutoModelForSequenceClassification",
         layout="row",
         ways=(("text", "text_pair", "label"), ("text", "label")),
+    ),
+    "question-answering": Task(
+        "tokens",
+        "AutoModelForQuestionAnswering",
+        layout="window",
+        ways=(("question", "context", "answers"),),
     ),
 }

@@ -53,9 +53,10 @@ def compare_command(config: CompareConfig) -> None:
 
 def _evaluation_text(numbers: dict[str, object]) -> str:
     names = ("loss", "perplexity", "kl", "kl_bucketed", "agreement", "teacher_loss")
-    of_labels = ("accuracy", "macro_f1", "entity_f1", "ece")
-    of_teacher = ("teacher_accuracy", "teacher_entity_f1")
-    shown = [name for name in (*names, *of_labels, *of_teacher, "positions") if name in numbers]
+    of_labels = ("accuracy", "macro_f1", "entity_f1", "ece", "f1", "exact_match")
+    of_teacher = ("teacher_accuracy", "teacher_entity_f1", "teacher_f1", "teacher_exact_match")
+    counts = ("positions", "documents")
+    shown = [name for name in (*names, *of_labels, *of_teacher, *counts) if name in numbers]
     width = max(14, *(len(name) + 2 for name in shown))
     return "\n".join(
         f"{name:<{width}}{_number(numbers[name])}{_range(name, numbers)}" for name in shown
@@ -67,7 +68,8 @@ def _range(name: str, numbers: dict[str, object]) -> str:
     if numbers.get("metric") != name:
         return ""
     low, high = (_number(numbers[f"{name}_{end}"]) for end in ("low", "high"))
-    return f"  (95 % of resampled rows: {low} to {high})"
+    what = "documents" if "documents" in numbers else "rows"
+    return f"  (95 % of resampled {what}: {low} to {high})"
 
 
 def _number(value: object) -> str:

@@ -57,6 +57,14 @@ class CaptureConfig:
     max_length: Annotated[
         int, Option(help="Tokens of a row; longer ones are cut.", min=2, read_when=_NOT_LIKE)
     ] = 1024
+    stride: Annotated[
+        int,
+        Option(
+            help="Tokens that two windows of a long text share.",
+            min=0,
+            read_when={"task": ("question-answering",)} | _NOT_LIKE,
+        ),
+    ] = 128
     pack: Annotated[
         bool, Option(help="Put several short documents into one row.", read_when=_NOT_LIKE)
     ] = False
@@ -158,6 +166,8 @@ class CaptureConfig:
         check_bounds(self)
         if TASKS[self.task].target_space == "labels":
             self._check_label_space()
+        if TASKS[self.task].layout == "window":
+            self._check_windows()
         if self.targets == "none":
             self._check_label_only()
         elif self.teacher is None:
@@ -174,6 +184,15 @@ class CaptureConfig:
             raise ConfigError(
                 f"--targets {self.targets}: --task {self.task} keeps every class, which is dense, "
                 "or hard labels only, which is none"
+            )
+        if self.pack or self.hidden_layers:
+            raise ConfigError(f"--pack and --hidden-layers are not there for --task {self.task}")
+
+    def _check_windows(self) -> None:
+        if self.targets == "sample":
+            raise ConfigError(
+                f"--targets sample: --task {self.task} looks for the likeliest span, of which a "
+                "sample says nothing. Use dense, the default, or topk or adaptive."
             )
         if self.pack or self.hidden_layers:
             raise ConfigError(f"--pack and --hidden-layers are not there for --task {self.task}")

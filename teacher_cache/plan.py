@@ -182,6 +182,7 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
         hidden_codec=old.hidden.codec,
         hidden_every=old.hidden.every,
         max_length=old.preprocessing.max_length,
+        stride=old.preprocessing.stride,
         pack=old.preprocessing.pack,
     )
 
@@ -212,6 +213,7 @@ def _load_teacher(config: CaptureConfig) -> Teacher:
     teacher = Teacher.load(
         config.teacher,
         task=config.task,
+        max_length=config.max_length,
         tokenizer=config.tokenizer,
         revision=config.revision,
         dtype=config.dtype,
@@ -246,6 +248,8 @@ def teacher_info(name: str, teacher: Teacher) -> TeacherInfo:
 
 
 def _num_classes(config: CaptureConfig, teacher: Teacher | None, info: TokenizerInfo) -> int:
+    if TASKS[config.task].target_space == "tokens":
+        return config.max_length
     if teacher is not None:
         return teacher.num_classes
     if config.targets == "none" or config.teacher is None:
@@ -298,15 +302,16 @@ def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
         limit_documents=config.limit_documents,
         max_length=config.max_length,
         pack=config.pack,
+        stride=config.stride,
     )
 
 
 def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
     kind: TargetKind
     if config.targets == "auto":
-        labels = TASKS[config.task].target_space == "labels"
+        few = TASKS[config.task].target_space != "vocabulary"
         asked_for_topk = config.top_k is not None or any(t != 1 for t in config.temperature)
-        if labels or num_classes <= AUTO_DENSE_CLASSES:
+        if few or num_classes <= AUTO_DENSE_CLASSES:
             kind = "dense"
         else:
             kind = "topk" if asked_for_topk else "sample"
@@ -413,12 +418,14 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
 
 
 def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Manifest:
+    windows = TASKS[draft.config.task].layout == "window"
     columns = optional_columns(
-        segments=draft.preprocessing.pack,
+        segments=draft.preprocessing.pack or windows,
         positions=draft.corpus.supervised,
-        labels=bool(draft.labels),
+        labels=bool(draft.labels) or windows,
         targets=draft.teacher is not None,
-        token_types="text_pair" in draft.corpus.columns,
+        token_types="text_pair" in draft.corpus.columns or windows,
+        references=windows,
     )
     return Manifest(
         format_version=manifests.FORMAT_VERSION,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.manifest import Preprocessing
 from shared.tasks import TaskName
-from teacher_cache import label_rows, rows
+from teacher_cache import label_rows, rows, window_rows
 from teacher_cache.rows import Row
 
 if TYPE_CHECKING:
@@ -36,3 +36,6 @@ def build_rows(
         case "token-classification" | "sequence-classification":
             length = preprocessing.max_length
             return label_rows.build(documents, tokenizer, length, context.labels, counters)
+        case "question-answering":
+            length, stride = preprocessing.max_length, preprocessing.stride
+            return window_rows.build(documents, tokenizer, length, stride, counters)
