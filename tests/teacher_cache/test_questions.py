@@ -1,6 +1,7 @@
 """Question answering through stage one, against transformers' own windows and the live model."""
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -253,7 +254,7 @@ def test_windows_move_on_however_little_room_there_is():
                 found = list(windows(tokens, room, stride))
                 assert [found[0].start, found[-1].stop] == [0, tokens]
                 assert all(0 < part.stop - part.start <= room for part in found)
-                shared = [one.stop - two.start for one, two in zip(found, found[1:], strict=False)]
+                shared = [one.stop - two.start for one, two in pairwise(found)]
                 assert set(shared) <= {min(stride, room // 2)}
 
 
@@ -336,7 +337,7 @@ def test_a_corpus_without_answers_is_refused(teacher, tmp_path):
 
 
 def test_another_stride_is_another_cache(teacher, corpus, dense, tmp_path):
-    with pytest.raises(CacheMismatch, match="preprocessing.stride: the cache has 6, asked for 7"):
+    with pytest.raises(CacheMismatch, match=r"preprocessing\.stride: the cache has 6, asked for 7"):
         capture(dense, corpus, teacher=str(teacher), stride=7)
 
 
