@@ -162,7 +162,10 @@ def paths_of(value, path=()):
 
 
 EVERY_FIELD = list(paths_of(json.loads(make_manifest().to_json())))
-ADDED = [("targets", "mean_entries"), ("targets", "threshold"), ("hidden", "every"), ("labels",)]
+ADDED = [
+    *(("targets", "mean_entries"), ("targets", "threshold"), ("hidden", "every"), ("labels",)),
+    ("preprocessing", "stride"),
+]
 
 
 def at(raw, path):

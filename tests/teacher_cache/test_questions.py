@@ -1,5 +1,7 @@
 """Question answering through stage one, against transformers' own windows and the live model."""
 
+import hashlib
+import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -10,12 +12,15 @@ import torch
 from tokenizers import processors
 from transformers import AutoTokenizer, BertForQuestionAnswering
 
+from shared import manifest as manifests
 from shared.cache import open_cache
-from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
+from shared.errors import CacheMismatch, ConfigError, CorpusError, CorruptCache, Refused
+from shared.storage import Storage
 from teacher_cache.check import check
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
 from teacher_cache.estimate import estimate
 from teacher_cache.inspection import inspect, summary
+from teacher_cache.pages import write_inspection
 from teacher_cache.report import inspect_text
 from teacher_cache.window_rows import Answer, Asked, answers_of, build, windows
 from tests.questions import (
@@ -148,7 +153,7 @@ def test_fewer_entries_are_the_likeliest_tokens(kind, options, teacher, corpus, 
     assert check(config).sound
 
 
-def test_inspect_shows_question_context_gold_and_teacher(dense):
+def test_inspect_shows_question_context_gold_and_teacher(dense, tmp_path):
     numbers = inspect(InspectConfig(cache=dense, rows=5))
     documents = make_documents(60)
     for shown in numbers["rows_shown"]:
@@ -159,6 +164,10 @@ def test_inspect_shows_question_context_gold_and_teacher(dense):
     text = inspect_text(numbers)
     assert f"question {documents[0]['question']!r}, answered by " in text
     assert "no answer here" in text
+    html = tmp_path / "page.html"
+    write_inspection(inspect(InspectConfig(cache=dense, rows=5, html=html)), html)
+    page = html.read_text()
+    assert f"<td>question</td><td>{documents[0]['question']}</td>" in page
 
 
 def test_plan_counts_windows(teacher, corpus, dense, tmp_path):
@@ -299,6 +308,28 @@ def test_answers_of_no_form_are_refused(value):
 
 
 # ---- Refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw["columns"].remove("reference"), "reference is missing, which question-"),
+        (lambda raw: raw["columns"].remove("labels"), "labels is missing, which question-answer"),
+        (
+            lambda raw: raw["preprocessing"].update(max_length=33),
+            "num_classes: found 32 for rows of up to 33 tokens",
+        ),
+    ],
+)
+def test_a_manifest_of_windows_that_are_none_is_refused(change, message, dense, tmp_path):
+    raw = json.loads((dense / "manifest.json").read_bytes())
+    change(raw)
+    data = json.dumps(raw).encode()
+    (tmp_path / "manifest.json").write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    (tmp_path / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
+    with pytest.raises(CorruptCache, match=message):
+        manifests.read(Storage(tmp_path))
 
 
 def test_a_tokenizer_that_puts_the_context_first_is_refused():
