@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shared import codec, frames, hidden
+from shared import codec, frames, hidden, windows
 from shared.errors import CorruptCache
 from shared.hidden import NO_SCALES, ChannelScales
 from shared.manifest import Manifest
@@ -136,6 +136,8 @@ def from_planes(
                 f"{name}: found {found_T.max()}, expected below {limit}. "
                 "Run cache-teacher verify CACHE --drop-bad, then run again."
             )
+    if TASKS[manifest.task].layout == "window":
+        windows.check(block, spec.num_classes)
     if "target_codes.0" in values:
         block.target = codec.decode(values, count, spec, ranks)
     if "label_logprob.0" in values:

@@ -415,8 +415,11 @@ def references(block: Block) -> list[Any]:
     assert block.reference_bytes is not None
     ends = np.cumsum(block.reference_bytes, dtype=np.int64)
     data = block.reference.tobytes()
-    pairs = zip(ends - block.reference_bytes, ends, strict=True)
-    return [manifests.parse_json(data[start:end], "reference") for start, end in pairs]
+    rows = zip(block.row_ids.tolist(), ends - block.reference_bytes, ends, strict=True)
+    return [
+        manifests.parse_json(data[start:end], f"reference of row {row_id}")
+        for row_id, start, end in rows
+    ]
 
 
 def _segments(block: Block, index: int) -> tuple[int, ...]:

@@ -41,6 +41,7 @@ _MAX_HASH_BYTES = 1024
 _MAX_JSON_VALUES = 1 << 17  # a commit has one for each block: half a billion positions
 _MAX_JSON_CONTAINERS = 256
 _ALWAYS = ("row_ids", "num_tokens", "num_positions", "input_ids")
+_OF_WINDOWS = ("num_segments", "segments", "positions", "labels", "reference_bytes", "reference")
 _OF_TARGETS = ("target_", "log_partition_ratio", "hidden")
 
 T = TypeVar("T")
@@ -96,6 +97,7 @@ class Preprocessing:
     mask_copies: int = field(default=0, metadata={"added": True})
     mask_share: float = field(default=0.0, metadata={"added": True})
     mask_seed: int = field(default=0, metadata={"added": True})
+    stride: int = field(default=128, metadata={"added": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +269,18 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
         )
     if len(manifest.side_files) > MAX_SIDE_FILES:
         yield f"side_files: found {len(manifest.side_files)}, expected at most {MAX_SIDE_FILES}"
+    if TASKS[manifest.task].layout == "window":
+        yield from _wrong_windows(manifest)
     yield from _wrong_columns(manifest.columns)
+
+
+def _wrong_windows(manifest: Manifest) -> Iterator[str]:
+    classes, tokens = manifest.targets.num_classes, manifest.preprocessing.max_length
+    if classes != tokens:
+        yield f"targets.num_classes: found {classes:,} for rows of up to {tokens:,} tokens"
+    for name in _OF_WINDOWS:
+        if name not in manifest.columns:
+            yield f"columns: {name} is missing, which {manifest.task} has"
 
 
 def _wrong_columns(columns: tuple[str, ...]) -> Iterator[str]:

@@ -11,11 +11,14 @@ TaskName = Literal[
     "masked-lm",
     "token-classification",
     "sequence-classification",
+    "question-answering",
     "feature-extraction",
 ]
-Layout = Literal["tokens", "row"]
+Layout = Literal["tokens", "row", "window"]
 Labels = Literal["next", "stored", "none"]
 Pooling = Literal["mean", "cls", "last", "none"]
+
+MAX_ANSWER_TOKENS = 30  # of question answering; as the scripts that go with SQuAD have it
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +26,14 @@ class Task:
     """`target_space`: what a class is; states: there are none, and no targets.
     `auto_class`: the class in `transformers` that loads it.
 
+    A class is an id of the vocabulary, one of the named labels, or a token of the row itself.
     `layout`: how a row is laid out and where its targets are. tokens: at tokens, or the next ones;
-    row: of the row as a whole, at position 0.
+    row: of the row as a whole, at position 0; window: of start and end of an answer (windows.py).
     `labels`: the hard labels are the next tokens, stored in a column of their own, or absent.
     `ways`: which columns a document may consist of, by role.
     """
 
-    target_space: Literal["vocabulary", "labels", "states"]
+    target_space: Literal["vocabulary", "labels", "tokens", "states"]
     auto_class: str
     layout: Layout
     ways: tuple[tuple[str, ...], ...]
@@ -61,6 +65,12 @@ TASKS: dict[TaskName, Task] = {
         "AutoModelForSequenceClassification",
         layout="row",
         ways=(("text", "text_pair", "label"), ("text", "label")),
+    ),
+    "question-answering": Task(
+        "tokens",
+        "AutoModelForQuestionAnswering",
+        layout="window",
+        ways=(("question", "context", "answers"),),
     ),
     "feature-extraction": Task(
         "states",

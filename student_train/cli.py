@@ -69,10 +69,13 @@ def export_command(config: ExportConfig) -> None:
 
 def _evaluation_text(numbers: dict[str, Any]) -> str:
     names = ("loss", "perplexity", "kl", "kl_bucketed", "agreement", "teacher_loss")
-    of_labels = ("accuracy", "macro_f1", "entity_f1", "ece")
-    of_teacher = ("teacher_accuracy", "teacher_entity_f1", "teacher_ece")
+    of_labels = ("accuracy", "macro_f1", "entity_f1", "ece", "f1", "exact_match")
+    of_teacher = (
+        *(f"teacher_{name}" for name in ("accuracy", "entity_f1", "f1", "exact_match", "ece")),
+    )
     of_vectors = ("cosine", "nearest_agreement", "similarity_correlation")
-    all_names = (*names, *of_labels, *of_teacher, *of_vectors, "positions")
+    counts = ("positions", "documents")
+    all_names = (*names, *of_labels, *of_teacher, *of_vectors, *counts)
     shown = [name for name in all_names if name in numbers]
     width = max(14, *(len(name) + 2 for name in shown))
     lines = [f"{name:<{width}}{_number(numbers[name])}{_range(name, numbers)}" for name in shown]
@@ -98,7 +101,8 @@ def _range(name: str, numbers: dict[str, object]) -> str:
     if numbers.get("metric") != name:
         return ""
     low, high = (_number(numbers[f"{name}_{end}"]) for end in ("low", "high"))
-    return f"  (95 % of resampled rows: {low} to {high})"
+    what = "documents" if "documents" in numbers else "rows"
+    return f"  (95 % of resampled {what}: {low} to {high})"
 
 
 def _number(value: object) -> str:

@@ -16,6 +16,7 @@ import torch
 from shared.arrays import ranges
 from shared.hidden import num_states, state_positions
 from shared.tasks import Layout
+from shared.windows import bounds_of
 
 if TYPE_CHECKING:
     from shared.blocks import Block
@@ -28,6 +29,7 @@ _NOT_PER_POSITION: dict[str, Per] = {
     "row_ids": "row",
     "num_tokens": "row",
     "num_positions": "row",
+    "context": "row",
     "input_ids": "token",
     "position_ids": "token",
     "token_type_ids": "token",
@@ -122,11 +124,11 @@ class Window:
         return taken
 
 
-def columns_of(block: "Block", temperature: float) -> Columns:
+def columns_of(block: "Block", temperature: float, layout: Layout = "tokens") -> Columns:
     """The columns of a block that micro-batches are made of; hidden states as bfloat16 bits.
 
     `position_ids`, which restart with every segment, only where rows are packed; `labels` only
-    where they are not the next tokens.
+    where they are not the next tokens; `context` [R, 2], where it begins and ends, only of windows.
     """
     columns = {
         "row_ids": block.row_ids.view(np.int64),
@@ -137,7 +139,9 @@ def columns_of(block: "Block", temperature: float) -> Columns:
     }
     if block.token_type_ids is not None:
         columns["token_type_ids"] = block.token_type_ids
-    if block.segments is not None:
+    if layout == "window":
+        columns["context"] = bounds_of(block)
+    elif block.segments is not None:
         columns["position_ids"] = ranges(np.zeros_like(block.segments), block.segments)
     if block.labels is not None:
         columns["labels"] = block.labels
@@ -204,6 +208,8 @@ def without_rows(no_rows: Columns, shape: Shape, *, counts: Counts) -> MicroBatc
         one_token["position_ids"] = np.array([0])
     if "token_type_ids" in no_rows:
         one_token["token_type_ids"] = np.array([0])
+    if "context" in no_rows:
+        one_token["context"] = np.array([[0, 1]])
     nothing = {name: column.copy() for name, column in no_rows.items()}  # some are read-only
     return _assemble(nothing | one_token, replace(shape, hidden_every=1), counts)
 

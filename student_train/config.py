@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from shared.errors import ConfigError
 from shared.options import SET, Option, check_bounds
-from shared.tasks import TaskName
+from shared.tasks import MAX_ANSWER_TOKENS, TaskName
 from student_train.loss_spec import HiddenLoss, LossSpec, SoftLoss, Tail
 from student_train.schedule import ScheduleKind
 from student_train.task_defaults import Recipe, Start, recipe_for
@@ -458,6 +458,9 @@ class EvaluateConfig:
     cache: Annotated[Path, Option(help="Held-out cache.")]
     allow_partial: Annotated[bool, Option(help="Evaluate on the shards that are there.")] = False
     batch_tokens: Annotated[int, Option(help="Tokens of one forward.", min=1)] = 8192
+    max_answer_tokens: Annotated[
+        int, Option(help="Tokens of the longest answer to a question that is looked for.", min=1)
+    ] = MAX_ANSWER_TOKENS
     device: Annotated[Literal["auto", "cpu"], Option(help="cpu: even where there is a GPU.")] = (
         "auto"
     )

@@ -1,7 +1,7 @@
 """How good a student is on a held-out cache: loss, KL to the teacher, agreement; teacher included.
 
-Sums over positions are added up batch by batch and over all processes, and divided once. On a label
-space the answers of all positions are kept, for the metrics of the task. Nothing here needs the
+Sums over positions are added up batch by batch and over all processes, and divided once. For
+labels and questions all answers are kept, for the metrics of the task. Nothing here needs the
 teacher: its loss on the same positions, or what it answered there, was cached with its targets.
 """
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from shared.cache import Cache, open_cache
 from shared.errors import ConfigError
-from shared.tasks import TASKS
+from shared.tasks import MAX_ANSWER_TOKENS, TASKS
 from student_train.answers import collector_for
 from student_train.config import EvaluateConfig
 from student_train.details import Details
@@ -30,7 +30,12 @@ _SUMS = {"hard", "soft", "agreement", "student_entropy"}  # over positions
 
 
 def evaluate(
-    student: nn.Module, cache: Cache, *, batch_tokens: int, details: Details | None = None
+    student: nn.Module,
+    cache: Cache,
+    *,
+    batch_tokens: int,
+    details: Details | None = None,
+    max_answer_tokens: int = MAX_ANSWER_TOKENS,
 ) -> dict[str, Any]:
     """The student's numbers over every row of a cache, at T = 1.
 
@@ -38,8 +43,9 @@ def evaluate(
     knows all of it (`dense`; `sample` on average), else `kl_bucketed`, over the kept classes and
     one cell for all others. `agreement`: share of positions where student and teacher have the same
     most probable class. The last two only where the cache has targets. On a label space also the
-    metrics of the task (metrics.py); of hidden states alone those of vectors.py, and `loss` is
-    1 - cosine. `details` is shown every batch, and what single positions of it were answered with.
+    metrics of the task (metrics.py), of questions those of span_metrics.py; of hidden states alone
+    those of vectors.py, and `loss` is 1 - cosine. `details` is shown every batch, and what single
+    positions of it were answered with.
     """
     manifest = cache.manifest
     has_targets = manifest.targets.kind != "none"
@@ -76,7 +82,7 @@ def evaluate(
     stream = BatchStream(cache, order, spec, max_steps=order.steps_for_epochs(1))
     device = next(student.parameters()).device
     sums: dict[str, torch.Tensor] = {}
-    collector = collector_for(cache)
+    collector = collector_for(cache, max_answer_tokens)
     training = student.training
     student.eval()
     attachment = attach(student, objective)
@@ -157,7 +163,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         "student": config.student,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "cache_id": cache.cache_id,
-        **evaluate(student, cache, batch_tokens=config.batch_tokens, details=details),
+        **evaluate(
+            student,
+            cache,
+            batch_tokens=config.batch_tokens,
+            details=details,
+            max_answer_tokens=config.max_answer_tokens,
+        ),
     }
     if details is None:
         return numbers

@@ -5,8 +5,8 @@ the keyword arguments, one keeps the hidden states in front of the output head a
 position through, and one returns the loss. The module stays what it was, so saving, adapters, DDP
 and FSDP work as for any model of `transformers`.
 
-A student of a label space has no output embeddings: its logits, of few classes, are taken as they
-come, and its loss is that of full logits.
+A student of a label space, or one that points at tokens, has no output embeddings: its logits, of
+few classes, are taken as they come, and its loss is that of full logits.
 
 Shapes: B rows, T tokens, N positions with a target, K entries, V logit width, C classes, D hidden.
 """
@@ -25,6 +25,7 @@ from shared.errors import Refused
 from shared.pooling import pooled
 from shared.target import TargetKind
 from shared.tasks import Pooling
+from shared.windows import window_logits
 from student_train.linear_loss import LinearLossOutput, linear_loss, logits_loss
 from student_train.loss_spec import HiddenLoss, LossSpec
 from student_train.losses import PER_STATE, SoftTarget, hidden_contrastive
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 TARGET_KEYS = (
     "position_index",
     "labels",
+    "context",
     "target_ids",
     "target_logprobs",
     "target_log_tail",
@@ -252,9 +254,13 @@ class Attachment:
         """The student's logits at the positions, [N, V].
 
         `position_index` counts tokens, over all rows [B, T]; of logits [B, V], one for each row, a
-        position has those of the row it is in.
+        position has those of the row it is in. Of windows: see windows.py.
         """
-        logits, at_N = output.logits, targets["position_index"]
+        at_N = targets["position_index"]
+        if "context" in targets:
+            both = output.start_logits, output.end_logits
+            return window_logits(*both, targets["context"], at_N, self.objective.num_classes)
+        logits = output.logits
         if logits.dim() == 2:
             return logits.index_select(0, at_N // self._num_tokens)
         return logits.flatten(0, 1).index_select(0, at_N)

@@ -162,7 +162,7 @@ class _Reader:
         self._unused_memory: list[Columns] = []
         self._jobs: dict[tuple[int, int], Future[None]] = {}  # by window and block
         empty = cache.empty_block(hidden_layers=spec.hidden_layers, targets=spec.targets)
-        self._no_rows = columns_of(empty, spec.temperature)
+        self._no_rows = columns_of(empty, spec.temperature, spec.layout)
 
     def batches(self, start: int, stop: int) -> Generator[MicroBatch]:
         """Micro-batches of the steps from `start` up to `stop`."""
@@ -225,7 +225,8 @@ class _Reader:
                 skip=_UNUSED,
             )
             first, last = int(starts[number]), int(starts[number + 1])
-            window.fill(first, last - first, columns_of(block, spec.temperature))
+            columns = columns_of(block, spec.temperature, spec.layout)
+            window.fill(first, last - first, columns)
 
     def _collate(self, plans: list[_Plan]) -> Iterator[MicroBatch]:
         shape = Shape(self.spec.layout, self.spec.packed, self.spec.hidden_every)

@@ -21,6 +21,7 @@ from shared.errors import CacheMismatch, ConfigError, Refused
 from shared.positions import most_tokens
 from shared.tasks import TASKS, TaskName
 from shared.tokenizer import content_hash, load_cached_tokenizer
+from shared.windows import PLACES
 from student_train.config import AdapterSpec, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -45,12 +46,14 @@ def build_student(name: str, cache: Cache, *, seed: int, dropout: float | None =
     if dropout is not None:
         set_dropout(name, config, dropout)
     auto: Any = getattr(transformers, TASKS[task].auto_class)
-    of_labels = TASKS[task].target_space == "labels"
+    of_labels, of_tokens = (TASKS[task].target_space == each for each in ("labels", "tokens"))
     from_scratch = is_from_scratch(name)
-    new_head = of_labels and not _has_head(config, task)
-    if of_labels:
-        if from_scratch or new_head or not _unnamed(cache.manifest.labels):
-            _name_labels(config, cache.manifest.labels)
+    new_head = (of_labels or of_tokens) and not _has_head(config, task)
+    if of_labels and (from_scratch or new_head or not _unnamed(cache.manifest.labels)):
+        _name_labels(config, cache.manifest.labels)
+    if of_tokens and (from_scratch or new_head):
+        config.num_labels = len(PLACES)
+    if of_labels or of_tokens:
         _set_padding(config, cache, keep_own=not from_scratch)
     if TASKS[task].layout == "row":
         config.problem_type = "single_label_classification"  # what the loss is, for who serves it
@@ -180,6 +183,8 @@ def check_fit(name: str, config: PretrainedConfig, cache: Cache) -> None:
     text_config = config.get_text_config()
     if TASKS[cache.manifest.task].target_space == "labels":
         _check_labels(name, config, cache)
+    elif TASKS[cache.manifest.task].target_space == "tokens":
+        _check_reads(name, config, cache)
     else:
         _check_vocabulary(name, text_config, cache)
     longest = int(cache.row_tokens.max(initial=0))
@@ -219,8 +224,8 @@ def _check_vocabulary(name: str, text_config: PretrainedConfig, cache: Cache) ->
         )
 
 
-def _check_labels(name: str, config: PretrainedConfig, cache: Cache) -> None:
-    """The classes of a student that has a head for the task are those of the cache, in order."""
+def _check_reads(name: str, config: PretrainedConfig, cache: Cache) -> None:
+    """The student can be one for the task, and knows every token."""
     manifest, task = cache.manifest, cache.manifest.task
     auto: Any = getattr(transformers, TASKS[task].auto_class)
     if type(config) not in auto._model_mapping:
@@ -234,6 +239,12 @@ def _check_labels(name: str, config: PretrainedConfig, cache: Cache) -> None:
             f"{name}: it knows {tokens:,} tokens, but the rows of {cache.path} are made of "
             f"{manifest.tokenizer.num_ids:,}. Use a student with the teacher's tokenizer."
         )
+
+
+def _check_labels(name: str, config: PretrainedConfig, cache: Cache) -> None:
+    """The classes of a student that has a head for the task are those of the cache, in order."""
+    manifest, task = cache.manifest, cache.manifest.task
+    _check_reads(name, config, cache)
     if not _has_head(config, task) or is_from_scratch(name):
         return  # a new head takes the classes of the cache
     own, cached = [config.id2label[i] for i in range(config.num_labels)], list(manifest.labels)
@@ -364,7 +375,7 @@ def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cach
             f"{cache.path}: holds hard labels only (--targets none). Train with --soft-weight 0 "
             "--hard-weight 1, or cache a teacher."
         )
-    if config.uses_hidden_loss and TASKS[manifest.task].target_space == "labels":
+    if config.uses_hidden_loss and TASKS[manifest.task].target_space != "vocabulary":
         raise CacheMismatch(
             f"--hidden-weight: {cache.path} is of {manifest.task}, and the hidden-state loss is "
             "there for language models only. Leave it out."
@@ -450,18 +461,20 @@ _ADAPTED: dict[TaskName, str | None] = {
     "feature-extraction": "FEATURE_EXTRACTION",
     "token-classification": "TOKEN_CLS",
     "sequence-classification": "SEQ_CLS",
+    "question-answering": "QUESTION_ANS",
 }
 
 
 def add_adapters(student: Any, spec: AdapterSpec, task: TaskName = "causal-lm") -> Any:
     """Adapters on the linear layers of the trunk; everything else is frozen.
 
-    On a label space what stands behind the trunk is trained as it is, and saved with the adapters.
+    Of a language model that is all; for other tasks what stands behind the trunk is trained as it
+    is, and saved with the adapters.
     """
     require_peft()
     from peft import LoraConfig, get_peft_model
 
-    heads = _heads(student) if TASKS[task].target_space == "labels" else None
+    heads = _heads(student) if TASKS[task].target_space in ("labels", "tokens") else None
     _check_targets(student, spec.targets, heads or [])
     config = LoraConfig(
         r=spec.rank,

@@ -66,10 +66,20 @@ def batch_of(
             position_ids=torch.from_numpy(places) if packed else None,
             token_type_ids=torch.from_numpy(types) if types.any() else None,
             position_index=position_index,
+            segments=None if packed else _segments([window[index] for index in chosen]),
         ),
         labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
         window_index=torch.from_numpy(np.concatenate(into)),
     )
+
+
+def _segments(rows: Sequence[Row]) -> torch.Tensor | None:
+    """Of rows that have several parts the lengths of these, [B, S]."""
+    most = max(len(row.segments) for row in rows)
+    if most == 1:
+        return None
+    filled = [(*row.segments, *(0,) * (most - len(row.segments))) for row in rows]
+    return torch.tensor(filled)
 
 
 def _places(row: Row, width: int) -> np.ndarray:

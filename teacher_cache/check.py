@@ -67,6 +67,7 @@ def check(config: CheckConfig) -> Checked | CheckedStates:
     teacher = Teacher.load(
         config.teacher,
         task=cache.manifest.task,
+        max_length=cache.manifest.preprocessing.max_length,
         revision=config.revision,
         dtype=config.dtype if config.dtype != "auto" else _cached_dtype(cache),
         device=config.device,

@@ -64,6 +64,14 @@ class CaptureConfig:
     max_length: Annotated[
         int, Option(help="Tokens of a row; longer ones are cut.", min=2, read_when=_NOT_LIKE)
     ] = 1024
+    stride: Annotated[
+        int,
+        Option(
+            help="Tokens that two windows of a long text share.",
+            min=0,
+            read_when={"task": ("question-answering",)} | _NOT_LIKE,
+        ),
+    ] = 128
     pack: Annotated[
         bool, Option(help="Put several short documents into one row.", read_when=_NOT_LIKE)
     ] = False
@@ -197,6 +205,8 @@ class CaptureConfig:
                 "--pack is not there for --task masked-lm: in a packed row the documents of a "
                 "bidirectional model see each other. Rows of similar length are batched anyway."
             )
+        if TASKS[self.task].layout == "window":
+            self._check_windows()
         if TASKS[self.task].target_space == "states":
             self._check_states()
         elif self.targets == "none":
@@ -255,6 +265,15 @@ class CaptureConfig:
         if TASKS[self.task].target_space != "states":
             return "none"
         return "mean" if self.pooling == "auto" else self.pooling
+
+    def _check_windows(self) -> None:
+        if self.targets == "sample":
+            raise ConfigError(
+                f"--targets sample: --task {self.task} looks for the likeliest span, of which a "
+                "sample says nothing. Use dense, the default, or topk or adaptive."
+            )
+        if self.pack or self.hidden_layers:
+            raise ConfigError(f"--pack and --hidden-layers are not there for --task {self.task}")
 
     def _check_label_only(self) -> None:
         if self.teacher is None and self.tokenizer is None:

@@ -28,6 +28,7 @@ from teacher_cache import conll
 from teacher_cache.chat import Conversation, Exchange
 from teacher_cache.config import CaptureConfig
 from teacher_cache.label_rows import Label, Labelled, Tagged
+from teacher_cache.window_rows import Asked, answers_of
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,9 @@ _NAMES = {
     "tags": ("tags", "ner_tags", "labels"),
     "text_pair": ("text_pair", "sentence2", "hypothesis"),
     "label": ("label", "labels", "intent", "category"),
+    "question": ("question", "query"),
+    "context": ("context", "passage", "paragraph", "document"),
+    "answers": ("answers",),
 }
 
 
@@ -60,6 +64,7 @@ _DOCUMENTS: dict[tuple[str, ...], Callable[..., Any]] = {
     ("tokens", "tags"): Tagged,
     ("text", "text_pair", "label"): Labelled,
     ("text", "label"): lambda text, label: Labelled(text, None, label),
+    ("question", "context", "answers"): Asked,
 }
 
 _READ_AT_ONCE = 1000  # documents
@@ -134,6 +139,8 @@ class Corpus:
                 return tuple(self._named(label) for label in value or ())
             case "label":
                 return self._named(value)
+            case "answers":
+                return answers_of(value, f"{self.info.source}: document {index}, answers")
         return self._text(index, value, role)
 
     def _named(self, label: Label) -> Label:

@@ -24,6 +24,7 @@ from shared.hidden import NO_SCALES, ChannelScales
 from shared.manifest import BatchPlan, HiddenSpec, Manifest
 from shared.shards import encode_block
 from shared.target import MAX_ENTRIES, ClassRanks, TargetSpec
+from shared.tasks import TASKS
 from teacher_cache import choices, plan
 from teacher_cache.capture import capture_window
 from teacher_cache.choices import Choice, Measured
@@ -69,7 +70,7 @@ def estimate(config: PlanConfig) -> dict[str, Any]:
     calibrated = None
     if draft.teacher is not None:
         calibrated = _calibrate(draft, draft.teacher, sample)
-    shown = _from_table(draft) if calibrated is None else calibrated.measured.choices
+    shown = _from_table(draft, sample) if calibrated is None else calibrated.measured.choices
     each = _bytes_by_part(draft, sample, shown, calibrated)
     total = sample.positions * scale * sum(each.values())
     free = shutil.disk_usage(_existing(config.out)).free
@@ -146,7 +147,7 @@ def _part_of(column: str) -> str:
     return "rows"
 
 
-def _from_table(draft: Draft) -> list[Choice]:
+def _from_table(draft: Draft, sample: Sample) -> list[Choice]:
     if draft.targets.kind == "none":
         return []
     return [
@@ -154,15 +155,22 @@ def _from_table(draft: Draft) -> list[Choice]:
             kind=spec.kind,
             size=choices.size_of(spec),
             asked=choices.is_asked(spec, draft.targets),
-            bytes_per_position=round(_tabled(spec), 1),
+            bytes_per_position=round(_tabled(spec, _possible(draft, sample)), 1),
         )
         for spec in choices.specs(draft)
     ]
 
 
-def _tabled(spec: TargetSpec) -> float:
+def _possible(draft: Draft, sample: Sample) -> float:
+    """Classes with a probability at a position; in a window the context is all that has one."""
+    if TASKS[draft.config.task].layout == "window":
+        return sum(row.segments[1] + 1 for row in sample.rows) / len(sample.rows)
+    return draft.targets.num_classes
+
+
+def _tabled(spec: TargetSpec, possible_classes: float) -> float:
     if spec.kind == "dense":
-        return _DENSE_BYTES * spec.num_classes
+        return _DENSE_BYTES * possible_classes
     sizes = np.array(list(_TABLE[spec.kind]))
     each = np.array(list(_TABLE[spec.kind].values())) / sizes
     size = choices.size_of(spec)

@@ -31,8 +31,10 @@ from shared.ragged import drawn_logprob
 from shared.schema import layout
 from shared.shards import Commit, ShardReader, commit_name, file_hash
 from shared.storage import Storage, temporary_files, temporary_writer
+from shared.tasks import TASKS
 from shared.tokenizer import load_cached_tokenizer
 from teacher_cache import seal as seals
+from teacher_cache import window_view
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
 from teacher_cache.statistics import HIDDEN_ERRORS, add, histogram, kept_masses
 
@@ -136,6 +138,9 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
         "tokens": len(row.input_ids),
         "text": tokenizer.decode(row.input_ids[:64]),
     }
+    if TASKS[cache.manifest.task].layout == "window":
+        classes = cache.manifest.targets.num_classes
+        return shown | {"window": window_view.shown(row, classes, tokenizer)}
     if row.targets is None:
         return shown
     targets, spec = row.targets, cache.manifest.targets

@@ -188,6 +188,7 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
         hidden_every=old.hidden.every,
         pooling=old.hidden.pooling if config.task == old.task == "feature-extraction" else "auto",
         max_length=old.preprocessing.max_length,
+        stride=old.preprocessing.stride,
         pack=old.preprocessing.pack,
         mask_copies=old.preprocessing.mask_copies if masked else config.mask_copies,
         mask_share=old.preprocessing.mask_share if masked else config.mask_share,
@@ -220,6 +221,7 @@ def _load_teacher(config: CaptureConfig) -> Teacher:
     teacher = Teacher.load(
         config.teacher,
         task=config.task,
+        max_length=config.max_length,
         tokenizer=config.tokenizer,
         revision=config.revision,
         dtype=config.dtype,
@@ -259,6 +261,8 @@ def teacher_info(name: str, teacher: Teacher) -> TeacherInfo:
 
 
 def _num_classes(config: CaptureConfig, teacher: Teacher | None, info: TokenizerInfo) -> int:
+    if TASKS[config.task].target_space == "tokens":
+        return config.max_length
     if teacher is not None:
         return teacher.num_classes
     if not config.uses_teacher or config.teacher is None:
@@ -317,6 +321,7 @@ def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
         mask_copies=config.mask_copies if masked else 0,
         mask_share=config.mask_share if masked else 0.0,
         mask_seed=config.seed if masked else 0,
+        stride=config.stride,
     )
 
 
@@ -325,9 +330,9 @@ def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
     if TASKS[config.task].target_space == "states":
         kind = "none"
     elif config.targets == "auto":
-        labels = TASKS[config.task].target_space == "labels"
+        few = TASKS[config.task].target_space != "vocabulary"
         asked_for_topk = config.top_k is not None or any(t != 1 for t in config.temperature)
-        if labels or num_classes <= AUTO_DENSE_CLASSES:
+        if few or num_classes <= AUTO_DENSE_CLASSES:
             kind = "dense"
         else:
             kind = "topk" if asked_for_topk else "sample"
@@ -435,12 +440,14 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
 
 def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Manifest:
     its_labels = TASKS[draft.config.task].labels
+    windows = TASKS[draft.config.task].layout == "window"
     columns = optional_columns(
-        segments=draft.preprocessing.pack,
+        segments=draft.preprocessing.pack or windows,
         positions=draft.corpus.supervised or its_labels != "next",
         labels=its_labels == "stored",
         targets=draft.targets.kind != "none",
-        token_types="text_pair" in draft.corpus.columns,
+        token_types="text_pair" in draft.corpus.columns or windows,
+        references=windows,
     )
     return Manifest(
         format_version=manifests.FORMAT_VERSION,

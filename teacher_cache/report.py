@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from shared.schema import ROW_CHUNK_BITS
 from teacher_cache.check import Checked
 from teacher_cache.check_states import CheckedStates
 from teacher_cache.inspection import Verification
@@ -207,7 +208,26 @@ def _counted(counters: dict[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counters.items())
 
 
+def _window_text(window: dict[str, Any]) -> list[str]:
+    answers = " or ".join(map(repr, window["answers"])) or "no answer"
+    here = "no answer here" if window["here"] is None else repr(window["here"])
+    lines = [
+        f"  question {window['question']!r}, answered by {answers}",
+        f"  context  {window['context']!r}",
+        f"  labels   {here}",
+    ]
+    if "teacher" in window:
+        lines.append(
+            f"  teacher  {window['teacher']!r} {window['teacher_p']:.3f}  "
+            f"no answer here {window['teacher_p_none']:.3f}"
+        )
+    return lines
+
+
 def _row_text(row: dict[str, Any]) -> list[str]:
+    if "window" in row:
+        head = f"window {row['row_id'] % (1 << ROW_CHUNK_BITS)} of document {row['document']:,}"
+        return [f"{head}, {row['tokens']} tokens", *_window_text(row["window"])]
     lines = [f"row of document {row['document']:,}, {row['tokens']} tokens: {row['text']!r}"]
     for position in row.get("positions", [])[:4]:
         best = "  ".join(

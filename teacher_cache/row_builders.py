@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.manifest import Preprocessing
 from shared.tasks import Pooling, TaskName
-from teacher_cache import label_rows, masked_rows, rows, vector_rows
+from teacher_cache import label_rows, masked_rows, rows, vector_rows, window_rows
 from teacher_cache.rows import Row
 
 if TYPE_CHECKING:
@@ -42,3 +42,6 @@ def build_rows(
         case "token-classification" | "sequence-classification":
             length = preprocessing.max_length
             return label_rows.build(documents, tokenizer, length, context.labels, counters)
+        case "question-answering":
+            length, stride = preprocessing.max_length, preprocessing.stride
+            return window_rows.build(documents, tokenizer, length, stride, counters)

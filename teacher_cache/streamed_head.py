@@ -36,6 +36,7 @@ class TeacherBatch:
     attention_mask: Tensor | None = None  # int64 [B, T], 1 = token, 0 = padding
     position_ids: Tensor | None = None  # int64 [B, T], from 0 in each segment
     token_type_ids: Tensor | None = None  # int64 [B, T], 1 in the second of two texts
+    segments: Tensor | None = None  # int64 [B, S], lengths of the parts of padded rows; 0: none
 
     def __post_init__(self) -> None:
         if self.attention_mask is not None and self.position_ids is not None:
@@ -51,6 +52,7 @@ class TeacherBatch:
             attention_mask=moved(self.attention_mask),
             position_ids=moved(self.position_ids),
             token_type_ids=moved(self.token_type_ids),
+            segments=moved(self.segments),
         )
 
 

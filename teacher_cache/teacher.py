@@ -25,6 +25,7 @@ from shared.errors import ConfigError, Refused
 from shared.pooling import pooled
 from shared.positions import most_tokens
 from shared.tasks import TASKS, Layout, Pooling, TaskName
+from shared.windows import context_bounds, window_logits
 from teacher_cache import probes, streamed_head
 from teacher_cache.streamed_head import (
     StreamedHead,
@@ -82,7 +83,7 @@ class Teacher:
     blocks: nn.ModuleList
     streamed: StreamedHead | None  # None: full logits, since streamed ones differed
     labels: tuple[str, ...] = ()  # names of the classes of a label space
-    layout: Layout = "tokens"  # row: logits are [B, C], those of a row
+    layout: Layout = "tokens"  # row: logits are [B, C], those of a row; window: see windows.py
     has_logits: bool = True
 
     @classmethod
@@ -91,6 +92,7 @@ class Teacher:
         teacher: str,
         *,
         task: TaskName = "causal-lm",
+        max_length: int = 0,
         tokenizer: str | None = None,
         revision: str | None = None,
         dtype: str = "auto",
@@ -101,6 +103,7 @@ class Teacher:
         """From a folder or a Hub id. `device` is auto, a torch device, or balanced: all GPUs.
 
         `tokenizer` names another folder or id; None: the teacher's own, in the same revision.
+        `max_length`: the tokens of the longest row, where these are the classes.
         """
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}.")
@@ -138,6 +141,8 @@ class Teacher:
             return cls.wrap_states(model, loaded_tokenizer)
         if TASKS[task].target_space == "labels":
             return cls.wrap_labels(model, loaded_tokenizer, task)
+        if TASKS[task].target_space == "tokens":
+            return cls.wrap_windows(model, loaded_tokenizer, max_length)
         return cls.wrap(model, loaded_tokenizer, task)
 
     @classmethod
@@ -175,6 +180,28 @@ class Teacher:
             blocks=_find_blocks(model),
             streamed=None,
             has_logits=False,
+        )
+
+    @classmethod
+    def wrap_windows(cls, model: Any, tokenizer: Any, max_length: int) -> "Teacher":
+        """A model for question answering that is already in memory; its classes are the tokens."""
+        model.eval().requires_grad_(False)
+        model.config.return_dict = True
+        places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if places is not None and max_length > places:
+            raise Refused(
+                f"--max-length {max_length}: {type(model).__name__} takes {places:,} positions. "
+                f"Use at most --max-length {places}: longer texts are cut into windows."
+            )
+        return cls(
+            model=model,
+            tokenizer=tokenizer,
+            num_classes=max_length,
+            logit_width=max_length,
+            trunk=None,
+            blocks=_find_blocks(model),
+            streamed=None,
+            layout="window",
         )
 
     @classmethod
@@ -276,7 +303,7 @@ class Teacher:
             if not self.has_logits:
                 self.model(**model_inputs(self.model, batch))
                 return TeacherOutput(hidden, iter(()))
-            logits_of = self._run(model_inputs(self.model, batch))
+            logits_of = self._run(batch)
         chunk = chunk_positions or self.chunk_positions
         return TeacherOutput(hidden, _chunks(logits_of, batch.position_index, chunk))
 
@@ -327,9 +354,11 @@ class Teacher:
                     "none of the hidden states it reports. Leave this layer out."
                 )
 
-    def _run(self, inputs: dict[str, Any]) -> LogitsOf:
+    def _run(self, batch: TeacherBatch) -> LogitsOf:
         """Runs the trunk, or all of the model, and returns how to get logits at flat positions."""
-        streamed = self.streamed
+        inputs, streamed = model_inputs(self.model, batch), self.streamed
+        if self.layout == "window":
+            return self._run_windows(inputs, batch)
         if self.layout == "row":
             logits_BC, width = self.model(**inputs).logits, inputs["input_ids"].shape[1]
             return lambda index_n: logits_BC[index_n // width]
@@ -341,6 +370,12 @@ class Teacher:
         return lambda index_n: streamed.logits(
             inputs, outputs, states_MD[index_n.to(states_MD.device)]
         )
+
+    def _run_windows(self, inputs: dict[str, Any], batch: TeacherBatch) -> LogitsOf:
+        assert batch.segments is not None  # rows of this layout have several parts
+        output, context_B2 = self.model(**inputs), context_bounds(batch.segments)
+        logits = output.start_logits, output.end_logits
+        return lambda index_n: window_logits(*logits, context_B2, index_n, self.num_classes)
 
     @contextmanager
     def _keeping(

@@ -96,6 +96,8 @@ def read_shard(
                 values[column] |= content.view(f"<u{size}").astype(np.int64) << 8 * index
             if column == "num_segments":
                 counts["segment"] = values[column].sum()
+            if column == "reference_bytes":
+                counts["byte"] = values[column].sum()
             if column == "target_counts":
                 counts["entry"] = values[column].sum()
         check(np.array_equal(values["num_tokens"], tokens), f"{name}: num_tokens")
@@ -118,6 +120,9 @@ def layout(manifest: dict[str, Any]) -> Layout:
         "segments": (6, place_bytes, 1, 1, "segment"),
         "positions": (7, place_bytes, 1, 1, "position"),
         "labels": (8, class_bytes, 1, 1, "position"),
+        "token_type_ids": (9, 1, 1, 1, "token"),
+        "reference_bytes": (10, 1, 4, 1, "row"),
+        "reference": (11, 1, 1, 1, "byte"),
         "label_logprob": (24, 2, 1, 1, "position"),
         "entropy": (25, 1, 1, 1, "position"),
     }
@@ -190,6 +195,11 @@ def rows(
         of_rows[f"hidden.{layer}"] = cut(bits, states)
     of_rows |= {"row_id": values["row_ids"], "input_ids": input_ids, "segments": segments}
     of_rows |= {"positions": positions, "labels": labels}
+    if "token_type_ids" in values:
+        of_rows["token_type_ids"] = cut(values["token_type_ids"], tokens)
+    if "reference" in values:
+        texts = cut(values["reference"], values["reference_bytes"])
+        of_rows["reference"] = [text.astype(np.uint8).tobytes().decode() for text in texts]
     for index in range(len(tokens)):
         yield {name: content[index] for name, content in of_rows.items()}
 

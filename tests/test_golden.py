@@ -30,7 +30,7 @@ from shared.target import TargetSpec
 from teacher_cache import seal
 from teacher_cache.config import VerifyConfig
 from teacher_cache.inspection import verify
-from tests import plain_reader
+from tests import plain_reader, questions
 from tests.plain_reader import read_cache
 from tests.shared.test_shards import CLASSES, NO_HIDDEN, RANKS, cache_manifest, random_block
 
@@ -188,6 +188,37 @@ def test_the_plain_reader_agrees_on_hidden_states_of_every_codec(codec, every, c
     }
     for row in rows:
         assert len(row["hidden.0"]) == -(-len(row["positions"]) // every)
+
+
+@pytest.mark.parametrize("kind", ["dense", "adaptive"])
+def test_the_plain_reader_agrees_on_windows_and_their_references(kind, tmp_path):
+    """Segments of another meaning, token types, references, classes that are tokens."""
+    corpus = questions.write_corpus(tmp_path / "q.jsonl", questions.make_documents(20))
+    teacher = questions.write_teacher(tmp_path / "teacher")
+    options = {"teacher": str(teacher), "targets": kind}
+    if kind == "adaptive":
+        options["mean_entries"] = 3.0
+    cache = questions.capture(tmp_path / "cache", corpus, **options)
+    rows = list(read_cache(tmp_path / "cache"))
+    assert_same(
+        [
+            {n: v for n, v in row.items() if n not in ("token_type_ids", "reference")}
+            for row in rows
+        ],
+        rows_of(tmp_path / "cache"),
+    )
+    for row, ours in zip(rows, cache, strict=True):
+        assert json.loads(row["reference"]) == ours.reference
+        assert row["token_type_ids"].tolist() == ours.token_type_ids.tolist()
+        before, tokens = row["segments"][:2]
+        begins = np.cumsum(ours.reference["steps"])
+        assert len(begins) == len(ours.reference["lengths"]) == tokens
+        start, end = row["labels"] - before
+        if row["labels"].any():
+            found = ours.reference["text"][
+                begins[start] : begins[end] + ours.reference["lengths"][end]
+            ]
+            assert found in ours.reference["answers"]
 
 
 @pytest.mark.parametrize("value_bits", [7, 8, 16])

@@ -163,14 +163,9 @@ def paths_of(value, path=()):
 
 EVERY_FIELD = list(paths_of(json.loads(make_manifest().to_json())))
 ADDED = [
-    ("targets", "mean_entries"),
-    ("targets", "threshold"),
-    ("hidden", "every"),
-    ("hidden", "pooling"),
-    ("labels",),
-    ("preprocessing", "mask_copies"),
-    ("preprocessing", "mask_share"),
-    ("preprocessing", "mask_seed"),
+    *(("targets", "mean_entries"), ("targets", "threshold"), ("labels",)),
+    *(("hidden", "every"), ("hidden", "pooling")),
+    *(("preprocessing", name) for name in ("mask_copies", "mask_share", "mask_seed", "stride")),
 ]
 
 

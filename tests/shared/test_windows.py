@@ -1,0 +1,125 @@
+"""Windows: which tokens may be chosen, the likeliest span, references, and blocks that are none."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from shared.blocks import Block
+from shared.errors import CorruptCache
+from shared.windows import WindowReference, best_spans, check, reference_of, window_logits
+
+CONTEXT = torch.tensor([[3, 6], [2, 8], [1, 2]])  # the first row has 7 tokens, the last 3
+
+
+def test_only_token_0_and_the_context_have_logits():
+    torch.manual_seed(0)
+    start_BT, end_BT = torch.randn(2, 3, 8).unbind()
+    index_N = torch.tensor([0, 1, 8, 9, 16, 17, 1])
+    found = window_logits(start_BT, end_BT, CONTEXT, index_N, num_classes=11)
+    assert found.shape == (7, 11)
+    for line, index in enumerate(index_N.tolist()):
+        row, end = divmod(index, 8)
+        first, behind = CONTEXT[row].tolist()
+        for token in range(11):
+            allowed = token == 0 or first <= token < behind
+            logits = end_BT if end else start_BT
+            expected = logits[row, token] if allowed else -torch.inf
+            assert found[line, token] == expected
+
+
+@pytest.mark.parametrize("longest", [1, 2, 3, 30])
+def test_the_best_span_is_that_of_all_pairs(longest):
+    torch.manual_seed(longest)
+    logp = torch.randn(3, 2, 8).double()
+    spans = best_spans(logp, CONTEXT, longest)
+    for row, (first, behind) in enumerate(CONTEXT.tolist()):
+        pairs = [
+            (float(logp[row, 0, s] + logp[row, 1, e]), s - first, e - first)
+            for s, e in product(range(first, behind), repeat=2)
+            if 0 <= e - s < longest
+        ]
+        best = max(pairs, key=lambda pair: pair[0])
+        assert (float(spans.score_B[row]), int(spans.first_B[row]), int(spans.last_B[row])) == best
+        assert float(spans.null_B[row]) == float(logp[row, 0, 0] + logp[row, 1, 0])
+
+
+def test_of_equal_spans_the_first_and_shortest_wins():
+    spans = best_spans(torch.zeros(1, 2, 8), torch.tensor([[2, 8]]), 30)
+    assert (int(spans.first_B), int(spans.last_B)) == (0, 0)
+
+
+def test_no_span_with_a_probability_has_no_score():
+    logp = torch.full((1, 2, 8), -torch.inf)
+    logp[0, 0, 5] = logp[0, 1, 3] = 0.0  # the end before the start
+    assert best_spans(logp, torch.tensor([[2, 8]]), 30).score_B.tolist() == [-torch.inf]
+
+
+def test_a_reference_reads_any_span_of_its_window():
+    text = "Über 3 小时 — done"
+    offsets = np.array([[0, 2], [2, 4], [5, 6], [7, 8], [7, 8], [8, 9], [10, 11], [12, 16]])
+    for first in range(len(offsets)):
+        part = offsets[first:]
+        reference = WindowReference.of(text, part, ("a",))
+        again = reference_of(
+            {
+                name: list(v) if isinstance(v, tuple) else v
+                for name, v in reference.to_json().items()
+            },
+            len(part),
+            "here",
+        )
+        assert again == reference
+        for last in range(first, len(offsets)):
+            expected = text[offsets[first, 0] : offsets[last, 1]]
+            assert reference.between(0, last - first) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "here: found 'None', expected an object"),
+        ({"answers": [], "text": "a", "steps": [0]}, "here: the field 'lengths' is missing"),
+        ({"answers": [3], "text": "a", "steps": [0], "lengths": [1]}, "here: answers: found '3'"),
+        ({"answers": [], "text": "a", "steps": [0, 1], "lengths": [1, 1]}, "expected 1"),
+        ({"answers": [], "text": "a", "steps": [0], "lengths": []}, "the places of 1 and 0 tokens"),
+    ],
+)
+def test_a_reference_that_is_none_is_an_error(value, message):
+    with pytest.raises(CorruptCache, match=message):
+        reference_of(value, 1, "here")
+
+
+def block(**changes):
+    columns = {
+        "row_ids": np.arange(2, dtype=np.uint64),
+        "num_tokens": np.array([7, 5], np.int32),
+        "num_positions": np.array([2, 2], np.int32),
+        "input_ids": np.zeros(12, np.int32),
+        "positions": np.array([0, 1, 0, 1], np.int32),
+        "segments": np.array([3, 3, 1, 2, 3], np.int32),
+        "num_segments": np.array([3, 2], np.int32),
+        "labels": np.array([3, 5, 0, 0], np.int32),
+    }
+    return Block(**columns | {name: np.array(v, np.int32) for name, v in changes.items()})
+
+
+def test_a_block_of_windows_passes():
+    check(block(), 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_segments": [4, 1]}, "two or three parts"),
+        ({"positions": [0, 1, 1, 0]}, "the positions 0 and 1"),
+        ({"num_positions": [3, 1]}, "the positions 0 and 1"),
+        ({"num_tokens": [7, 9]}, "at most 8 tokens"),
+        ({"labels": [3, 6, 0, 0]}, "labels that are tokens of the context, or 0"),
+        ({"labels": [2, 5, 0, 0]}, "labels that are tokens of the context, or 0"),
+    ],
+)
+def test_a_block_that_is_none_of_windows_is_an_error(changes, message):
+    with pytest.raises(CorruptCache, match=message):
+        check(block(**changes), 8)
