@@ -62,7 +62,8 @@ class Row:
 
     State s is that of token `hidden_positions[s]`: of all positions, or of every n-th.
 
-    `segments` are the lengths of its documents' parts: one, unless rows are packed.
+    `segments` are the lengths of its parts: one; of a packed row its documents'; of a pair those of
+    what the encoder reads and of what the decoder reads.
     `token_type_ids` [T] where a row is a pair of texts; `reference` is what an answer of the
     student is compared with, where the task has more to compare than labels.
     """
@@ -416,7 +417,13 @@ def references(block: Block) -> list[Any]:
     ends = np.cumsum(block.reference_bytes, dtype=np.int64)
     data = block.reference.tobytes()
     pairs = zip(ends - block.reference_bytes, ends, strict=True)
-    return [manifests.parse_json(data[start:end], "reference") for start, end in pairs]
+    return [_reference(data[start:end]) for start, end in pairs]
+
+
+def _reference(data: bytes) -> Any:
+    """A text may hold any number of brackets, so only its own length limits them."""
+    most = len(data)
+    return manifests.parse_json(data, "reference", max_values=2 * most, max_containers=most)
 
 
 def _segments(block: Block, index: int) -> tuple[int, ...]:

@@ -81,7 +81,11 @@ class CorpusInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
-    """Every option that decides which tokens a document becomes."""
+    """Every option that decides which tokens a document becomes.
+
+    Of seq2seq-lm: `max_length` is of the source, `max_target_length` of the target with its end;
+    `decoder_start` is the token in front of every target, -1 for other tasks.
+    """
 
     split: str
     columns: tuple[str, ...]
@@ -90,6 +94,8 @@ class Preprocessing:
     limit_documents: int
     max_length: int
     pack: bool
+    max_target_length: int = field(default=128, metadata={"added": True})
+    decoder_start: int = field(default=-1, metadata={"added": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +152,14 @@ class Manifest:
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False).encode()
+
+    @property
+    def max_row_tokens(self) -> int:
+        """Tokens of the longest row there can be: a pair is a source, a start and a target."""
+        options = self.preprocessing
+        if TASKS[self.task].layout == "pair":
+            return options.max_length + 1 + options.max_target_length
+        return options.max_length
 
     @property
     def cache_id(self) -> str:
@@ -227,6 +241,7 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
     limits = [
         ("tokenizer.num_ids", manifest.tokenizer.num_ids, MAX_CLASSES),
         ("preprocessing.max_length", manifest.preprocessing.max_length, MAX_LENGTH),
+        ("preprocessing.max_target_length", manifest.preprocessing.max_target_length, MAX_LENGTH),
         ("targets.num_classes", manifest.targets.num_classes, MAX_CLASSES),
         ("targets.top_k", manifest.targets.top_k, MAX_CLASSES),
         ("hidden.every", manifest.hidden.every, MAX_LENGTH),
@@ -251,6 +266,16 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
         )
     if manifest.targets.ragged and not manifest.targets.threshold:
         yield "targets.threshold: found 0, expected what calibration found"
+    start, of_pairs = manifest.preprocessing.decoder_start, TASKS[manifest.task].layout == "pair"
+    if not (0 <= start < manifest.tokenizer.num_ids if of_pairs else start == -1):
+        yield (
+            f"preprocessing.decoder_start: found {start}, expected "
+            + (
+                f"a token below {manifest.tokenizer.num_ids:,}"
+                if of_pairs
+                else "-1, for no decoder"
+            )
+        )
     of_labels = TASKS[manifest.task].target_space == "labels"
     if len(manifest.labels) != (manifest.targets.num_classes if of_labels else 0):
         yield (

@@ -6,8 +6,8 @@ Rows are built in stage one and metrics live in stage two; both read the task fr
 from dataclasses import dataclass
 from typing import Literal
 
-TaskName = Literal["causal-lm", "token-classification", "sequence-classification"]
-Layout = Literal["tokens", "row"]
+TaskName = Literal["causal-lm", "seq2seq-lm", "token-classification", "sequence-classification"]
+Layout = Literal["tokens", "row", "pair"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,8 @@ class Task:
     """`target_space`: what a class is. `auto_class`: the class in `transformers` that loads it.
 
     `layout`: how a row is laid out and where its targets are. tokens: at tokens, or the next ones;
-    row: of the row as a whole, at position 0.
+    row: of the row as a whole, at position 0; pair: two segments, what the encoder reads and what
+    the decoder reads, targets at all tokens of the second but its last.
     `ways`: which columns a document may consist of, by role.
     """
 
@@ -31,6 +32,12 @@ TASKS: dict[TaskName, Task] = {
         "AutoModelForCausalLM",
         layout="tokens",
         ways=(("messages",), ("text",), ("prompt", "completion")),
+    ),
+    "seq2seq-lm": Task(
+        "vocabulary",
+        "AutoModelForSeq2SeqLM",
+        layout="pair",
+        ways=(("source", "target"), ("messages",)),
     ),
     "token-classification": Task(
         "labels",

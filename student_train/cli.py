@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from typing import Any
 
 import typer
 
@@ -51,18 +52,27 @@ def compare_command(config: CompareConfig) -> None:
         typer.echo(f"drawn in {config.html}", err=True)
 
 
-def _evaluation_text(numbers: dict[str, object]) -> str:
+def _evaluation_text(numbers: dict[str, Any]) -> str:
     names = ("loss", "perplexity", "kl", "kl_bucketed", "agreement", "teacher_loss")
     of_labels = ("accuracy", "macro_f1", "entity_f1", "ece")
     of_teacher = ("teacher_accuracy", "teacher_entity_f1")
-    shown = [name for name in (*names, *of_labels, *of_teacher, "positions") if name in numbers]
+    of_texts = ("chrf", "bleu", "rouge1", "rouge2", "rougeL", "teacher_chrf", "written_rows")
+    all_names = (*names, *of_labels, *of_teacher, "positions", *of_texts)
+    shown = [name for name in all_names if name in numbers]
     width = max(14, *(len(name) + 2 for name in shown))
-    return "\n".join(
-        f"{name:<{width}}{_number(numbers[name])}{_range(name, numbers)}" for name in shown
+    lines = [f"{name:<{width}}{_number(numbers[name])}{_range(name, numbers)}" for name in shown]
+    return "\n".join(lines + [_text_line(text) for text in numbers.get("texts", [])])
+
+
+def _text_line(text: dict[str, Any]) -> str:
+    """A source, what the student wrote, and what was expected."""
+    return (
+        f"chrF {text['chrf']:5.1f}  {text['source']!r} -> {text['text']!r}, "
+        f"expected {text['reference']!r}"
     )
 
 
-def _range(name: str, numbers: dict[str, object]) -> str:
+def _range(name: str, numbers: dict[str, Any]) -> str:
     """The interval of the main metric of the task."""
     if numbers.get("metric") != name:
         return ""

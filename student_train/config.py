@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from shared.errors import ConfigError
-from shared.options import Option, check_bounds
+from shared.options import SET, Option, check_bounds
 from student_train.loss_spec import HiddenLoss, LossSpec, SoftLoss, Tail
 from student_train.schedule import ScheduleKind
 
@@ -136,6 +136,20 @@ class TrainConfig:
     early_stopping_metric: Annotated[
         EvalMetric, Option(help="What early stopping and the best checkpoint look at.")
     ] = "loss"
+    generate_rows: Annotated[
+        int,
+        Option(
+            help="Held-out rows that the student writes a text for at the end, scored against "
+            "their references (seq2seq-lm); 0: none.",
+            min=0,
+        ),
+    ] = 0
+    num_beams: Annotated[
+        int, Option(help="Beams of generation.", min=1, read_when={"generate_rows": (SET,)})
+    ] = 1
+    max_new_tokens: Annotated[
+        int, Option(help="Tokens of a written text.", min=1, read_when={"generate_rows": (SET,)})
+    ] = 128
     seed: Annotated[int, Option(help="Seed of initialisation, order and dropout.", min=0)] = 0
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
@@ -172,6 +186,8 @@ class TrainConfig:
             )
         if self.early_stopping_patience and not (self.validation_cache and self.eval_every):
             raise ConfigError("--early-stopping-patience needs --validation-cache and --eval-every")
+        if self.generate_rows and self.validation_cache is None:
+            raise ConfigError("--generate-rows needs --validation-cache")
         if len(self.hidden_map) > 1 and {"last", "uniform"} & set(self.hidden_map):
             raise ConfigError(
                 f"--hidden-map {' '.join(self.hidden_map)}: last and uniform each stand alone"
@@ -316,6 +332,22 @@ class EvaluateConfig:
     cache: Annotated[Path, Option(help="Held-out cache.")]
     allow_partial: Annotated[bool, Option(help="Evaluate on the shards that are there.")] = False
     batch_tokens: Annotated[int, Option(help="Tokens of one forward.", min=1)] = 8192
+    generate: Annotated[
+        bool,
+        Option(
+            help="Also let the student write a text for the sources of held-out rows (seq2seq-lm), "
+            "scored against their references by chrF, BLEU and ROUGE."
+        ),
+    ] = False
+    generate_rows: Annotated[
+        int, Option(help="Rows to write for.", min=1, read_when={"generate": (True,)})
+    ] = 200
+    num_beams: Annotated[
+        int, Option(help="Beams of generation.", min=1, read_when={"generate": (True,)})
+    ] = 1
+    max_new_tokens: Annotated[
+        int, Option(help="Tokens of a written text.", min=1, read_when={"generate": (True,)})
+    ] = 128
     device: Annotated[Literal["auto", "cpu"], Option(help="cpu: even where there is a GPU.")] = (
         "auto"
     )

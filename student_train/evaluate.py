@@ -21,6 +21,8 @@ from student_train.objective import Objective, attach
 from student_train.order import Order, OrderSpec
 from student_train.stream import BatchStream, StreamSpec
 from student_train.student import build_student, check_fit, load_config
+from student_train.text_metrics import require_metrics
+from student_train.writing import Writing, check_writes, written_numbers
 
 _SUMS = {"hard", "soft", "agreement", "student_entropy"}  # over positions
 
@@ -117,12 +119,24 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     cache = open_cache(config.cache, allow_partial=config.allow_partial)
     model_config = load_config(config.student)
     check_fit(config.student, model_config, cache)
+    if config.generate:
+        check_writes(cache)
+        require_metrics()
     student = build_student(config.student, cache, seed=0)
     cuda = config.device == "auto" and torch.cuda.is_available()
     student.to("cuda" if cuda else "cpu")
-    return {
+    numbers = {
         "student": config.student,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
         "cache_id": cache.cache_id,
         **evaluate(student, cache, batch_tokens=config.batch_tokens),
     }
+    if config.generate:
+        writing = Writing(
+            rows=config.generate_rows,
+            num_beams=config.num_beams,
+            max_new_tokens=config.max_new_tokens,
+            batch_tokens=config.batch_tokens,
+        )
+        numbers |= written_numbers(student, cache, writing)
+    return numbers

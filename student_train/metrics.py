@@ -11,8 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-MetricName = Literal["accuracy", "entity_f1"]
-TITLES: dict[MetricName, str] = {"accuracy": "accuracy", "entity_f1": "entity F1"}
+MetricName = Literal["accuracy", "entity_f1", "chrf"]
+TITLES: dict[MetricName, str] = {
+    "accuracy": "accuracy",
+    "entity_f1": "entity F1",
+    "chrf": "chrF",
+}
 
 _ECE_BINS = 15  # as Guo et al. 2017
 _RESAMPLES = 1000

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
+from transformers.utils import ModelOutput
 
 from shared.errors import Refused
 from shared.target import TargetKind
+from student_train.encoder_decoder import num_blocks
 from student_train.linear_loss import LinearLossOutput, linear_loss, logits_loss
 from student_train.loss_spec import HiddenLoss, LossSpec
 from student_train.losses import PER_STATE, SoftTarget, hidden_contrastive
@@ -84,6 +86,7 @@ class Head:
     linear: bool
     scale: float = 1.0
     softcap: float | None = None
+    offset_V: Tensor | None = None  # added to all logits: the final_logits_bias of BART's family
 
 
 class Attachment:
@@ -115,6 +118,9 @@ class Attachment:
             if layer != -1:
                 block = _blocks(student)[layer]
                 self._handles.append(block.register_forward_hook(self._keeper(layer)))
+            elif _config(student).is_encoder_decoder:  # a T5 scales its states for the head
+                decoder = student.get_decoder()
+                self._handles.append(decoder.register_forward_hook(self._keeper(layer)))
         if objective.layer_pairs and not hasattr(student, PROJECTIONS):
             setattr(student, PROJECTIONS, self._projections())
 
@@ -162,7 +168,8 @@ class Attachment:
     def _keeper(self, layer: int) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             if self._targets is not None:
-                self._layers[layer] = output[0] if isinstance(output, tuple) else output
+                ended = isinstance(output, ModelOutput)  # after the last norm
+                self._layers[layer] = output[0] if ended or isinstance(output, tuple) else output
 
         return keep
 
@@ -197,7 +204,7 @@ class Attachment:
             sums |= {name: soft, "agreement": result.agreement}
         if objective.layer_pairs:
             assert states is not None
-            layers[-1] = states
+            layers.setdefault(-1, states)
             hidden, count = self._hidden_sum(layers, targets), self._hidden_count(targets)
             # A mean times all positions, as the other sums are: those are what it is divided by.
             sums["hidden"] = hidden.detach() * (_count(targets) / count)
@@ -243,6 +250,8 @@ class Attachment:
     def _head_loss(self, states_ND: Tensor, common: dict[str, Any]) -> LinearLossOutput:
         bias = getattr(self.head_module, "bias", None)
         weight, bias = _whole(self.head_module.weight), None if bias is None else _whole(bias)
+        if self.head.offset_V is not None:
+            bias = self.head.offset_V if bias is None else bias + self.head.offset_V
         scale, softcap = self.head.scale, self.head.softcap
         return linear_loss(states_ND, weight, bias, logit_scale=scale, softcap=softcap, **common)
 
@@ -290,7 +299,7 @@ def _count(targets: dict[str, Tensor]) -> Tensor:
 
 
 def probe_head(student: nn.Module, head: nn.Module | None, num_classes: int) -> Head:
-    """Whether the logits are `scale * (h W^T + b)` with an optional tanh cap, by trying."""
+    """Whether logits are `scale * (h W^T + b)`, by trying; with an optional tanh cap or offset."""
     weight = getattr(head, "weight", None)
     if head is None or not isinstance(weight, Tensor) or _is_adapted(head):
         return _fall_back("its head is no plain linear layer")
@@ -300,8 +309,9 @@ def probe_head(student: nn.Module, head: nn.Module | None, num_classes: int) -> 
     student.eval()
     try:
         ids = torch.arange(1, 5, device=weight.device).reshape(1, 4) % num_classes
+        decoder = {"decoder_input_ids": ids} if _config(student).is_encoder_decoder else {}
         with torch.no_grad():
-            own = student(input_ids=ids, use_cache=False).logits.float()
+            own = student(input_ids=ids, **decoder, use_cache=False).logits.float()
             bias = getattr(head, "bias", None)
             plain = nn.functional.linear(captured[0], weight, bias).float()
     finally:
@@ -314,6 +324,9 @@ def probe_head(student: nn.Module, head: nn.Module | None, num_classes: int) -> 
         logits = plain * scale if softcap is None else softcap * torch.tanh(plain / softcap)
         if torch.allclose(logits, own, rtol=0, atol=tolerance):
             return Head(linear=True, scale=scale, softcap=softcap)
+    offset_V = (own - plain).flatten(0, 1).mean(dim=0)
+    if torch.allclose(plain + offset_V, own, rtol=0, atol=tolerance):
+        return Head(linear=True, offset_V=offset_V)
     return _fall_back("its logits are no scaled linear function of the states in front of the head")
 
 
@@ -377,8 +390,10 @@ def _hidden_width(student: nn.Module) -> int:
 
 def _blocks(student: nn.Module) -> nn.ModuleList:
     """The list of blocks: the longest ModuleList whose length is the number of layers."""
-    wanted = _config(student).get_text_config().num_hidden_layers
-    for module in student.modules():
+    wanted = num_blocks(_config(student))
+    decoders = _config(student).is_encoder_decoder
+    trunk: Any = student
+    for module in (trunk.get_decoder() if decoders else trunk).modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
     raise ValueError(f"no list of {wanted} blocks in {type(student).__name__}")

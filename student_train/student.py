@@ -18,6 +18,13 @@ from shared.errors import CacheMismatch, ConfigError, Refused
 from shared.tasks import TASKS, TaskName
 from shared.tokenizer import content_hash, load_cached_tokenizer
 from student_train.config import TrainConfig
+from student_train.encoder_decoder import (
+    check_decoder_start,
+    check_lengths,
+    generation_config,
+    num_blocks,
+    set_tokens,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,12 +52,17 @@ def build_student(name: str, cache: Cache, *, seed: int) -> Any:
         if from_scratch or new_head or not _unnamed(cache.manifest.labels):
             _name_labels(config, cache.manifest.labels)
         _set_padding(config, cache, keep_own=not from_scratch)
+    if TASKS[task].layout == "pair" and from_scratch:
+        set_tokens(config, cache)
     if TASKS[task].layout == "row":
         config.problem_type = "single_label_classification"  # what the loss is, for who serves it
     torch.manual_seed(seed)
     if from_scratch:
         log.info("%s: no weights there, training from scratch", name)
-        return auto.from_config(config, dtype=torch.float32)
+        student = auto.from_config(config, dtype=torch.float32)
+        if TASKS[task].layout == "pair":
+            student.generation_config = generation_config(config)
+        return student
     if new_head:
         log.info("%s: it has no head for %s, a new one is made", name, task)
     try:
@@ -146,12 +158,28 @@ def check_fit(name: str, config: PretrainedConfig, cache: Cache) -> None:
         _check_vocabulary(name, text_config, cache)
     longest = int(cache.row_tokens.max(initial=0))
     places = getattr(text_config, "max_position_embeddings", None)
-    if places is not None and longest > places:
+    if TASKS[cache.manifest.task].layout == "pair":
+        _check_pair(name, config, cache, places)
+    elif places is not None and longest > places:
         raise CacheMismatch(
             f"{name}: takes {places:,} positions, but the longest row of {cache.path} has "
             f"{longest:,} tokens. Cache again with --max-length {places}, or use another student."
         )
     _check_tokenizer(name, cache)
+
+
+def _check_pair(name: str, config: PretrainedConfig, cache: Cache, places: int | None) -> None:
+    auto: Any = transformers.AutoModelForSeq2SeqLM
+    if type(config) not in auto._model_mapping:
+        raise CacheMismatch(
+            f"{name}: a model of type {config.model_type} is no encoder-decoder, which "
+            f"{cache.path} was cached for. Use a T5, BART, Marian or the like."
+        )
+    if places is not None:
+        check_lengths(name, places, cache)
+    folder = Path(name)
+    if not folder.is_dir() or _has_weights(folder):
+        check_decoder_start(name, cache)
 
 
 def _check_vocabulary(name: str, text_config: PretrainedConfig, cache: Cache) -> None:
@@ -282,8 +310,7 @@ def layer_pairs(
     """(teacher layer, student layer) for the hidden loss of this student on this cache."""
     if not config.uses_hidden_loss:
         return ()
-    blocks = int(model_config.get_text_config().num_hidden_layers)
-    return config.layer_pairs(cache.manifest.hidden.layers, blocks)
+    return config.layer_pairs(cache.manifest.hidden.layers, num_blocks(model_config))
 
 
 def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cache) -> None:
@@ -360,6 +387,7 @@ def _check_sample(config: TrainConfig, cache: Cache) -> None:
 
 _ADAPTED: dict[TaskName, str] = {
     "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
     "token-classification": "TOKEN_CLS",
     "sequence-classification": "SEQ_CLS",
 }

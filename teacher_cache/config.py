@@ -57,6 +57,23 @@ class CaptureConfig:
     max_length: Annotated[
         int, Option(help="Tokens of a row; longer ones are cut.", min=2, read_when=_NOT_LIKE)
     ] = 1024
+    max_target_length: Annotated[
+        int,
+        Option(
+            help="Tokens of a target; longer ones are cut, and then have no end.",
+            min=1,
+            read_when=_NOT_LIKE | {"task": ("seq2seq-lm",)},
+        ),
+    ] = 128
+    decoder_start: Annotated[
+        int | Literal["auto"],
+        Option(
+            help="Token that a decoder starts from; auto: the teacher's, without one the "
+            "tokenizer's padding, else its BOS, else its end.",
+            min=0,
+            read_when=_NOT_LIKE | {"task": ("seq2seq-lm",)},
+        ),
+    ] = "auto"
     pack: Annotated[
         bool, Option(help="Put several short documents into one row.", read_when=_NOT_LIKE)
     ] = False
@@ -158,6 +175,8 @@ class CaptureConfig:
         check_bounds(self)
         if TASKS[self.task].target_space == "labels":
             self._check_label_space()
+        if self.pack and TASKS[self.task].layout == "pair":
+            raise ConfigError(f"--pack is not there for --task {self.task}")
         if self.targets == "none":
             self._check_label_only()
         elif self.teacher is None:

@@ -26,6 +26,7 @@ from shared.tasks import TASKS
 from teacher_cache.chat import Conversation, Exchange
 from teacher_cache.config import CaptureConfig
 from teacher_cache.label_rows import Labelled, Tagged
+from teacher_cache.seq2seq_rows import Pair
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ _NAMES = {
     "text": ("text", "content", "body", "document", "article", "sentence", "sentence1", "premise"),
     "prompt": ("prompt", "question", "instruction", "input"),
     "completion": ("completion", "answer", "response", "output"),
+    "source": ("source", "document", "article", "text", "dialogue", "input", "en"),
+    "target": ("target", "summary", "summaries", "translation", "highlights", "output"),
     "tokens": ("tokens", "words"),
     "tags": ("tags", "ner_tags", "labels"),
     "text_pair": ("text_pair", "sentence2", "hypothesis"),
@@ -54,6 +57,7 @@ _DOCUMENTS: dict[tuple[str, ...], Callable[..., Any]] = {
     ("messages",): lambda conversation: conversation,
     ("text",): lambda text: text,
     ("prompt", "completion"): Exchange,
+    ("source", "target"): Pair,
     ("tokens", "tags"): Tagged,
     ("text", "text_pair", "label"): Labelled,
     ("text", "label"): lambda text, label: Labelled(text, None, label),
@@ -109,6 +113,9 @@ class Corpus:
         match role:
             case "messages":
                 return self._conversation(index, value)
+            case "target":
+                texts = value if isinstance(value, list) else [value]
+                return tuple(self._text(index, text, role) for text in texts if text is not None)
             case "tokens" | "tags":
                 return tuple(value or ())
             case "label":
@@ -314,9 +321,9 @@ def _columns(documents: datasets.Dataset, config: CaptureConfig) -> dict[str, st
     if asked:
         ways = tuple(way for way in task_ways if set(asked) <= set(way))
         if not ways:
+            kinds = ", or ".join(" and ".join(way) for way in task_ways)
             raise CorpusError(
-                f"--columns {' '.join(asked)}: a document is messages, or text, or prompt and "
-                "completion, not several of them"
+                f"--columns {' '.join(asked)}: a document is {kinds}, not several of them"
             )
     for way in ways:
         free = [name for name in names if name not in asked.values()]

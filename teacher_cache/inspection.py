@@ -30,6 +30,7 @@ from shared.ragged import drawn_logprob
 from shared.schema import layout
 from shared.shards import Commit, ShardReader, commit_name, file_hash
 from shared.storage import Storage, temporary_files, temporary_writer
+from shared.tasks import TASKS
 from shared.tokenizer import load_cached_tokenizer
 from teacher_cache import seal as seals
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
@@ -135,6 +136,12 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
         "tokens": len(row.input_ids),
         "text": tokenizer.decode(row.input_ids[:64]),
     }
+    begin = 0  # of the sequence that the positions are in
+    if TASKS[cache.manifest.task].layout == "pair":
+        begin = row.segments[0]
+        shown["text"] = tokenizer.decode(row.input_ids[: min(begin, 64)])
+        shown["target"] = tokenizer.decode(row.input_ids[begin:][:64])
+        shown["reference"] = row.reference
     if row.targets is None:
         return shown
     targets, spec = row.targets, cache.manifest.targets
@@ -151,7 +158,9 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
         rest = 1 - float(logprobs[place][as_they_are].exp().sum())
         shown["positions"].append(
             {
-                "after": tokenizer.decode(row.input_ids[: int(row.positions[place]) + 1][-8:]),
+                "after": tokenizer.decode(
+                    row.input_ids[begin : int(row.positions[place]) + 1][-8:]
+                ),
                 "hard_label": tokenizer.decode([int(row.labels[place])]),
                 "teacher": [
                     {

@@ -24,6 +24,7 @@ from safetensors.numpy import save as save_safetensors
 from torch import Tensor
 
 from shared import manifest as manifests
+from shared.decoding import decoder_start_of
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
 from shared.hidden import ChannelScale, ChannelStatistics, int8_scale, without_massive
 from shared.manifest import (
@@ -44,7 +45,7 @@ from teacher_cache.config import CaptureConfig
 from teacher_cache.corpus import Corpus, open_corpus
 from teacher_cache.memory import is_out_of_memory
 from teacher_cache.row_builders import RowContext, build_rows
-from teacher_cache.rows import Row
+from teacher_cache.rows import Row, document_ends
 from teacher_cache.targets import select
 from teacher_cache.teacher import (
     Teacher,
@@ -53,6 +54,7 @@ from teacher_cache.teacher import (
     labels_of,
     load_tokenizer,
     logit_width_of,
+    model_source,
     weights_digest,
 )
 from teacher_cache.thresholds import find_threshold, inclusion
@@ -159,7 +161,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
         tokenizer_info=info,
         teacher=teacher,
         teacher_info=None if teacher is None else teacher_info(config.teacher or "", teacher),
-        preprocessing=_preprocessing(config, corpus),
+        preprocessing=_preprocessing(config, corpus, tokenizer),
         targets=_target_spec(config, num_classes),
         hidden=_hidden_spec(config, teacher),
         labels=labels,
@@ -182,7 +184,9 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
         hidden_codec=old.hidden.codec,
         hidden_every=old.hidden.every,
         max_length=old.preprocessing.max_length,
+        max_target_length=old.preprocessing.max_target_length,
         pack=old.preprocessing.pack,
+        decoder_start=start if (start := old.preprocessing.decoder_start) >= 0 else "auto",
     )
 
 
@@ -289,7 +293,10 @@ def read_labels(file: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
+def _preprocessing(
+    config: CaptureConfig, corpus: Corpus, tokenizer: "PreTrainedTokenizerBase"
+) -> Preprocessing:
+    of_pairs = TASKS[config.task].layout == "pair"
     return Preprocessing(
         split=config.split,
         columns=tuple(f"{role}={column}" for role, column in corpus.columns.items()),
@@ -298,7 +305,36 @@ def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
         limit_documents=config.limit_documents,
         max_length=config.max_length,
         pack=config.pack,
+        max_target_length=config.max_target_length,
+        decoder_start=_decoder_start(config, tokenizer) if of_pairs else -1,
     )
+
+
+def _decoder_start(config: CaptureConfig, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """As the teacher has it; without one as asked, else as T5, Marian and BART choose it."""
+    its = None
+    if config.teacher is not None:
+        its = decoder_start_of(model_source(config.teacher), config.revision)
+    asked = None if config.decoder_start == "auto" else config.decoder_start
+    if asked is not None and its is not None and asked != its:
+        raise CacheMismatch(
+            f"--decoder-start {asked}: the decoder of {config.teacher} starts from token {its}. "
+            "Leave --decoder-start out."
+        )
+    if its is None and asked is None and config.targets != "none":
+        raise Refused(
+            f"{config.teacher}: neither its generation_config.json nor its config.json has a "
+            "decoder_start_token_id, so it cannot be told what its decoder starts from. Say it "
+            "with --decoder-start (T5 and Marian: the padding token, BART: the end of a text)."
+        )
+    known = (its, asked, tokenizer.pad_token_id, tokenizer.bos_token_id)
+    start = next((token for token in known if token is not None), document_ends(tokenizer).eos[0])
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    if start >= num_ids:
+        raise ConfigError(
+            f"--decoder-start {start}: the tokenizer has {num_ids:,} tokens, counted from 0"
+        )
+    return start
 
 
 def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
@@ -413,8 +449,10 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
 
 
 def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Manifest:
+    of_pairs = TASKS[draft.config.task].layout == "pair"
     columns = optional_columns(
-        segments=draft.preprocessing.pack,
+        segments=draft.preprocessing.pack or of_pairs,
+        references=of_pairs,
         positions=draft.corpus.supervised,
         labels=bool(draft.labels),
         targets=draft.teacher is not None,
@@ -527,7 +565,8 @@ def run_largest(draft: Draft, teacher: Teacher, chosen: list[Row], forward_token
     largest: list[tuple[Tensor, Tensor]] = []
     statistics: dict[int, ChannelStatistics] = {}
     ordinary: dict[int, ChannelStatistics] = {}
-    for batch in forward_batches(chosen, forward_tokens, packed=draft.preprocessing.pack):
+    layout, packed = TASKS[draft.config.task].layout, draft.preprocessing.pack
+    for batch in forward_batches(chosen, forward_tokens, packed=packed, layout=layout):
         output = teacher.forward(batch.inputs, draft.hidden.layers)
         for _, logits in output.chunks:
             selected = select(logits, spec)

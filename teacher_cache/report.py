@@ -207,6 +207,8 @@ def _counted(counters: dict[str, int]) -> str:
 
 def _row_text(row: dict[str, Any]) -> list[str]:
     lines = [f"row of document {row['document']:,}, {row['tokens']} tokens: {row['text']!r}"]
+    if "target" in row:
+        lines.append(f"  becomes {row['target']!r}")
     for position in row.get("positions", [])[:4]:
         best = "  ".join(
             f"{entry['token']!r} {entry['p']:.3f}{' (drawn)' if entry['drawn'] else ''}"

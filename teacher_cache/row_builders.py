@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.manifest import Preprocessing
 from shared.tasks import TaskName
-from teacher_cache import label_rows, rows
+from teacher_cache import label_rows, rows, seq2seq_rows
 from teacher_cache.rows import Row
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def build_rows(
     match context.task:
         case "causal-lm":
             return rows.build(documents, tokenizer, preprocessing, counters)
+        case "seq2seq-lm":
+            return seq2seq_rows.build(documents, tokenizer, preprocessing, counters)
         case "token-classification" | "sequence-classification":
             length = preprocessing.max_length
             return label_rows.build(documents, tokenizer, length, context.labels, counters)

@@ -17,6 +17,7 @@ import numpy as np
 from shared.errors import CorpusError
 from shared.manifest import Preprocessing
 from shared.schema import ROW_CHUNK_BITS
+from shared.tokenizer import end_of_text
 from teacher_cache.chat import Conversation, Exchange, encode_conversation, encode_exchange
 
 if TYPE_CHECKING:
@@ -68,9 +69,7 @@ class Ends:
 
 def document_ends(tokenizer: "PreTrainedTokenizerBase") -> Ends:
     """BOS and EOS of a tokenizer; one without any end-of-text token is refused."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        eos = tokenizer.sep_token_id
+    eos = end_of_text(tokenizer)
     if eos is None:
         raise CorpusError(
             f"{tokenizer.name_or_path}: this tokenizer has neither an EOS nor a SEP token, so no "

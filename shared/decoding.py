@@ -1,0 +1,18 @@
+"""What an encoder-decoder says of how its decoder begins, by its files alone."""
+
+from transformers import AutoConfig, GenerationConfig
+
+
+def decoder_start_of(name: str, revision: str | None = None) -> int | None:
+    """The token its decoder starts from: of its generation settings, else of its config.
+
+    None where neither says, as in a config of a T5 that was never trained. `revision`: of a Hub id.
+    """
+    try:
+        settings = GenerationConfig.from_pretrained(name, revision=revision or "main").to_dict()
+    except OSError:  # no generation_config.json there
+        settings = {}
+    if settings.get("decoder_start_token_id") is None:
+        settings = AutoConfig.from_pretrained(name, revision=revision or "main").to_dict()
+    start = settings.get("decoder_start_token_id")
+    return None if start is None else int(start)
