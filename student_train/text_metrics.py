@@ -27,8 +27,10 @@ def text_numbers(texts: Sequence[str], references: Sequence[Sequence[str]]) -> d
 
     streams = _streams(references)
     draws = _RESAMPLES if len(texts) > 1 else 1
-    score = CHRF().corpus_score(list(texts), streams, n_bootstrap=draws)
-    spread = json.loads(score.format(width=6, is_json=True))
+    metric = CHRF()
+    score = metric.corpus_score(list(texts), streams, n_bootstrap=draws)
+    signature = metric.get_signature().format()
+    spread = json.loads(score.format(width=6, is_json=True, signature=signature))
     mean, half = spread.get("confidence_mean", score.score), spread.get("confidence_var", 0.0)
     tokenize = "zh" if is_cjk(references) else "13a"
     return {

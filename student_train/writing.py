@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from shared.cache import Cache, references
+from shared.decoding import caches_all_blocks
 from shared.errors import CacheMismatch
 from shared.tasks import TASKS
 from shared.tokenizer import end_of_text, load_cached_tokenizer
@@ -98,6 +99,7 @@ def write(student: Any, cache: Cache, sources: Sequence[Source], writing: Writin
                     num_beams=writing.num_beams,
                     max_new_tokens=longest,
                     do_sample=False,
+                    use_cache=caches_all_blocks(student.config),
                     decoder_start_token_id=cache.manifest.preprocessing.decoder_start,
                     eos_token_id=end,
                     pad_token_id=end if pad is None else pad,

@@ -96,6 +96,8 @@ def read_shard(
                 values[column] |= content.view(f"<u{size}").astype(np.int64) << 8 * index
             if column == "num_segments":
                 counts["segment"] = values[column].sum()
+            if column == "reference_bytes":
+                counts["byte"] = values[column].sum()
             if column == "target_counts":
                 counts["entry"] = values[column].sum()
         check(np.array_equal(values["num_tokens"], tokens), f"{name}: num_tokens")
@@ -108,7 +110,11 @@ def layout(manifest: dict[str, Any]) -> Layout:
     targets, hidden = manifest["targets"], manifest["hidden"]
     kind, C = targets["kind"], targets["num_classes"]
     class_bytes = num_bytes(targets["num_classes"] - 1)
-    place_bytes = num_bytes(manifest["preprocessing"]["max_length"])
+    options = manifest["preprocessing"]
+    longest = options["max_length"]
+    if manifest["task"] == "seq2seq-lm":
+        longest += 1 + options["max_target_length"]
+    place_bytes = num_bytes(longest)
     table: Layout = {
         "row_ids": (1, 1, 8, 1, "row"),
         "num_tokens": (2, 1, 4, 1, "row"),
@@ -118,6 +124,8 @@ def layout(manifest: dict[str, Any]) -> Layout:
         "segments": (6, place_bytes, 1, 1, "segment"),
         "positions": (7, place_bytes, 1, 1, "position"),
         "labels": (8, class_bytes, 1, 1, "position"),
+        "reference_bytes": (10, 1, 4, 1, "row"),
+        "reference": (11, 1, 1, 1, "byte"),
         "label_logprob": (24, 2, 1, 1, "position"),
         "entropy": (25, 1, 1, 1, "position"),
     }
@@ -190,6 +198,9 @@ def rows(
         of_rows[f"hidden.{layer}"] = cut(bits, states)
     of_rows |= {"row_id": values["row_ids"], "input_ids": input_ids, "segments": segments}
     of_rows |= {"positions": positions, "labels": labels}
+    if "reference" in values:
+        texts = cut(values["reference"], values["reference_bytes"])
+        of_rows["reference"] = [json.loads(text.astype(np.uint8).tobytes()) for text in texts]
     for index in range(len(tokens)):
         yield {name: content[index] for name, content in of_rows.items()}
 

@@ -162,7 +162,14 @@ def paths_of(value, path=()):
 
 
 EVERY_FIELD = list(paths_of(json.loads(make_manifest().to_json())))
-ADDED = [("targets", "mean_entries"), ("targets", "threshold"), ("hidden", "every"), ("labels",)]
+ADDED = [
+    ("targets", "mean_entries"),
+    ("targets", "threshold"),
+    ("hidden", "every"),
+    ("labels",),
+    ("preprocessing", "max_target_length"),
+    ("preprocessing", "decoder_start"),
+]
 
 
 def at(raw, path):
@@ -330,3 +337,19 @@ def test_differences_cover_what_only_one_side_has():
         "a: the run has {'b': 1}, asked for None",
         "d: the run has None, asked for 2",
     ]
+
+
+@pytest.mark.parametrize(
+    ("task", "start", "message"),
+    [
+        ("causal-lm", 3, r"preprocessing.decoder_start: found 3, expected -1, for no decoder"),
+        ("seq2seq-lm", -1, r"preprocessing.decoder_start: found -1, expected a token below"),
+        ("seq2seq-lm", 300, r"preprocessing.decoder_start: found 300, expected a token below 300"),
+    ],
+)
+def test_a_decoder_starts_from_a_token_and_nothing_else_does(tmp_path, task, start, message):
+    def forge(raw):
+        raw["task"], raw["preprocessing"]["decoder_start"] = task, start
+
+    with pytest.raises(CorruptCache, match=message):
+        manifests.read(forged(tmp_path, forge))
