@@ -80,11 +80,27 @@ class CorpusInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSpec:
+    """How the teacher wrote the targets itself: by beams, or sampled at a temperature above 0.
+
+    `writer` is a hash over its weights and over the rest of its own generation settings.
+    """
+
+    num_beams: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    writer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
     """Every option that decides which tokens a document becomes.
 
     Of seq2seq-lm: `max_length` is of the source, `max_target_length` of the target with its end;
-    `decoder_start` is the token in front of every target, -1 for other tasks.
+    `decoder_start` is the token in front of every target, -1 for other tasks. `generation`: targets
+    are what the teacher wrote.
     """
 
     split: str
@@ -96,6 +112,7 @@ class Preprocessing:
     pack: bool
     max_target_length: int = field(default=128, metadata={"added": True})
     decoder_start: int = field(default=-1, metadata={"added": True})
+    generation: GenerationSpec | None = field(default=None, metadata={"added": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

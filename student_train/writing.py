@@ -16,7 +16,7 @@ from shared.decoding import caches_all_blocks
 from shared.errors import CacheMismatch
 from shared.tasks import TASKS
 from shared.tokenizer import end_of_text, load_cached_tokenizer
-from student_train.text_metrics import sentence_chrf, text_numbers
+from student_train.text_metrics import chrf, sentence_chrf, text_numbers
 
 _SHOWN = 3  # best and worst texts that are kept
 _SHOWN_LETTERS = 300
@@ -34,10 +34,14 @@ class Writing:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A held-out row: what the encoder reads, i64 [S], and what an answer is compared with."""
+    """A held-out row: what the encoder reads, i64 [S], and what an answer is compared with.
+
+    `target_ids` are what the row has as its answer, behind the decoder's start.
+    """
 
     row_id: int
     input_ids: np.ndarray
+    target_ids: np.ndarray
     references: tuple[str, ...]
 
 
@@ -51,7 +55,10 @@ def check_writes(cache: Cache) -> None:
 
 
 def written_numbers(student: Any, cache: Cache, writing: Writing) -> dict[str, Any]:
-    """The metrics of text_metrics.py, and the texts that are best and worst by chrF."""
+    """The metrics of text_metrics.py, and the texts that are best and worst by chrF.
+
+    `teacher_chrf` where the teacher wrote the targets of the rows itself.
+    """
     check_writes(cache)
     sources = [source for source in sources_of(cache, writing.rows) if source.references]
     if not sources:
@@ -59,6 +66,10 @@ def written_numbers(student: Any, cache: Cache, writing: Writing) -> dict[str, A
     texts = write(student, cache, sources, writing)
     of_rows = [source.references for source in sources]
     numbers = text_numbers(texts, of_rows) | {"written_rows": len(texts)}
+    if cache.manifest.preprocessing.generation is not None:
+        tokenizer = load_cached_tokenizer(cache.storage)
+        of_teacher = [text_of(source.target_ids.tolist(), tokenizer) for source in sources]
+        numbers["teacher_chrf"] = chrf(of_teacher, of_rows)
     return numbers | {"texts": _shown(cache, sources, texts)}
 
 
@@ -74,8 +85,9 @@ def sources_of(cache: Cache, count: int) -> list[Source]:
         begins = np.cumsum(block.num_tokens) - block.num_tokens
         texts, sizes = references(block), block.segments[::2]
         for row in (row - int(starts[number]) for _, row in some):
-            ids = block.input_ids[begins[row] : begins[row] + sizes[row]].astype(np.int64)
-            found.append(Source(int(block.row_ids[row]), ids, tuple(texts[row])))
+            ids = block.input_ids[begins[row] : begins[row] + block.num_tokens[row]]
+            source, target = np.split(ids.astype(np.int64), [sizes[row]])
+            found.append(Source(int(block.row_ids[row]), source, target[1:], tuple(texts[row])))
     return found
 
 

@@ -22,7 +22,7 @@ import xxhash
 from shared.errors import CorpusError
 from shared.manifest import CorpusInfo
 from shared.shards import file_hash
-from shared.tasks import TASKS
+from shared.tasks import TASKS, TaskName
 from teacher_cache.chat import Conversation, Exchange
 from teacher_cache.config import CaptureConfig
 from teacher_cache.label_rows import Labelled, Tagged
@@ -57,12 +57,19 @@ _DOCUMENTS: dict[tuple[str, ...], Callable[..., Any]] = {
     ("messages",): lambda conversation: conversation,
     ("text",): lambda text: text,
     ("prompt", "completion"): Exchange,
+    ("prompt",): lambda prompt: Exchange(prompt, ""),
+    ("source",): lambda source: Pair(source, ()),
     ("source", "target"): Pair,
     ("tokens", "tags"): Tagged,
     ("text", "text_pair", "label"): Labelled,
     ("text", "label"): lambda text, label: Labelled(text, None, label),
 }
 
+# With --generate a corpus need not have the answers; and a text has none.
+_WAYS_OF_SOURCES: dict[TaskName, tuple[tuple[str, ...], ...]] = {
+    "causal-lm": (("messages",), ("prompt", "completion"), ("prompt",)),
+    "seq2seq-lm": (("source", "target"), ("source",), ("messages",)),
+}
 _READ_AT_ONCE = 1000  # documents
 
 
@@ -307,7 +314,7 @@ def _open_hub(config: CaptureConfig) -> tuple[datasets.Dataset, str]:
 def _columns(documents: datasets.Dataset, config: CaptureConfig) -> dict[str, str]:
     """The column of each role: as asked, else by its usual names."""
     names, asked = list(documents.column_names), config.column_of
-    task_ways = TASKS[config.task].ways
+    task_ways = _WAYS_OF_SOURCES[config.task] if config.generate else TASKS[config.task].ways
     roles = list(dict.fromkeys(role for way in task_ways for role in way))
     unknown = sorted(set(asked) - set(roles))
     if unknown:

@@ -12,8 +12,9 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
 from shared.hidden import ChannelScale, ChannelStatistics, int8_scale, without_massive
 from shared.manifest import (
     BatchPlan,
+    GenerationSpec,
     HiddenSpec,
     Manifest,
     Preprocessing,
@@ -43,6 +45,7 @@ from shared.tokenizer import describe
 from teacher_cache.batches import forward_batches
 from teacher_cache.config import CaptureConfig
 from teacher_cache.corpus import Corpus, open_corpus
+from teacher_cache.generation import Writer, stand_ins, writer_hash
 from teacher_cache.memory import is_out_of_memory
 from teacher_cache.row_builders import RowContext, build_rows
 from teacher_cache.rows import Row, document_ends
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SAMPLE_DOCUMENTS = 512
+_WRITTEN_DOCUMENTS = 64  # of the sample, where the teacher has to write them first
 _SAMPLE_TOKENS = 1 << 20  # the sample stops here even if few documents were read
 _LEARN_TOKENS = 1 << 14  # tokens the teacher runs over to learn the order of the classes
 _MIN_SHARD_TOKENS = 1 << 15  # smaller shards are all overhead, however small the corpus
@@ -98,6 +102,14 @@ class Draft:
             self.config.task, self.tokenizer, self.preprocessing, self.labels, self.config.seed
         )
         return build_rows(documents, context, counters)
+
+    def writer(self, forward_tokens: int) -> Writer:
+        """Writes the targets of a job with --generate."""
+        assert self.teacher is not None  # CaptureConfig refuses --generate without targets
+        spec = self.preprocessing.generation
+        assert spec is not None  # with --generate there is one
+        task, options = self.config.task, self.preprocessing
+        return Writer(task, self.tokenizer, options, spec, self.teacher, forward_tokens)
 
     def asked(self) -> dict[str, Any]:
         """Every field that a second run must ask for alike; compared before it may go on."""
@@ -161,7 +173,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
         tokenizer_info=info,
         teacher=teacher,
         teacher_info=None if teacher is None else teacher_info(config.teacher or "", teacher),
-        preprocessing=_preprocessing(config, corpus, tokenizer),
+        preprocessing=_preprocessing(config, corpus, tokenizer, teacher),
         targets=_target_spec(config, num_classes),
         hidden=_hidden_spec(config, teacher),
         labels=labels,
@@ -184,7 +196,9 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
         hidden_codec=old.hidden.codec,
         hidden_every=old.hidden.every,
         max_length=old.preprocessing.max_length,
-        max_target_length=old.preprocessing.max_target_length,
+        max_target_length=config.max_target_length
+        if config.generate
+        else old.preprocessing.max_target_length,
         pack=old.preprocessing.pack,
         decoder_start=start if (start := old.preprocessing.decoder_start) >= 0 else "auto",
     )
@@ -294,7 +308,10 @@ def read_labels(file: Path) -> tuple[str, ...]:
 
 
 def _preprocessing(
-    config: CaptureConfig, corpus: Corpus, tokenizer: "PreTrainedTokenizerBase"
+    config: CaptureConfig,
+    corpus: Corpus,
+    tokenizer: "PreTrainedTokenizerBase",
+    teacher: Teacher | None,
 ) -> Preprocessing:
     of_pairs = TASKS[config.task].layout == "pair"
     return Preprocessing(
@@ -305,8 +322,22 @@ def _preprocessing(
         limit_documents=config.limit_documents,
         max_length=config.max_length,
         pack=config.pack,
-        max_target_length=config.max_target_length,
+        max_target_length=config.max_new_tokens
+        if of_pairs and config.generate
+        else config.max_target_length,
         decoder_start=_decoder_start(config, tokenizer) if of_pairs else -1,
+        generation=_generation(config, teacher) if config.generate else None,
+    )
+
+
+def _generation(config: CaptureConfig, teacher: Teacher | None) -> GenerationSpec:
+    return GenerationSpec(
+        num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.sample_temperature,
+        top_p=config.top_p,
+        seed=config.seed if config.sample_temperature else 0,
+        writer="" if teacher is None else writer_hash(teacher),  # `plan` reads no weights
     )
 
 
@@ -391,9 +422,9 @@ def sample_corpus(draft: Draft) -> Sample:
     token_counts = np.zeros(draft.tokenizer_info.num_ids, np.int64)
     built: list[Row] = []
     tokens = documents = 0
-    for index in spread:
-        document = draft.corpus.read([index])
-        for row in draft.build_rows([(index, document[0])], counters):
+    documents_of = _sample_documents(draft, spread, counters)
+    for index, document in documents_of:
+        for row in draft.build_rows([(index, document)], counters):
             tokens += len(row.input_ids)
             token_counts += np.bincount(row.input_ids, minlength=len(token_counts))
             built.append(row)
@@ -407,6 +438,21 @@ def sample_corpus(draft: Draft) -> Sample:
         )
     positions = sum(row.num_positions for row in built)
     return Sample(documents, tokens, positions, tuple(built), counters, token_counts)
+
+
+def _sample_documents(
+    draft: Draft, indices: Sequence[int], counters: Counter[str]
+) -> Iterator[tuple[int, Any]]:
+    """The documents of the sample; with --generate as written, but then few: writing is slow."""
+    read = ((index, draft.corpus.read([index])[0]) for index in indices)
+    if draft.preprocessing.generation is None:
+        return read
+    few, options = islice(read, _WRITTEN_DOCUMENTS), draft.preprocessing
+    if draft.teacher is None:
+        return stand_ins(few, draft.config.task, draft.tokenizer, options, counters)
+    asked = draft.config.forward_tokens
+    tokens = default_forward_tokens(draft.teacher) if asked == "auto" else asked
+    return draft.writer(tokens).written(few, counters)
 
 
 def _listed(counters: Counter[str]) -> str:
@@ -452,7 +498,7 @@ def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> 
     of_pairs = TASKS[draft.config.task].layout == "pair"
     columns = optional_columns(
         segments=draft.preprocessing.pack or of_pairs,
-        references=of_pairs,
+        references=of_pairs or draft.preprocessing.generation is not None,
         positions=draft.corpus.supervised,
         labels=bool(draft.labels),
         targets=draft.teacher is not None,

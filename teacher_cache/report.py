@@ -18,6 +18,14 @@ def estimate_text(numbers: dict[str, Any]) -> str:
         f"shards      {numbers['shards']:,} of {numbers['documents_per_shard']:,} documents",
         f"classes     {numbers['classes']:,}",
     ]
+    if numbers["generates"]:
+        lines.append(
+            "            rough: how long the teacher's answers are was seen on few documents, and "
+            "writing them takes many forwards more"
+            if numbers["calibrated"]
+            else "            rough: answers taken to be as long as the corpus' own, or half of "
+            "--max-new-tokens; --calibrate lets the teacher write some"
+        )
     if numbers["choices"]:
         how = (
             f"measured over {numbers['measured_positions']:,} positions"

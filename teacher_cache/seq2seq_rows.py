@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jinja2 import TemplateError
 
 from shared.errors import CorpusError
 from shared.manifest import Preprocessing
 from shared.schema import ROW_CHUNK_BITS
-from teacher_cache.chat import Conversation
+from teacher_cache.chat import Conversation, split_answer, written_prompt
 from teacher_cache.label_rows import special_ends
-from teacher_cache.rows import Row, document_ends
+from teacher_cache.rows import Row, Written, document_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,24 +43,29 @@ class _Source:
 
 
 def build(
-    documents: Iterable[tuple[int, Pair | Conversation]],
+    documents: Iterable[tuple[int, Pair | Conversation | Written]],
     tokenizer: "PreTrainedTokenizerBase",
     preprocessing: Preprocessing,
     counters: Counter[str],
 ) -> Iterator[Row]:
     """Rows of the given (index, document) pairs, in order; what is left out is counted."""
-    encoder = _Encoder(tokenizer, preprocessing)
+    encoder, start = PairEncoder(tokenizer, preprocessing), preprocessing.decoder_start
     for index, document in documents:
         counters["documents"] += 1
-        source, targets = _parts(document, tokenizer, f"document {index}")
-        if not source.text.strip():
+        if isinstance(document, Written):
+            source_ids, targets = list(document.source_ids), document.references
+            target_ids = list(document.tokens)
+        else:
+            source, targets = _parts(document, tokenizer, f"document {index}")
+            source_ids = encoder.source(source, counters)
+            target_ids = encoder.target(targets)
+        if not source_ids:
             counters["empty_documents"] += 1
-        elif not targets or not targets[0].strip():
+        elif not target_ids:
             counters["documents_without_target"] += 1
         else:
-            source_ids, target_ids = encoder.source(source, counters), encoder.target(targets[0])
             target_ids = _cut(target_ids, preprocessing.max_target_length, counters)
-            yield _row(index, source_ids, target_ids, preprocessing.decoder_start, targets)
+            yield _row(index, source_ids, target_ids, start, targets)
 
 
 def _cut(target_ids: list[int], max_length: int, counters: Counter[str]) -> list[int]:
@@ -97,6 +101,16 @@ def _parts(
     return source_of(before, tokenizer, where), (_content(document, last, where),)
 
 
+def source_before_answer(
+    document: Pair | Conversation, tokenizer: "PreTrainedTokenizerBase", where: str
+) -> tuple[_Source, tuple[str, ...]]:
+    """The source that an answer is to be written for, and what the corpus has as its target."""
+    if isinstance(document, Pair):
+        return _Source(document.source), document.targets
+    before, answer = split_answer(document)
+    return source_of(before, tokenizer, where), answer
+
+
 def source_of(
     conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", where: str
 ) -> _Source:
@@ -113,11 +127,8 @@ def source_of(
             for number, message in enumerate(messages)
         ]
         return _Source("\n".join(lines), cut_front=True)
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise CorpusError(f"{where}: the chat template refuses these messages: {error}") from error
-    return _Source(str(text), written=True, cut_front=True)
+    text = written_prompt(conversation, tokenizer, where)
+    return _Source(text, written=True, cut_front=True)
 
 
 def _content(conversation: Conversation, number: int, where: str) -> str:
@@ -130,7 +141,7 @@ def _content(conversation: Conversation, number: int, where: str) -> str:
     return content
 
 
-class _Encoder:
+class PairEncoder:
     """A tokenizer, and what it puts around a source and behind a target."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", preprocessing: Preprocessing) -> None:
@@ -139,7 +150,9 @@ class _Encoder:
         self._end = document_ends(tokenizer).eos[0]
 
     def source(self, source: _Source, counters: Counter[str]) -> list[int]:
-        """At most --max-length tokens, special ones included."""
+        """At most --max-length tokens, special ones included; none of an empty text."""
+        if not source.text.strip():
+            return []
         before, after = ([], []) if source.written else self._around
         ids = self._tokenizer(source.text, add_special_tokens=False, verbose=False)["input_ids"]
         room = self._max_length - len(before) - len(after)
@@ -148,8 +161,10 @@ class _Encoder:
             ids = ids[len(ids) - room :] if source.cut_front else ids[:room]
         return [*before, *ids, *after]
 
-    def target(self, text: str) -> list[int]:
-        """With the tokenizer's special tokens for targets, and an end."""
-        ids = list(self._tokenizer(text_target=text, verbose=False)["input_ids"])
+    def target(self, texts: tuple[str, ...]) -> list[int]:
+        """The first with the tokenizer's special tokens for targets and an end; none if empty."""
+        if not texts or not texts[0].strip():
+            return []
+        ids = list(self._tokenizer(text_target=texts[0], verbose=False)["input_ids"])
         # Some put a language behind the end.
         return ids if self._end in ids[-2:] else [*ids, self._end]

@@ -169,6 +169,7 @@ ADDED = [
     ("labels",),
     ("preprocessing", "max_target_length"),
     ("preprocessing", "decoder_start"),
+    ("preprocessing", "generation"),
 ]
 
 
