@@ -62,7 +62,8 @@ class Row:
 
     State s is that of token `hidden_positions[s]`: of all positions, or of every n-th.
 
-    `segments` are the lengths of its documents' parts: one, unless rows are packed.
+    `segments` are the lengths of its parts: one; of a packed row its documents'; of a pair those of
+    what the encoder reads and of what the decoder reads.
     `token_type_ids` [T] where a row is a pair of texts; `reference` is what an answer of the
     student is compared with, where the task has more to compare than labels.
     """
@@ -416,10 +417,13 @@ def references(block: Block) -> list[Any]:
     ends = np.cumsum(block.reference_bytes, dtype=np.int64)
     data = block.reference.tobytes()
     rows = zip(block.row_ids.tolist(), ends - block.reference_bytes, ends, strict=True)
-    return [
-        manifests.parse_json(data[start:end], f"reference of row {row_id}")
-        for row_id, start, end in rows
-    ]
+    return [_reference(data[start:end], row_id) for row_id, start, end in rows]
+
+
+def _reference(data: bytes, row_id: int) -> Any:
+    """A text may hold any number of brackets, so only its own length limits them."""
+    where, most = f"reference of row {row_id}", len(data)
+    return manifests.parse_json(data, where, max_values=2 * most, max_containers=most)
 
 
 def _segments(block: Block, index: int) -> tuple[int, ...]:

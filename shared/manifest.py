@@ -81,10 +81,28 @@ class CorpusInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSpec:
+    """How the teacher wrote the targets itself: by beams, or sampled at a temperature above 0.
+
+    `writer` is a hash over its weights and over the rest of its own generation settings.
+    """
+
+    num_beams: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    writer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
     """Every option that decides which tokens a document becomes.
 
     `mask_...` are of a masked language model alone: its rows are another for each copy and seed.
+    Of seq2seq-lm: `max_length` is of the source, `max_target_length` of the target with its end;
+    `decoder_start` is the token in front of every target, -1 for other tasks. `generation`: targets
+    are what the teacher wrote.
     """
 
     split: str
@@ -98,6 +116,9 @@ class Preprocessing:
     mask_share: float = field(default=0.0, metadata={"added": True})
     mask_seed: int = field(default=0, metadata={"added": True})
     stride: int = field(default=128, metadata={"added": True})
+    max_target_length: int = field(default=128, metadata={"added": True})
+    decoder_start: int = field(default=-1, metadata={"added": True})
+    generation: GenerationSpec | None = field(default=None, metadata={"added": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +177,14 @@ class Manifest:
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False).encode()
+
+    @property
+    def max_row_tokens(self) -> int:
+        """Tokens of the longest row there can be: a pair is a source, a start and a target."""
+        options = self.preprocessing
+        if TASKS[self.task].layout == "pair":
+            return options.max_length + 1 + options.max_target_length
+        return options.max_length
 
     @property
     def cache_id(self) -> str:
@@ -237,6 +266,7 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
     limits = [
         ("tokenizer.num_ids", manifest.tokenizer.num_ids, MAX_CLASSES),
         ("preprocessing.max_length", manifest.preprocessing.max_length, MAX_LENGTH),
+        ("preprocessing.max_target_length", manifest.preprocessing.max_target_length, MAX_LENGTH),
         ("targets.num_classes", manifest.targets.num_classes, MAX_CLASSES),
         ("targets.top_k", manifest.targets.top_k, MAX_CLASSES),
         ("hidden.every", manifest.hidden.every, MAX_LENGTH),
@@ -261,6 +291,16 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
         )
     if manifest.targets.ragged and not manifest.targets.threshold:
         yield "targets.threshold: found 0, expected what calibration found"
+    start, of_pairs = manifest.preprocessing.decoder_start, TASKS[manifest.task].layout == "pair"
+    if not (0 <= start < manifest.tokenizer.num_ids if of_pairs else start == -1):
+        yield (
+            f"preprocessing.decoder_start: found {start}, expected "
+            + (
+                f"a token below {manifest.tokenizer.num_ids:,}"
+                if of_pairs
+                else "-1, for no decoder"
+            )
+        )
     of_labels = TASKS[manifest.task].target_space == "labels"
     if len(manifest.labels) != (manifest.targets.num_classes if of_labels else 0):
         yield (

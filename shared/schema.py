@@ -40,7 +40,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("num_tokens", 2, "uint32", "row", "tokens", "tokens of the row"),
     Column("num_positions", 3, "uint32", "row", "positions", "positions of the row"),
     Column("input_ids", 4, "uint32", "token", "token id", "what teacher and student read"),
-    Column("num_segments", 5, "uint32", "row", "segments", "documents' parts in a packed row"),
+    Column("num_segments", 5, "uint32", "row", "segments", "parts of a packed row, or of a pair"),
     Column("segments", 6, "uint32", "segment", "tokens", "length of each segment, in row order"),
     Column("positions", 7, "uint32", "position", "token index", "place of each target in its row"),
     Column("labels", 8, "uint32", "position", "class", "hard label of each position"),
@@ -98,7 +98,7 @@ def layout(manifest: Manifest) -> tuple[Plane, ...]:
         planes.extend(Plane(name, plane, number, per, item_bytes) for plane in range(count))
 
     token_bytes = bytes_for(manifest.tokenizer.num_ids - 1)
-    index_bytes = bytes_for(manifest.preprocessing.max_length)
+    index_bytes = bytes_for(manifest.max_row_tokens)
     widths = {
         "input_ids": token_bytes,
         "segments": index_bytes,

@@ -9,12 +9,13 @@ from typing import Literal
 TaskName = Literal[
     "causal-lm",
     "masked-lm",
+    "seq2seq-lm",
     "token-classification",
     "sequence-classification",
     "question-answering",
     "feature-extraction",
 ]
-Layout = Literal["tokens", "row", "window"]
+Layout = Literal["tokens", "row", "window", "pair"]
 Labels = Literal["next", "stored", "none"]
 Pooling = Literal["mean", "cls", "last", "none"]
 
@@ -28,7 +29,9 @@ class Task:
 
     A class is an id of the vocabulary, one of the named labels, or a token of the row itself.
     `layout`: how a row is laid out and where its targets are. tokens: at tokens, or the next ones;
-    row: of the row as a whole, at position 0; window: of start and end of an answer (windows.py).
+    row: of the row as a whole, at position 0; window: of start and end of an answer (windows.py);
+    pair: two segments, what the encoder reads and what the decoder reads, targets at all tokens of
+    the second but its last.
     `labels`: the hard labels are the next tokens, stored in a column of their own, or absent.
     `ways`: which columns a document may consist of, by role.
     """
@@ -53,6 +56,13 @@ TASKS: dict[TaskName, Task] = {
         "AutoModelForMaskedLM",
         layout="tokens",
         ways=(("text",),),
+    ),
+    "seq2seq-lm": Task(
+        "vocabulary",
+        "AutoModelForSeq2SeqLM",
+        layout="pair",
+        ways=(("source", "target"), ("messages",)),
+        labels="next",
     ),
     "token-classification": Task(
         "labels",

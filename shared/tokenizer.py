@@ -24,6 +24,12 @@ def describe(tokenizer: "PreTrainedTokenizerBase") -> TokenizerInfo:
     )
 
 
+def end_of_text(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The token that a text ends with: EOS, else SEP; None where there is neither."""
+    eos = tokenizer.eos_token_id
+    return tokenizer.sep_token_id if eos is None else eos
+
+
 def load_cached_tokenizer(storage: Storage) -> "PreTrainedTokenizerBase":
     """The tokenizer that a cache carries; no network, no code from the cache."""
     from transformers import AutoTokenizer

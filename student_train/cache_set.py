@@ -102,6 +102,7 @@ _JOINED = {
     "the kind of targets": lambda m: m.targets.kind,
     "the number of classes": lambda m: m.targets.num_classes,
     "the names of the classes": lambda m: m.labels,
+    "the token that decoders start from": lambda m: m.preprocessing.decoder_start,
     "top_k": lambda m: m.targets.top_k,
     "the stored temperatures": lambda m: m.targets.temperatures,
     "the hidden layers": lambda m: (m.hidden.layers, m.hidden.widths),

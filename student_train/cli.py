@@ -67,6 +67,14 @@ def export_command(config: ExportConfig) -> None:
     typer.echo(f"saved in {config.out}", err=True)
 
 
+def _text_line(text: dict[str, Any]) -> str:
+    """A source, what the student wrote, and what was expected."""
+    return (
+        f"chrF {text['chrf']:5.1f}  {text['source']!r} -> {text['text']!r}, "
+        f"expected {text['reference']!r}"
+    )
+
+
 def _evaluation_text(numbers: dict[str, Any]) -> str:
     names = ("loss", "perplexity", "kl", "kl_bucketed", "agreement", "teacher_loss")
     of_labels = ("accuracy", "macro_f1", "entity_f1", "ece", "f1", "exact_match")
@@ -75,11 +83,13 @@ def _evaluation_text(numbers: dict[str, Any]) -> str:
     )
     of_vectors = ("cosine", "nearest_agreement", "similarity_correlation")
     counts = ("positions", "documents")
-    all_names = (*names, *of_labels, *of_teacher, *of_vectors, *counts)
+    of_texts = ("chrf", "bleu", "rouge1", "rouge2", "rougeL", "teacher_chrf", "written_rows")
+    all_names = (*names, *of_labels, *of_teacher, *of_vectors, *counts, *of_texts)
     shown = [name for name in all_names if name in numbers]
     width = max(14, *(len(name) + 2 for name in shown))
     lines = [f"{name:<{width}}{_number(numbers[name])}{_range(name, numbers)}" for name in shown]
-    return "\n".join([*lines, *_worst_text(numbers)])
+    texts = [_text_line(text) for text in numbers.get("texts", [])]
+    return "\n".join([*lines, *texts, *_worst_text(numbers)])
 
 
 def _worst_text(numbers: dict[str, Any]) -> list[str]:
@@ -96,7 +106,7 @@ def _worst_text(numbers: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _range(name: str, numbers: dict[str, object]) -> str:
+def _range(name: str, numbers: dict[str, Any]) -> str:
     """The interval of the main metric of the task."""
     if numbers.get("metric") != name:
         return ""

@@ -127,7 +127,7 @@ class Window:
 def columns_of(block: "Block", temperature: float, layout: Layout = "tokens") -> Columns:
     """The columns of a block that micro-batches are made of; hidden states as bfloat16 bits.
 
-    `position_ids`, which restart with every segment, only where rows are packed; `labels` only
+    `position_ids`, which restart with every segment, only where rows have several; `labels` only
     where they are not the next tokens; `context` [R, 2], where it begins and ends, only of windows.
     """
     columns = {
@@ -173,7 +173,8 @@ class Shape:
 
     Every segment of a row becomes a sequence of its own, padded on the right with token 0. With
     `packed` a row stays one sequence, its `position_ids` restart with every segment, and there is
-    no mask. Every `hidden_every`-th position of a row has hidden states.
+    no mask. Of pairs the first segment goes to the encoder, the second to the decoder. Every
+    `hidden_every`-th position of a row has hidden states.
     """
 
     layout: Layout = "tokens"
@@ -193,19 +194,20 @@ def collate(
 
 
 def without_rows(no_rows: Columns, shape: Shape, *, counts: Counts) -> MicroBatch:
-    """A micro-batch of one token and no position; `no_rows` are columns of length 0.
+    """A micro-batch of one token a side and no position; `no_rows` are columns of length 0.
 
     The token is not masked: in a sequence that is all mask some attention kernels give NaN, and
     NaN times a gradient of 0 would reach every weight.
     """
+    segments = 2 if shape.layout == "pair" else 1
     one_token = {
         "row_ids": np.array([_NO_ROW]),
-        "num_tokens": np.array([1]),
+        "num_tokens": np.array([segments]),
         "num_positions": np.array([0]),
-        "input_ids": np.array([0]),
+        "input_ids": np.zeros(segments, np.int64),
     }
     if "position_ids" in no_rows:
-        one_token["position_ids"] = np.array([0])
+        one_token["position_ids"] = np.zeros(segments, np.int64)
     if "token_type_ids" in no_rows:
         one_token["token_type_ids"] = np.array([0])
     if "context" in no_rows:
@@ -217,19 +219,41 @@ def without_rows(no_rows: Columns, shape: Shape, *, counts: Counts) -> MicroBatc
 def _assemble(columns: Columns, shape: Shape, counts: Counts) -> MicroBatch:
     """Takes the columns that say where things are out of `columns`; the rest stays as it is."""
     row_tokens, input_ids = columns.pop("num_tokens"), columns.pop("input_ids")
-    position_ids = columns.pop("position_ids", None)
-    row_starts = np.cumsum(row_tokens) - row_tokens
-    packed, hidden_every = shape.packed, shape.hidden_every
+    row_starts, row_positions = np.cumsum(row_tokens) - row_tokens, columns.pop("num_positions")
+    token_of_position = np.repeat(row_starts, row_positions)
+    token_of_position += columns.pop("positions")
+    arrange = _pairs if shape.layout == "pair" else _sequences
+    arrays, places, row_of_sequence = arrange(columns, input_ids, row_starts, shape)
+    arrays["position_index"] = places[token_of_position]
+    labels = columns.pop("labels") if "labels" in columns else input_ids[token_of_position + 1]
+    arrays["labels"] = labels.astype(np.int64)
+    arrays["row_ids"] = columns.pop("row_ids")[row_of_sequence]
+    arrays["num_positions"] = np.array(counts.positions)
+    if any(name.startswith("hidden.") for name in columns):
+        at = state_positions(row_positions, shape.hidden_every)
+        arrays["hidden_index"] = arrays["position_index"][at]
+        row_states = num_states(row_positions, shape.hidden_every)
+        arrays["hidden_row"] = np.repeat(np.arange(len(row_states)), row_states)
+        arrays["num_states"], arrays["num_rows"] = np.array(counts.states), np.array(counts.rows)
+    batch = {name: torch.from_numpy(array) for name, array in (arrays | columns).items()}
+    hidden = {n: batch[n].view(torch.bfloat16) for n in batch if n.startswith("hidden.")}
+    return batch | hidden
+
+
+# Arrays of a micro-batch, where each token goes in [B, T], flat, and the row of each sequence.
+_Arranged = tuple[Columns, np.ndarray, np.ndarray]
+
+
+def _sequences(
+    columns: Columns, input_ids: np.ndarray, row_starts: np.ndarray, shape: Shape
+) -> _Arranged:
+    """Every segment, or with `packed` every row, as one sequence."""
+    position_ids, packed = columns.pop("position_ids", None), shape.packed
     whole_rows = packed or position_ids is None
     starts = row_starts if whole_rows else np.flatnonzero(position_ids == 0)
     lengths_B1 = np.diff(starts, append=len(input_ids))[:, None]
     column_T = np.arange(lengths_B1.max())
-    # Where each token goes in [B, T], flat.
     places = ranges(np.arange(len(starts)) * len(column_T), lengths_B1[:, 0])
-    row_positions = columns.pop("num_positions")
-    token_of_position = np.repeat(row_starts, row_positions)
-    token_of_position += columns.pop("positions")
-
     ids_BT = np.zeros((len(starts), len(column_T)), np.int64)
     arrays = {"input_ids": _scatter(input_ids, places, ids_BT)}
     if not packed:
@@ -242,21 +266,30 @@ def _assemble(columns: Columns, shape: Shape, counts: Counts) -> MicroBatch:
     if "token_type_ids" in columns:
         types = columns.pop("token_type_ids")
         arrays["token_type_ids"] = _scatter(types, places, np.zeros_like(ids_BT))
-    arrays["position_index"] = places[token_of_position]
-    labels = columns.pop("labels") if "labels" in columns else input_ids[token_of_position + 1]
-    arrays["labels"] = labels.astype(np.int64)
-    row_of_sequence = np.searchsorted(row_starts, starts, side="right") - 1
-    arrays["row_ids"] = columns.pop("row_ids")[row_of_sequence]
-    arrays["num_positions"] = np.array(counts.positions)
-    if any(name.startswith("hidden.") for name in columns):
-        at = state_positions(row_positions, hidden_every)
-        arrays["hidden_index"] = arrays["position_index"][at]
-        row_states = num_states(row_positions, hidden_every)
-        arrays["hidden_row"] = np.repeat(np.arange(len(row_states)), row_states)
-        arrays["num_states"], arrays["num_rows"] = np.array(counts.states), np.array(counts.rows)
-    batch = {name: torch.from_numpy(array) for name, array in (arrays | columns).items()}
-    hidden = {n: batch[n].view(torch.bfloat16) for n in batch if n.startswith("hidden.")}
-    return batch | hidden
+    return arrays, places, np.searchsorted(row_starts, starts, side="right") - 1
+
+
+def _pairs(
+    columns: Columns, input_ids: np.ndarray, row_starts: np.ndarray, shape: Shape
+) -> _Arranged:
+    """The first segment of each row for the encoder, the second for the decoder.
+
+    Places are those in what the decoder reads, 0 for tokens of the encoder: none has a target.
+    """
+    starts = np.flatnonzero(columns.pop("position_ids") == 0).reshape(-1, 2)
+    lengths = np.diff(starts.reshape(-1), append=len(input_ids)).reshape(-1, 2)
+    arrays: Columns = {}
+    places = np.zeros(len(input_ids), np.int64)
+    for side, prefix in enumerate(("", "decoder_")):
+        column_T = np.arange(lengths[:, side].max())
+        tokens = ranges(starts[:, side], lengths[:, side])
+        into = ranges(np.arange(len(starts)) * len(column_T), lengths[:, side])
+        ids_BT = np.zeros((len(starts), len(column_T)), np.int64)
+        arrays[f"{prefix}input_ids"] = _scatter(input_ids[tokens], into, ids_BT)
+        arrays[f"{prefix}attention_mask"] = (column_T < lengths[:, side, None]).astype(np.int64)
+        if side:
+            places[tokens] = into
+    return arrays, places, np.arange(len(row_starts))
 
 
 def _scatter(values: np.ndarray | int, places: np.ndarray, into_BT: np.ndarray) -> np.ndarray:

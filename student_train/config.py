@@ -187,6 +187,20 @@ class TrainConfig:
             "task, such as accuracy or entity F1."
         ),
     ] = "loss"
+    generate_rows: Annotated[
+        int,
+        Option(
+            help="Held-out rows that the student writes a text for at the end, scored against "
+            "their references (seq2seq-lm); 0: none.",
+            min=0,
+        ),
+    ] = 0
+    num_beams: Annotated[
+        int, Option(help="Beams of generation.", min=1, read_when={"generate_rows": (SET,)})
+    ] = 1
+    max_new_tokens: Annotated[
+        int, Option(help="Tokens of a written text.", min=1, read_when={"generate_rows": (SET,)})
+    ] = 128
     seed: Annotated[int, Option(help="Seed of initialisation, order and dropout.", min=0)] = 0
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
@@ -267,6 +281,8 @@ class TrainConfig:
             )
         if self.early_stopping_patience and not (self.validation_cache and self.eval_every):
             raise ConfigError("--early-stopping-patience needs --validation-cache and --eval-every")
+        if self.generate_rows and self.validation_cache is None:
+            raise ConfigError("--generate-rows needs --validation-cache")
         if len(self.hidden_map) > 1 and {"last", "uniform"} & set(self.hidden_map):
             raise ConfigError(
                 f"--hidden-map {' '.join(self.hidden_map)}: last and uniform each stand alone"
@@ -461,6 +477,22 @@ class EvaluateConfig:
     max_answer_tokens: Annotated[
         int, Option(help="Tokens of the longest answer to a question that is looked for.", min=1)
     ] = MAX_ANSWER_TOKENS
+    generate: Annotated[
+        bool,
+        Option(
+            help="Also let the student write a text for the sources of held-out rows (seq2seq-lm), "
+            "scored against their references by chrF, BLEU and ROUGE."
+        ),
+    ] = False
+    generate_rows: Annotated[
+        int, Option(help="Rows to write for.", min=1, read_when={"generate": (True,)})
+    ] = 200
+    num_beams: Annotated[
+        int, Option(help="Beams of generation.", min=1, read_when={"generate": (True,)})
+    ] = 1
+    max_new_tokens: Annotated[
+        int, Option(help="Tokens of a written text.", min=1, read_when={"generate": (True,)})
+    ] = 128
     device: Annotated[Literal["auto", "cpu"], Option(help="cpu: even where there is a GPU.")] = (
         "auto"
     )

@@ -24,7 +24,9 @@ from student_train.objective import Objective, attach
 from student_train.order import Order, OrderSpec
 from student_train.stream import BatchStream, StreamSpec
 from student_train.student import build_student, check_fit, load_config
+from student_train.text_metrics import require_metrics
 from student_train.vectors import layer_pair, load_projection
+from student_train.writing import Writing, check_writes, written_numbers
 
 _SUMS = {"hard", "soft", "agreement", "student_entropy"}  # over positions
 
@@ -150,6 +152,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     cache = open_cache(config.cache, allow_partial=config.allow_partial)
     model_config = load_config(config.student)
     check_fit(config.student, model_config, cache)
+    if config.generate:
+        check_writes(cache)
+        require_metrics()
     student = build_student(config.student, cache, seed=0)
     cuda = config.device == "auto" and torch.cuda.is_available()
     if TASKS[cache.manifest.task].target_space == "states":
@@ -171,6 +176,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             max_answer_tokens=config.max_answer_tokens,
         ),
     }
+    if config.generate:
+        writing = Writing(
+            rows=config.generate_rows,
+            num_beams=config.num_beams,
+            max_new_tokens=config.max_new_tokens,
+            batch_tokens=config.batch_tokens,
+        )
+        numbers |= written_numbers(student, cache, writing)
     if details is None:
         return numbers
     found = details.numbers()

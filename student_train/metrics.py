@@ -13,12 +13,13 @@ import numpy as np
 
 from student_train.reliability import NUM_BINS, bin_of
 
-MetricName = Literal["accuracy", "entity_f1", "f1", "cosine"]
+MetricName = Literal["accuracy", "entity_f1", "f1", "cosine", "chrf"]
 TITLES: dict[MetricName, str] = {
     "accuracy": "accuracy",
     "entity_f1": "entity F1",
     "f1": "answer F1",
     "cosine": "cosine",
+    "chrf": "chrF",
 }
 
 _RESAMPLES = 1000

@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
+from transformers.utils import ModelOutput
 
 from shared.errors import Refused
 from shared.pooling import pooled
 from shared.target import TargetKind
 from shared.tasks import Pooling
 from shared.windows import window_logits
+from student_train.encoder_decoder import num_blocks
 from student_train.linear_loss import LinearLossOutput, linear_loss, logits_loss
 from student_train.loss_spec import HiddenLoss, LossSpec
 from student_train.losses import PER_STATE, SoftTarget, hidden_contrastive
@@ -92,6 +94,7 @@ class Head:
     linear: bool
     scale: float = 1.0
     softcap: float | None = None
+    offset_V: Tensor | None = None  # added to all logits: the final_logits_bias of BART's family
 
 
 class Attachment:
@@ -125,12 +128,15 @@ class Attachment:
         for _, layer in objective.layer_pairs:
             if layer == -1 and objective.states_only:
                 continue  # the student's own output
-            if layer == -1:
-                trunk = _whole_model(student).base_model
-                self._handles.append(trunk.register_forward_hook(self._keep_final))
-            else:
+            if layer != -1:
                 block = _blocks(student)[layer]
                 self._handles.append(block.register_forward_hook(self._keeper(layer)))
+            elif _config(student).is_encoder_decoder:  # a T5 scales its states for the head
+                decoder = student.get_decoder()
+                self._handles.append(decoder.register_forward_hook(self._keeper(layer)))
+            else:
+                trunk = _whole_model(student).base_model
+                self._handles.append(trunk.register_forward_hook(self._keep_final))
         if objective.layer_pairs and not hasattr(student, PROJECTIONS):
             setattr(student, PROJECTIONS, self._projections())
 
@@ -179,7 +185,8 @@ class Attachment:
     def _keeper(self, layer: int) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
             if self._targets is not None:
-                self._layers[layer] = output[0] if isinstance(output, tuple) else output
+                ended = isinstance(output, ModelOutput)  # after the last norm
+                self._layers[layer] = output[0] if ended or isinstance(output, tuple) else output
 
         return keep
 
@@ -291,6 +298,8 @@ class Attachment:
     def _head_loss(self, states_ND: Tensor, common: dict[str, Any]) -> LinearLossOutput:
         bias = getattr(self.head_module, "bias", None)
         weight, bias = _whole(self.head_module.weight), None if bias is None else _whole(bias)
+        if self.head.offset_V is not None:
+            bias = self.head.offset_V if bias is None else bias + self.head.offset_V
         scale, softcap = self.head.scale, self.head.softcap
         return linear_loss(states_ND, weight, bias, logit_scale=scale, softcap=softcap, **common)
 
@@ -367,7 +376,7 @@ def _count(targets: dict[str, Tensor]) -> Tensor:
 
 
 def probe_head(student: nn.Module, head: nn.Module | None, num_classes: int) -> Head:
-    """Whether the logits are `scale * (h W^T + b)` with an optional tanh cap, by trying."""
+    """Whether logits are `scale * (h W^T + b)`, by trying; with an optional tanh cap or offset."""
     weight = getattr(head, "weight", None)
     if head is None or not isinstance(weight, Tensor) or _is_adapted(head):
         return _fall_back("its head is no plain linear layer")
@@ -377,8 +386,9 @@ def probe_head(student: nn.Module, head: nn.Module | None, num_classes: int) -> 
     student.eval()
     try:
         ids = torch.arange(1, 5, device=weight.device).reshape(1, 4) % num_classes
+        decoder = {"decoder_input_ids": ids} if _config(student).is_encoder_decoder else {}
         with torch.no_grad():
-            own = student(input_ids=ids, use_cache=False).logits.float()
+            own = student(input_ids=ids, **decoder, use_cache=False).logits.float()
             bias = getattr(head, "bias", None)
             plain = nn.functional.linear(captured[0], weight, bias).float()
     finally:
@@ -391,6 +401,9 @@ def probe_head(student: nn.Module, head: nn.Module | None, num_classes: int) -> 
         logits = plain * scale if softcap is None else softcap * torch.tanh(plain / softcap)
         if torch.allclose(logits, own, rtol=0, atol=tolerance):
             return Head(linear=True, scale=scale, softcap=softcap)
+    offset_V = (own - plain).flatten(0, 1).mean(dim=0)
+    if torch.allclose(plain + offset_V, own, rtol=0, atol=tolerance):
+        return Head(linear=True, offset_V=offset_V)
     return _fall_back("its logits are no scaled linear function of the states in front of the head")
 
 
@@ -459,8 +472,10 @@ def _hidden_width(student: nn.Module) -> int:
 
 def _blocks(student: nn.Module) -> nn.ModuleList:
     """The list of blocks: the longest ModuleList whose length is the number of layers."""
-    wanted = _config(student).get_text_config().num_hidden_layers
-    for module in student.modules():
+    wanted = num_blocks(_config(student))
+    decoders = _config(student).is_encoder_decoder
+    trunk: Any = student
+    for module in (trunk.get_decoder() if decoders else trunk).modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
     raise ValueError(f"no list of {wanted} blocks in {type(student).__name__}")

@@ -62,9 +62,11 @@ class _Validation:
     metric: MetricName | None
     accuracy: float | None
     entity_f1: float | None
+    chrf: float | None
     teacher_accuracy: float | None
     teacher_entity_f1: float | None
     ece: float | None
+    teacher_chrf: float | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,13 @@ from shared.tasks import TASKS, TaskName
 from shared.tokenizer import content_hash, load_cached_tokenizer
 from shared.windows import PLACES
 from student_train.config import AdapterSpec, TrainConfig
+from student_train.encoder_decoder import (
+    check_decoder_start,
+    check_lengths,
+    generation_config,
+    num_blocks,
+    set_tokens,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +62,17 @@ def build_student(name: str, cache: Cache, *, seed: int, dropout: float | None =
         config.num_labels = len(PLACES)
     if of_labels or of_tokens:
         _set_padding(config, cache, keep_own=not from_scratch)
+    if TASKS[task].layout == "pair" and from_scratch:
+        set_tokens(config, cache)
     if TASKS[task].layout == "row":
         config.problem_type = "single_label_classification"  # what the loss is, for who serves it
     torch.manual_seed(seed)
     if from_scratch:
         log.info("%s: no weights there, training from scratch", name)
-        return _without_pooler(auto.from_config(config, dtype=torch.float32), task)
+        student = _without_pooler(auto.from_config(config, dtype=torch.float32), task)
+        if TASKS[task].layout == "pair":
+            student.generation_config = generation_config(config)
+        return student
     if new_head:
         log.info("%s: it has no head for %s, a new one is made", name, task)
     try:
@@ -189,12 +201,27 @@ def check_fit(name: str, config: PretrainedConfig, cache: Cache) -> None:
         _check_vocabulary(name, text_config, cache)
     longest = int(cache.row_tokens.max(initial=0))
     places = _places(config, cache.manifest.task, longest)
-    if places is not None and longest > places:
+    if TASKS[cache.manifest.task].layout == "pair":
+        _check_pair(name, config, cache, places)
+    elif places is not None and longest > places:
         raise CacheMismatch(
             f"{name}: takes {places:,} positions, but the longest row of {cache.path} has "
             f"{longest:,} tokens. Cache again with --max-length {places}, or use another student."
         )
     _check_tokenizer(name, cache)
+
+
+def _check_pair(name: str, config: PretrainedConfig, cache: Cache, places: int | None) -> None:
+    auto: Any = transformers.AutoModelForSeq2SeqLM
+    if type(config) not in auto._model_mapping:
+        raise CacheMismatch(
+            f"{name}: a model of type {config.model_type} is no encoder-decoder, which "
+            f"{cache.path} was cached for. Use a T5, BART, Marian or the like."
+        )
+    if places is not None:
+        check_lengths(name, places, cache)
+    if not is_from_scratch(name):
+        check_decoder_start(name, cache)
 
 
 def _places(config: PretrainedConfig, task: TaskName, longest: int) -> int | None:
@@ -362,8 +389,7 @@ def layer_pairs(
     """(teacher layer, student layer) for the hidden loss of this student on this cache."""
     if not config.uses_hidden_loss:
         return ()
-    blocks = int(model_config.get_text_config().num_hidden_layers)
-    return config.layer_pairs(cache.manifest.hidden.layers, blocks)
+    return config.layer_pairs(cache.manifest.hidden.layers, num_blocks(model_config))
 
 
 def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cache) -> None:
@@ -459,6 +485,7 @@ _ADAPTED: dict[TaskName, str | None] = {
     "causal-lm": "CAUSAL_LM",
     "masked-lm": None,  # peft has no name for it, and wraps the model as it is
     "feature-extraction": "FEATURE_EXTRACTION",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
     "token-classification": "TOKEN_CLS",
     "sequence-classification": "SEQ_CLS",
     "question-answering": "QUESTION_ANS",

@@ -26,6 +26,7 @@ from student_train.arguments import micro_batch_tokens, refuse_what_breaks, trai
 from student_train.cache_set import Source
 from student_train.callbacks import BeforeTheFirstStep, ProgressLine, StopOnSignal
 from student_train.config import TrainConfig
+from student_train.encoder_decoder import trunk_parts
 from student_train.evaluate import evaluate
 from student_train.metrics_log import MetricsLog
 from student_train.objective import PROJECTIONS, Attachment, Objective, attach
@@ -47,8 +48,10 @@ from student_train.student import (
     warn_of_lost_mass,
 )
 from student_train.task_defaults import Start
+from student_train.text_metrics import require_metrics
 from student_train.vectors import projection_of
 from student_train.vectors import save as save_vectors
+from student_train.writing import Writing, check_writes, written_numbers
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +158,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     if validation is not None:
         check_same_labels(caches.first, validation)
         check_metric(config, validation)
+        if config.generate_rows:
+            check_writes(validation)
+            require_metrics()
     for cache in caches.caches:
         check_cache(config, model_config, cache)
         warn_of_lost_mass(config, cache)
@@ -221,7 +227,8 @@ def _student(config: TrainConfig, objective: Objective, cache: Cache) -> tuple[A
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable()
     if config.compile:
-        student.get_submodule(student.base_model_prefix).compile()
+        for part in trunk_parts(student):
+            part.compile()
     return student, attachment
 
 
@@ -343,6 +350,8 @@ def _finish(
         if before is not None:
             numbers["before"] = before
         numbers["validation"] = evaluate(student, trainer.validation, batch_tokens=_EVAL_TOKENS)
+        if config.generate_rows and trainer.args.should_save:
+            numbers["validation"] |= _written(config, student, trainer.validation)
     if trainer.args.should_save:
         _save(folder.path, student, caches.first)
         folder.save_result(numbers)
@@ -355,6 +364,15 @@ def _teacher(cache: Cache) -> dict[str, Any] | None:
     if info is None:
         return None
     return {"id": info.id, "revision": info.revision, "parameters": info.parameters}
+
+
+def _written(config: TrainConfig, student: Any, validation: Cache) -> dict[str, Any]:
+    writing = Writing(
+        rows=config.generate_rows,
+        num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens,
+    )
+    return written_numbers(student, validation, writing)
 
 
 def _save(path: Path, student: Any, cache: Cache) -> None:

@@ -18,6 +18,7 @@ from shared.hidden import num_states, state_positions
 from shared.manifest import Manifest
 from shared.schema import ROW_CHUNK_BITS
 from shared.target import Target
+from shared.tasks import TASKS
 from teacher_cache.batches import ForwardBatch, batch_of, forward_batches
 from teacher_cache.memory import is_out_of_memory
 from teacher_cache.rows import Row
@@ -193,7 +194,8 @@ def capture_window(
     targets = WindowTargets(manifest, window)
     waiting: _Forwarded | None = None
     tokens, packed = manifest.plan.forward_tokens, manifest.preprocessing.pack
-    for batch in forward_batches(window, tokens, packed=packed):
+    layout = TASKS[manifest.task].layout
+    for batch in forward_batches(window, tokens, packed=packed, layout=layout):
         check_stop()
         forwarded = _forward(teacher, manifest, batch, targets)
         if waiting is not None:
@@ -244,7 +246,8 @@ def _capture_halves(
     for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
         check_stop()
         torch.cuda.empty_cache()  # outside the `except`, whose error holds what did not fit
-        batch = batch_of(window, half, targets.starts, packed=manifest.preprocessing.pack)
+        packed, layout = manifest.preprocessing.pack, TASKS[manifest.task].layout
+        batch = batch_of(window, half, targets.starts, packed=packed, layout=layout)
         forwarded = _forward(teacher, manifest, batch, targets)
         if forwarded is None:
             _capture_halves(teacher, manifest, window, half, targets, check_stop)

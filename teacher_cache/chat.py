@@ -49,6 +49,31 @@ class Spoken:
     by_assistant: np.ndarray
 
 
+def split_answer(conversation: Conversation) -> tuple[Conversation, tuple[str, ...]]:
+    """What was said before the assistant is to speak, and what it then says where it does.
+
+    That is its last turn; where someone else spoke last, it comes after all there is.
+    """
+    messages = conversation.messages
+    if not messages or messages[-1]["role"] != "assistant":
+        return conversation, ()
+    answer = messages[-1].get("content")
+    return Conversation(messages[:-1]), (answer,) if isinstance(answer, str) else ()
+
+
+def written_prompt(
+    conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", where: str
+) -> str:
+    """A conversation in the tokenizer's own template, up to where the assistant begins."""
+    messages = [dict(message) for message in conversation.messages]
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+    except TemplateError as error:
+        raise CorpusError(f"{where}: the chat template refuses these messages: {error}") from error
+
+
 def encode_conversation(
     conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", where: str
 ) -> Spoken:

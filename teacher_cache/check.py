@@ -149,7 +149,8 @@ def _live(teacher: Teacher, cache: Cache, rows: list[Row], ids_NK: Tensor) -> _L
     plan, packed = cache.manifest.plan, cache.manifest.preprocessing.pack
     cells_NJ = torch.empty(len(ids_NK), ids_NK.shape[1] + 1, dtype=torch.float64)
     best_N = torch.empty(len(ids_NK), dtype=torch.int64)
-    for batch in forward_batches(rows, plan.forward_tokens, packed=packed):
+    layout = TASKS[cache.manifest.task].layout
+    for batch in forward_batches(rows, plan.forward_tokens, packed=packed, layout=layout):
         output = teacher.forward(batch.inputs, chunk_positions=plan.chunk_positions)
         for part, logits_nV in output.chunks:
             at = batch.window_index[part]

@@ -15,6 +15,7 @@ from shared import frames
 from shared.codec import decode, encode
 from shared.schema import MIN_BLOCK_POSITIONS
 from shared.target import MAX_ENTRIES, ClassRanks, Floats, Target, TargetKind, TargetSpec
+from shared.tasks import TASKS
 from teacher_cache.batches import forward_batches
 from teacher_cache.gradient_error import (
     PARTS,
@@ -161,7 +162,8 @@ def _pieces(
     classes = draft.targets.num_classes
     step = max(1, _PIECE_BYTES // (4 * classes))
     layers = (FINAL,) if teacher.trunk is not None else ()
-    for batch in forward_batches(chosen, forward_tokens, packed=draft.preprocessing.pack):
+    layout, packed = TASKS[draft.config.task].layout, draft.preprocessing.pack
+    for batch in forward_batches(chosen, forward_tokens, packed=packed, layout=layout):
         output = teacher.forward(batch.inputs, layers)
         for part, logits in output.chunks:
             # Where no final state is to be had, an output bias stands for the head.

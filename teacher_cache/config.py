@@ -72,6 +72,55 @@ class CaptureConfig:
             read_when={"task": ("question-answering",)} | _NOT_LIKE,
         ),
     ] = 128
+    max_target_length: Annotated[
+        int,
+        Option(
+            help="Tokens of a target; longer ones are cut, and then have no end.",
+            min=1,
+            read_when=_NOT_LIKE | {"task": ("seq2seq-lm",), "generate": (False,)},
+        ),
+    ] = 128
+    decoder_start: Annotated[
+        int | Literal["auto"],
+        Option(
+            help="Token that a decoder starts from; auto: the teacher's, without one the "
+            "tokenizer's padding, else its BOS, else its end.",
+            min=0,
+            read_when=_NOT_LIKE | {"task": ("seq2seq-lm",)},
+        ),
+    ] = "auto"
+    generate: Annotated[
+        bool,
+        Option(
+            help="Let the teacher write the targets first: the last answer of a conversation, the "
+            "completion, or the target of a pair.",
+            read_when={"task": ("causal-lm", "seq2seq-lm")},
+        ),
+    ] = False
+    num_beams: Annotated[
+        int, Option(help="Beams of generation.", min=1, read_when={"generate": (True,)})
+    ] = 1
+    max_new_tokens: Annotated[
+        int, Option(help="Tokens that are written at most.", min=1, read_when={"generate": (True,)})
+    ] = 256
+    sample_temperature: Annotated[
+        float,
+        Option(
+            help="Above 0: what is written is drawn at this temperature; 0: the likeliest.",
+            min=0,
+            max=20,
+            read_when={"generate": (True,)},
+        ),
+    ] = 0.0
+    top_p: Annotated[
+        float,
+        Option(
+            help="Draw among the likeliest tokens that have this probability together.",
+            min=0.01,
+            max=1,
+            read_when={"sample_temperature": (SET,)},
+        ),
+    ] = 1.0
     pack: Annotated[
         bool, Option(help="Put several short documents into one row.", read_when=_NOT_LIKE)
     ] = False
@@ -205,8 +254,12 @@ class CaptureConfig:
                 "--pack is not there for --task masked-lm: in a packed row the documents of a "
                 "bidirectional model see each other. Rows of similar length are batched anyway."
             )
+        if self.pack and TASKS[self.task].layout == "pair":
+            raise ConfigError(f"--pack is not there for --task {self.task}")
         if TASKS[self.task].layout == "window":
             self._check_windows()
+        if self.generate:
+            self._check_generation()
         if TASKS[self.task].target_space == "states":
             self._check_states()
         elif self.targets == "none":
@@ -274,6 +327,22 @@ class CaptureConfig:
             )
         if self.pack or self.hidden_layers:
             raise ConfigError(f"--pack and --hidden-layers are not there for --task {self.task}")
+
+    def _check_generation(self) -> None:
+        if self.targets == "none":
+            raise ConfigError("--generate keeps targets beside what is written: not --targets none")
+        if self.pack:
+            raise ConfigError("--pack is not there with --generate: every row has its reference")
+        if self.num_beams > 1 and self.sample_temperature > 0:
+            raise ConfigError(
+                "--sample-temperature draws one token after the other: not with --num-beams above 1"
+            )
+        # With --like the length of a row is that of its cache.
+        if self.task == "causal-lm" and not self.like and self.max_new_tokens >= self.max_length:
+            raise ConfigError(
+                f"--max-new-tokens {self.max_new_tokens}: leaves no room for a prompt in the "
+                f"{self.max_length} tokens of --max-length"
+            )
 
     def _check_label_only(self) -> None:
         if self.teacher is None and self.tokenizer is None:

@@ -23,11 +23,12 @@ import xxhash
 from shared.errors import CorpusError
 from shared.manifest import CorpusInfo
 from shared.shards import file_hash
-from shared.tasks import TASKS
+from shared.tasks import TASKS, TaskName
 from teacher_cache import conll
 from teacher_cache.chat import Conversation, Exchange
 from teacher_cache.config import CaptureConfig
 from teacher_cache.label_rows import Label, Labelled, Tagged
+from teacher_cache.seq2seq_rows import Pair
 from teacher_cache.window_rows import Asked, answers_of
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ _NAMES = {
     "text": ("text", "content", "body", "document", "article", "sentence", "sentence1", "premise"),
     "prompt": ("prompt", "question", "instruction", "input"),
     "completion": ("completion", "answer", "response", "output"),
+    "source": ("source", "document", "article", "text", "dialogue", "input", "en"),
+    "target": ("target", "summary", "summaries", "translation", "highlights", "output"),
     "tokens": ("tokens", "words"),
     "tags": ("tags", "ner_tags", "labels"),
     "text_pair": ("text_pair", "sentence2", "hypothesis"),
@@ -61,12 +64,20 @@ _DOCUMENTS: dict[tuple[str, ...], Callable[..., Any]] = {
     ("messages",): lambda conversation: conversation,
     ("text",): lambda text: text,
     ("prompt", "completion"): Exchange,
+    ("prompt",): lambda prompt: Exchange(prompt, ""),
+    ("source",): lambda source: Pair(source, ()),
+    ("source", "target"): Pair,
     ("tokens", "tags"): Tagged,
     ("text", "text_pair", "label"): Labelled,
     ("text", "label"): lambda text, label: Labelled(text, None, label),
     ("question", "context", "answers"): Asked,
 }
 
+# With --generate a corpus need not have the answers; and a text has none.
+_WAYS_OF_SOURCES: dict[TaskName, tuple[tuple[str, ...], ...]] = {
+    "causal-lm": (("messages",), ("prompt", "completion"), ("prompt",)),
+    "seq2seq-lm": (("source", "target"), ("source",), ("messages",)),
+}
 _READ_AT_ONCE = 1000  # documents
 
 
@@ -133,6 +144,9 @@ class Corpus:
         match role:
             case "messages":
                 return self._conversation(index, value)
+            case "target":
+                texts = value if isinstance(value, list) else [value]
+                return tuple(self._text(index, text, role) for text in texts if text is not None)
             case "tokens":
                 return tuple(value or ())
             case "tags":
@@ -364,7 +378,7 @@ def _open_hub(config: CaptureConfig) -> tuple[datasets.Dataset, str]:
 def _columns(documents: datasets.Dataset, config: CaptureConfig) -> dict[str, str]:
     """The column of each role: as asked, else by its usual names."""
     names, asked = list(documents.column_names), config.column_of
-    task_ways = TASKS[config.task].ways
+    task_ways = _WAYS_OF_SOURCES[config.task] if config.generate else TASKS[config.task].ways
     roles = list(dict.fromkeys(role for way in task_ways for role in way))
     unknown = sorted(set(asked) - set(roles))
     if unknown:
@@ -378,9 +392,9 @@ def _columns(documents: datasets.Dataset, config: CaptureConfig) -> dict[str, st
     if asked:
         ways = tuple(way for way in task_ways if set(asked) <= set(way))
         if not ways:
+            kinds = ", or ".join(" and ".join(way) for way in task_ways)
             raise CorpusError(
-                f"--columns {' '.join(asked)}: a document is messages, or text, or prompt and "
-                "completion, not several of them"
+                f"--columns {' '.join(asked)}: a document is {kinds}, not several of them"
             )
     for way in ways:
         free = [name for name in names if name not in asked.values()]

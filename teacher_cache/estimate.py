@@ -92,6 +92,7 @@ def estimate(config: PlanConfig) -> dict[str, Any]:
         "free_bytes": free,
         "enough_space": free >= 1.1 * total,
         "calibrated": calibrated is not None,
+        "generates": draft.preprocessing.generation is not None,
     }
     if calibrated is not None:
         measured = calibrated.measured

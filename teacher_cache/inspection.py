@@ -141,6 +141,12 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
     if TASKS[cache.manifest.task].layout == "window":
         classes = cache.manifest.targets.num_classes
         return shown | {"window": window_view.shown(row, classes, tokenizer)}
+    begin = 0  # of the sequence that the positions are in
+    if TASKS[cache.manifest.task].layout == "pair":
+        begin = row.segments[0]
+        shown["text"] = tokenizer.decode(row.input_ids[: min(begin, 64)])
+        shown["target"] = tokenizer.decode(row.input_ids[begin:][:64])
+        shown["reference"] = row.reference
     if row.targets is None:
         return shown
     targets, spec = row.targets, cache.manifest.targets
@@ -157,7 +163,7 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
         rest = 1 - float(logprobs[place][as_they_are].exp().sum())
         shown["positions"].append(
             {
-                **_context(cache, tokenizer, row, int(row.positions[place])),
+                **_context(cache, tokenizer, row, int(row.positions[place]), begin),
                 "hard_label": tokenizer.decode([int(row.labels[place])]),
                 "teacher": [
                     {
@@ -178,11 +184,11 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
     return shown
 
 
-def _context(cache: Cache, tokenizer: Any, row: Row, position: int) -> dict[str, str]:
-    """The tokens near a position that its prediction is made from."""
+def _context(cache: Cache, tokenizer: Any, row: Row, position: int, begin: int) -> dict[str, str]:
+    """The tokens near a position that its prediction is made from; its sequence starts there."""
     if cache.manifest.task == "masked-lm":
         return {"around": tokenizer.decode(row.input_ids[max(0, position - 5) : position + 4])}
-    return {"after": tokenizer.decode(row.input_ids[: position + 1][-8:])}
+    return {"after": tokenizer.decode(row.input_ids[begin : position + 1][-8:])}
 
 
 def histograms(cache: Cache) -> dict[str, Any]:

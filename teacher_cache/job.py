@@ -1,7 +1,7 @@
 """Stage one on one screen: a shard as a function of (manifest, i), and the run around it.
 
-documents -> build_rows -> capture_window (Teacher.forward -> select) -> encode_block
-          -> ShardWriter.write -> commit
+documents (-> Writer.written) -> build_rows -> capture_window (Teacher.forward -> select)
+          -> encode_block -> ShardWriter.write -> commit
 """
 
 import json
@@ -140,7 +140,11 @@ def capture_shard(job: Job, shard: int) -> None:
 
 def _blocks(job: Job, documents: range, statistics: Counter[str]) -> Iterator[Captured]:
     """Blocks of a shard in order; the teacher runs over a window of them at a time."""
-    built = job.draft.build_rows(_documents(job, documents), statistics)
+    read = _documents(job, documents)
+    if job.manifest.preprocessing.generation is not None:
+        writer = job.draft.writer(job.manifest.plan.forward_tokens)
+        read = writer.written(read, statistics, job.check_stop)
+    built = job.draft.build_rows(read, statistics)
     window: list[list[Row]] = []
     tokens = 0
     for block in cut_blocks(built):

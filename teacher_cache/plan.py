@@ -12,8 +12,9 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,12 @@ from safetensors.numpy import save as save_safetensors
 from torch import Tensor
 
 from shared import manifest as manifests
+from shared.decoding import decoder_start_of
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
 from shared.hidden import ChannelScale, ChannelStatistics, int8_scale, without_massive
 from shared.manifest import (
     BatchPlan,
+    GenerationSpec,
     HiddenSpec,
     Manifest,
     Preprocessing,
@@ -42,9 +45,10 @@ from shared.tokenizer import describe
 from teacher_cache.batches import forward_batches
 from teacher_cache.config import CaptureConfig
 from teacher_cache.corpus import Corpus, open_corpus
+from teacher_cache.generation import Writer, stand_ins, writer_hash
 from teacher_cache.memory import is_out_of_memory
 from teacher_cache.row_builders import RowContext, build_rows
-from teacher_cache.rows import Row
+from teacher_cache.rows import Row, document_ends
 from teacher_cache.targets import select
 from teacher_cache.teacher import (
     Teacher,
@@ -53,6 +57,7 @@ from teacher_cache.teacher import (
     labels_of,
     load_tokenizer,
     logit_width_of,
+    model_source,
     weights_digest,
 )
 from teacher_cache.thresholds import find_threshold, inclusion
@@ -63,6 +68,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SAMPLE_DOCUMENTS = 512
+_WRITTEN_DOCUMENTS = 64  # of the sample, where the teacher has to write them first
 _SAMPLE_TOKENS = 1 << 20  # the sample stops here even if few documents were read
 _LEARN_TOKENS = 1 << 14  # tokens the teacher runs over to learn the order of the classes
 _MIN_SHARD_TOKENS = 1 << 15  # smaller shards are all overhead, however small the corpus
@@ -101,6 +107,14 @@ class Draft:
             self.hidden.pooling,
         )
         return build_rows(documents, context, counters)
+
+    def writer(self, forward_tokens: int) -> Writer:
+        """Writes the targets of a job with --generate."""
+        assert self.teacher is not None  # CaptureConfig refuses --generate without targets
+        spec = self.preprocessing.generation
+        assert spec is not None  # with --generate there is one
+        task, options = self.config.task, self.preprocessing
+        return Writer(task, self.tokenizer, options, spec, self.teacher, forward_tokens)
 
     def asked(self) -> dict[str, Any]:
         """Every field that a second run must ask for alike; compared before it may go on."""
@@ -164,7 +178,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
         tokenizer_info=info,
         teacher=teacher,
         teacher_info=None if teacher is None else teacher_info(config.teacher or "", teacher),
-        preprocessing=_preprocessing(config, corpus),
+        preprocessing=_preprocessing(config, corpus, tokenizer, teacher),
         targets=_target_spec(config, num_classes),
         hidden=_hidden_spec(config, teacher),
         labels=labels,
@@ -188,8 +202,12 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
         hidden_every=old.hidden.every,
         pooling=old.hidden.pooling if config.task == old.task == "feature-extraction" else "auto",
         max_length=old.preprocessing.max_length,
+        max_target_length=config.max_target_length
+        if config.generate
+        else old.preprocessing.max_target_length,
         stride=old.preprocessing.stride,
         pack=old.preprocessing.pack,
+        decoder_start=start if (start := old.preprocessing.decoder_start) >= 0 else "auto",
         mask_copies=old.preprocessing.mask_copies if masked else config.mask_copies,
         mask_share=old.preprocessing.mask_share if masked else config.mask_share,
     )
@@ -308,8 +326,13 @@ def read_labels(file: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
-    masked = config.task == "masked-lm"
+def _preprocessing(
+    config: CaptureConfig,
+    corpus: Corpus,
+    tokenizer: "PreTrainedTokenizerBase",
+    teacher: Teacher | None,
+) -> Preprocessing:
+    masked, of_pairs = config.task == "masked-lm", TASKS[config.task].layout == "pair"
     return Preprocessing(
         split=config.split,
         columns=tuple(f"{role}={column}" for role, column in corpus.columns.items()),
@@ -322,7 +345,50 @@ def _preprocessing(config: CaptureConfig, corpus: Corpus) -> Preprocessing:
         mask_share=config.mask_share if masked else 0.0,
         mask_seed=config.seed if masked else 0,
         stride=config.stride,
+        max_target_length=config.max_new_tokens
+        if of_pairs and config.generate
+        else config.max_target_length,
+        decoder_start=_decoder_start(config, tokenizer) if of_pairs else -1,
+        generation=_generation(config, teacher) if config.generate else None,
     )
+
+
+def _generation(config: CaptureConfig, teacher: Teacher | None) -> GenerationSpec:
+    return GenerationSpec(
+        num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.sample_temperature,
+        top_p=config.top_p,
+        seed=config.seed if config.sample_temperature else 0,
+        writer="" if teacher is None else writer_hash(teacher),  # `plan` reads no weights
+    )
+
+
+def _decoder_start(config: CaptureConfig, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """As the teacher has it; without one as asked, else as T5, Marian and BART choose it."""
+    its = None
+    if config.teacher is not None:
+        its = decoder_start_of(model_source(config.teacher), config.revision)
+    asked = None if config.decoder_start == "auto" else config.decoder_start
+    if asked is not None and its is not None and asked != its:
+        raise CacheMismatch(
+            f"--decoder-start {asked}: the decoder of {config.teacher} starts from token {its}. "
+            "Leave --decoder-start out."
+        )
+    if its is None and asked is None and config.targets != "none":
+        raise Refused(
+            f"{config.teacher}: neither its generation_config.json nor its config.json has a "
+            "decoder_start_token_id, so it cannot be told what its decoder starts from. Say it "
+            "with --decoder-start (T5 and Marian: the padding token, BART: the end of a text)."
+        )
+    known = (its, asked, tokenizer.pad_token_id, tokenizer.bos_token_id)
+    start = next((token for token in known if token is not None), document_ends(tokenizer).eos[0])
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    if start >= num_ids:
+        raise ConfigError(
+            f"--decoder-start {start}: the tokenizer has {num_ids:,} tokens, counted from 0"
+        )
+    return start
 
 
 def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
@@ -381,9 +447,9 @@ def sample_corpus(draft: Draft) -> Sample:
     token_counts = np.zeros(draft.tokenizer_info.num_ids, np.int64)
     built: list[Row] = []
     tokens = documents = 0
-    for index in spread:
-        document = draft.corpus.read([index])
-        for row in draft.build_rows([(index, document[0])], counters):
+    documents_of = _sample_documents(draft, spread, counters)
+    for index, document in documents_of:
+        for row in draft.build_rows([(index, document)], counters):
             tokens += len(row.input_ids)
             token_counts += np.bincount(row.input_ids, minlength=len(token_counts))
             built.append(row)
@@ -397,6 +463,21 @@ def sample_corpus(draft: Draft) -> Sample:
         )
     positions = sum(row.num_positions for row in built)
     return Sample(documents, tokens, positions, tuple(built), counters, token_counts)
+
+
+def _sample_documents(
+    draft: Draft, indices: Sequence[int], counters: Counter[str]
+) -> Iterator[tuple[int, Any]]:
+    """The documents of the sample; with --generate as written, but then few: writing is slow."""
+    read = ((index, draft.corpus.read([index])[0]) for index in indices)
+    if draft.preprocessing.generation is None:
+        return read
+    few, options = islice(read, _WRITTEN_DOCUMENTS), draft.preprocessing
+    if draft.teacher is None:
+        return stand_ins(few, draft.config.task, draft.tokenizer, options, counters)
+    asked = draft.config.forward_tokens
+    tokens = default_forward_tokens(draft.teacher) if asked == "auto" else asked
+    return draft.writer(tokens).written(few, counters)
 
 
 def _listed(counters: Counter[str]) -> str:
@@ -439,15 +520,15 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
 
 
 def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Manifest:
-    its_labels = TASKS[draft.config.task].labels
-    windows = TASKS[draft.config.task].layout == "window"
+    its_labels, layout = TASKS[draft.config.task].labels, TASKS[draft.config.task].layout
+    windows, pairs = layout == "window", layout == "pair"
     columns = optional_columns(
-        segments=draft.preprocessing.pack or windows,
+        segments=draft.preprocessing.pack or windows or pairs,
+        references=windows or pairs or draft.preprocessing.generation is not None,
         positions=draft.corpus.supervised or its_labels != "next",
         labels=its_labels == "stored",
         targets=draft.targets.kind != "none",
         token_types="text_pair" in draft.corpus.columns or windows,
-        references=windows,
     )
     return Manifest(
         format_version=manifests.FORMAT_VERSION,
@@ -556,8 +637,9 @@ def run_largest(draft: Draft, teacher: Teacher, chosen: list[Row], forward_token
     largest: list[tuple[Tensor, Tensor]] = []
     statistics: dict[int, ChannelStatistics] = {}
     ordinary: dict[int, ChannelStatistics] = {}
-    for batch in forward_batches(chosen, forward_tokens, packed=draft.preprocessing.pack):
-        hidden = draft.hidden
+    layout, packed = TASKS[draft.config.task].layout, draft.preprocessing.pack
+    hidden = draft.hidden
+    for batch in forward_batches(chosen, forward_tokens, packed=packed, layout=layout):
         output = teacher.forward(batch.inputs, hidden.layers, pooling=hidden.pooling)
         for _, logits in output.chunks:
             selected = select(logits, spec)

@@ -4,10 +4,12 @@ B rows, T tokens, V logit width.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from shared.tasks import Layout
 from teacher_cache.streamed_head import TeacherBatch, same_values
 
 LogitsFn = Callable[[TeacherBatch], Tensor]  # a batch to the logits of its N positions, [N, V]
@@ -21,20 +23,31 @@ SAME_SHAPE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 PACKED_ROWS = ((9, 10, 5), (6, 11, 7))  # lengths of segments; the last of each stands for padding
 
 
-def padded_batch(num_classes: int) -> TeacherBatch:
-    """2 rows of 12 tokens, the second padded after 7; every token a position."""
-    mask_BT = torch.ones(2, 12, dtype=torch.long)
-    mask_BT[1, 7:] = 0
+def padded_batch(num_classes: int, layout: Layout = "tokens") -> TeacherBatch:
+    """2 rows of 12 tokens, the second padded after 7; every token a position.
+
+    Of pairs that is what the decoder reads, after 9 and 5 tokens for the encoder.
+    """
+    ids_BT, mask_BT = _tokens((2, 12), num_classes, seed=0), _mask((12, 7))
+    index_N = mask_BT.flatten().nonzero()[:, 0]
+    if layout != "pair":
+        return TeacherBatch(input_ids=ids_BT, attention_mask=mask_BT, position_index=index_N)
     return TeacherBatch(
-        input_ids=_tokens((2, 12), num_classes, seed=0),
-        attention_mask=mask_BT,
-        position_index=mask_BT.flatten().nonzero()[:, 0],
+        input_ids=_tokens((2, 9), num_classes, seed=3),
+        attention_mask=_mask((9, 5)),
+        decoder_input_ids=ids_BT,
+        decoder_attention_mask=mask_BT,
+        position_index=index_N,
     )
 
 
-def sees_later_tokens(logits: LogitsFn, num_classes: int) -> bool:
+def _mask(lengths: Sequence[int]) -> Tensor:
+    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+
+
+def sees_later_tokens(logits: LogitsFn, num_classes: int, layout: Layout = "tokens") -> bool:
     """Whether another last token changes the logits before it, as in a bidirectional encoder."""
-    first, second = _with_other_last_tokens(logits, num_classes)
+    first, second = _with_other_last_tokens(logits, num_classes, layout)
     return not same_values(first, second, OTHER_SHAPE[first.dtype])
 
 
@@ -47,21 +60,32 @@ def ignores_later_tokens(logits: LogitsFn, num_classes: int) -> bool:
     return torch.equal(*_with_other_last_tokens(logits, num_classes))
 
 
-def _with_other_last_tokens(logits: LogitsFn, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Logits of all tokens but the last, which differs, of one row: [11, V] each."""
+def _with_other_last_tokens(
+    logits: LogitsFn, num_classes: int, layout: Layout = "tokens"
+) -> tuple[Tensor, Tensor]:
+    """Logits of all tokens but the last, which differs, of one row: [11, V] each.
+
+    Of pairs the last token of the decoder: what the encoder reads may be seen as a whole.
+    """
     tokens_BT = _tokens((1, 12), num_classes, seed=1)
     other_BT = tokens_BT.clone()
     other_BT[:, -1] = (other_BT[:, -1] + 1) % num_classes
-    first, second = (
-        logits(
-            TeacherBatch(
-                input_ids=ids_BT,
-                attention_mask=torch.ones_like(ids_BT),
-                position_index=torch.arange(11),
-            )
-        )
+    ones_BT, index_N = torch.ones_like(tokens_BT), torch.arange(11)
+    batches = [
+        TeacherBatch(input_ids=ids_BT, attention_mask=ones_BT, position_index=index_N)
         for ids_BT in (tokens_BT, other_BT)
-    )
+    ]
+    if layout == "pair":
+        batches = [
+            replace(
+                batch,
+                input_ids=tokens_BT,
+                decoder_input_ids=batch.input_ids,
+                decoder_attention_mask=ones_BT,
+            )
+            for batch in batches
+        ]
+    first, second = map(logits, batches)
     return first, second
 
 

@@ -20,6 +20,14 @@ def estimate_text(numbers: dict[str, Any]) -> str:
         f"shards      {numbers['shards']:,} of {numbers['documents_per_shard']:,} documents",
         f"classes     {numbers['classes']:,}",
     ]
+    if numbers["generates"]:
+        lines.append(
+            "            rough: how long the teacher's answers are was seen on few documents, and "
+            "writing them takes many forwards more"
+            if numbers["calibrated"]
+            else "            rough: answers taken to be as long as the corpus' own, or half of "
+            "--max-new-tokens; --calibrate lets the teacher write some"
+        )
     if numbers["choices"]:
         how = (
             f"measured over {numbers['measured_positions']:,} positions"
@@ -229,6 +237,8 @@ def _row_text(row: dict[str, Any]) -> list[str]:
         head = f"window {row['row_id'] % (1 << ROW_CHUNK_BITS)} of document {row['document']:,}"
         return [f"{head}, {row['tokens']} tokens", *_window_text(row["window"])]
     lines = [f"row of document {row['document']:,}, {row['tokens']} tokens: {row['text']!r}"]
+    if "target" in row:
+        lines.append(f"  becomes {row['target']!r}")
     for position in row.get("positions", [])[:4]:
         best = "  ".join(
             f"{entry['token']!r} {entry['p']:.3f}{' (drawn)' if entry['drawn'] else ''}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.manifest import Preprocessing
 from shared.tasks import Pooling, TaskName
-from teacher_cache import label_rows, masked_rows, rows, vector_rows, window_rows
+from teacher_cache import label_rows, masked_rows, rows, seq2seq_rows, vector_rows, window_rows
 from teacher_cache.rows import Row
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def build_rows(
         case "feature-extraction":
             length, pooling = preprocessing.max_length, context.pooling
             return vector_rows.build(documents, tokenizer, length, pooling, counters)
+        case "seq2seq-lm":
+            return seq2seq_rows.build(documents, tokenizer, preprocessing, counters)
         case "token-classification" | "sequence-classification":
             length = preprocessing.max_length
             return label_rows.build(documents, tokenizer, length, context.labels, counters)

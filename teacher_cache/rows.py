@@ -17,12 +17,23 @@ import numpy as np
 from shared.errors import CorpusError
 from shared.manifest import Preprocessing
 from shared.schema import ROW_CHUNK_BITS
+from shared.tokenizer import end_of_text
 from teacher_cache.chat import Conversation, Exchange, encode_conversation, encode_exchange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Document = str | Conversation | Exchange
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What the teacher read and what it then wrote, in tokens; and what the corpus has instead."""
+
+    source_ids: tuple[int, ...]
+    tokens: tuple[int, ...]
+    references: tuple[str, ...]
+
+
+Document = str | Conversation | Exchange | Written
 
 _TOKENIZE_AT_ONCE = 256  # documents
 _OPEN_ROWS = 32  # rows that packing may still add to; more fill little better and cost time
@@ -68,9 +79,7 @@ class Ends:
 
 def document_ends(tokenizer: "PreTrainedTokenizerBase") -> Ends:
     """BOS and EOS of a tokenizer; one without any end-of-text token is refused."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        eos = tokenizer.sep_token_id
+    eos = end_of_text(tokenizer)
     if eos is None:
         raise CorpusError(
             f"{tokenizer.name_or_path}: this tokenizer has neither an EOS nor a SEP token, so no "
@@ -118,7 +127,8 @@ def _chunks(
                     counters["rows_without_targets"] += 1
                     continue
                 supervised = supervised.astype(np.int32)
-            yield Row(index << ROW_CHUNK_BITS | chunk, part, (len(part),), supervised)
+            row_id, sizes = index << ROW_CHUNK_BITS | chunk, (len(part),)
+            yield Row(row_id, part, sizes, supervised, reference=tokens.reference)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +137,7 @@ class _Tokens:
 
     input_ids: np.ndarray
     predicted: np.ndarray | None = None
+    reference: Any = None
 
 
 def _tokenized(
@@ -139,8 +150,18 @@ def _tokenized(
         for index, document in some:
             if isinstance(document, str):
                 yield index, _Tokens(next(encoded))
+            elif isinstance(document, Written):
+                yield index, _of_written(document)
             else:
                 yield index, _spoken(document, tokenizer, f"document {index}")
+
+
+def _of_written(document: Written) -> _Tokens:
+    """Of a conversation only what the teacher wrote itself is predicted."""
+    source, tokens = document.source_ids, document.tokens
+    predicted = np.arange(len(source) + len(tokens)) >= len(source)
+    ids = np.array([*source, *tokens], np.int32)
+    return _Tokens(ids, predicted, list(document.references))
 
 
 def _between_ends(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[np.ndarray]:

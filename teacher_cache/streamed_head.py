@@ -28,7 +28,9 @@ SAME_LOGITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 class TeacherBatch:
     """One forward of the teacher: padded rows with a mask, or packed rows with position ids.
 
-    With packed rows a mask, even one of ones, lets their documents attend to each other.
+    With packed rows a mask, even one of ones, lets their documents attend to each other. Of an
+    encoder-decoder `input_ids` are what the encoder reads, and T is the decoder's in
+    `position_index`.
     """
 
     input_ids: Tensor  # int64 [B, T]
@@ -37,6 +39,8 @@ class TeacherBatch:
     position_ids: Tensor | None = None  # int64 [B, T], from 0 in each segment
     token_type_ids: Tensor | None = None  # int64 [B, T], 1 in the second of two texts
     segments: Tensor | None = None  # int64 [B, S], lengths of the parts of padded rows; 0: none
+    decoder_input_ids: Tensor | None = None  # int64 [B, T of the decoder]
+    decoder_attention_mask: Tensor | None = None  # int64, as decoder_input_ids
 
     def __post_init__(self) -> None:
         if self.attention_mask is not None and self.position_ids is not None:
@@ -53,6 +57,8 @@ class TeacherBatch:
             position_ids=moved(self.position_ids),
             token_type_ids=moved(self.token_type_ids),
             segments=moved(self.segments),
+            decoder_input_ids=moved(self.decoder_input_ids),
+            decoder_attention_mask=moved(self.decoder_attention_mask),
         )
 
 
@@ -67,6 +73,9 @@ def model_inputs(model: nn.Module, batch: TeacherBatch) -> dict[str, Any]:
         inputs["position_ids"] = batch.position_ids
     if batch.token_type_ids is not None and accepts(model, "token_type_ids"):
         inputs["token_type_ids"] = batch.token_type_ids
+    if batch.decoder_input_ids is not None:
+        inputs["decoder_input_ids"] = batch.decoder_input_ids
+        inputs["decoder_attention_mask"] = batch.decoder_attention_mask
     return inputs
 
 
@@ -134,7 +143,7 @@ def agrees(streamed: StreamedHead, inputs: Mapping[str, Any], index_N: Tensor) -
     full_NV = streamed.model(**inputs).logits.flatten(0, 1)[index_N]
     outputs = streamed.run_trunk(inputs)
     states_ND = last_state(outputs[-1]).flatten(0, 1)
-    if len(states_ND) != inputs["input_ids"].numel():
+    if len(states_ND) != inputs.get("decoder_input_ids", inputs["input_ids"]).numel():
         return False
     chunks = states_ND[index_N.to(states_ND.device)].split(5)  # a size that divides nothing
     streamed_NV = torch.cat([streamed.logits(inputs, outputs, chunk) for chunk in chunks])

@@ -71,8 +71,9 @@ class TeacherOutput:
 class Teacher:
     """A model in evaluation mode, without a cache and without gradients.
 
-    A language model, causal or masked, or one with a head over labels, whose logits are its own:
-    they are few. Or a model without a head, of which hidden states are wanted.
+    A language model, causal or masked, an encoder-decoder, whose layers are those of its decoder,
+    or a model with a head over labels, whose logits are its own: they are few. Or a model without a
+    head, of which hidden states are wanted.
     """
 
     model: Any  # PreTrainedModel
@@ -83,7 +84,8 @@ class Teacher:
     blocks: nn.ModuleList
     streamed: StreamedHead | None  # None: full logits, since streamed ones differed
     labels: tuple[str, ...] = ()  # names of the classes of a label space
-    layout: Layout = "tokens"  # row: logits are [B, C], those of a row; window: see windows.py
+    # row: logits are [B, C]; window: see windows.py; pair: positions are the decoder's
+    layout: Layout = "tokens"
     has_logits: bool = True
 
     @classmethod
@@ -108,7 +110,7 @@ class Teacher:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype}: expected one of {', '.join(DTYPES)}.")
         placement = _placement(device)
-        source = _model_source(teacher)
+        source = model_source(teacher)
         loaded_tokenizer = load_tokenizer(
             tokenizer or teacher,
             revision=None if tokenizer else revision,
@@ -207,11 +209,12 @@ class Teacher:
     @classmethod
     def wrap(cls, model: Any, tokenizer: Any, task: TaskName = "causal-lm") -> "Teacher":
         """A language model already in memory, which is put into evaluation mode and probed."""
+        layout = TASKS[task].layout
         model.eval().requires_grad_(False)
         model.config.return_dict = True
         num_ids = max(tokenizer.get_vocab().values()) + 1
         embedded_ids = model.get_input_embeddings().weight.shape[0]
-        batch = probes.padded_batch(min(num_ids, embedded_ids)).to(model.device)
+        batch = probes.padded_batch(min(num_ids, embedded_ids), layout).to(model.device)
         inputs = model_inputs(model, batch)
         with torch.no_grad():
             found = streamed_head.find(model, inputs)
@@ -232,8 +235,9 @@ class Teacher:
             num_classes=min(logit_width, num_ids),
             logit_width=logit_width,
             trunk=trunk,
-            blocks=_find_blocks(trunk or model),
+            blocks=_find_blocks(model.get_decoder() if layout == "pair" else trunk or model),
             streamed=found if streams else None,
+            layout=layout,
         )
         probed = teacher.logits, teacher.num_classes
         if task == "masked-lm" and probes.ignores_later_tokens(*probed):
@@ -242,7 +246,7 @@ class Teacher:
                 "tokens, so it is no masked language model. Name an encoder (a BERT: saved "
                 "without is_decoder), or use --task causal-lm."
             )
-        if task != "masked-lm" and probes.sees_later_tokens(*probed):
+        if task != "masked-lm" and probes.sees_later_tokens(*probed, layout):
             raise Refused(
                 f"{type(model).__name__}: its prediction of a token depends on later tokens, so it "
                 "is no causal language model. Name a decoder (a BERT: saved with is_decoder)."
@@ -328,11 +332,13 @@ class Teacher:
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Refuses a layer that does not exist, is of another width, or is reported otherwise."""
-        batch = probes.padded_batch(self.num_classes).to(self.device)
+        batch = probes.padded_batch(self.num_classes, self.layout).to(self.device)
         hidden = self.forward(batch, layers).hidden
         with torch.no_grad():
             inputs = model_inputs(self.model, batch)
-            reported = self.model(**inputs, output_hidden_states=True).hidden_states
+            output = self.model(**inputs, output_hidden_states=True)
+        of_pairs = self.layout == "pair"
+        reported = output.decoder_hidden_states if of_pairs else output.hidden_states
 
         def at_positions(state_BTD: Tensor) -> Tensor:
             return state_BTD.flatten(0, 1)[batch.position_index.to(state_BTD.device)]
@@ -439,7 +445,7 @@ def logit_width_of(teacher: str, revision: str | None = None) -> int:
 def labels_of(teacher: str, revision: str | None = None) -> tuple[str, ...]:
     """Names of the classes by the teacher's config alone."""
     try:
-        config = AutoConfig.from_pretrained(_model_source(teacher), revision=revision)
+        config = AutoConfig.from_pretrained(model_source(teacher), revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise Refused(f"{teacher}: its config cannot be read. {error}") from error
     return tuple(str(config.id2label[number]) for number in range(config.num_labels))
@@ -452,7 +458,7 @@ def hidden_width_of(teacher: str, revision: str | None = None) -> int:
 
 def _text_config(teacher: str, revision: str | None) -> Any:
     try:
-        config = AutoConfig.from_pretrained(_model_source(teacher), revision=revision)
+        config = AutoConfig.from_pretrained(model_source(teacher), revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise Refused(f"{teacher}: its config cannot be read. {error}") from error
     return config.get_text_config()
@@ -523,7 +529,8 @@ def _folder_or_id(name: str) -> str:
     return name
 
 
-def _model_source(teacher: str) -> str:
+def model_source(teacher: str) -> str:
+    """Folder or Hub id; a folder without a model is refused."""
     source = _folder_or_id(teacher)
     path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():

@@ -110,7 +110,11 @@ def layout(manifest: dict[str, Any]) -> Layout:
     targets, hidden = manifest["targets"], manifest["hidden"]
     kind, C = targets["kind"], targets["num_classes"]
     class_bytes = num_bytes(targets["num_classes"] - 1)
-    place_bytes = num_bytes(manifest["preprocessing"]["max_length"])
+    options = manifest["preprocessing"]
+    longest = options["max_length"]
+    if manifest["task"] == "seq2seq-lm":
+        longest += 1 + options["max_target_length"]
+    place_bytes = num_bytes(longest)
     table: Layout = {
         "row_ids": (1, 1, 8, 1, "row"),
         "num_tokens": (2, 1, 4, 1, "row"),
@@ -199,7 +203,7 @@ def rows(
         of_rows["token_type_ids"] = cut(values["token_type_ids"], tokens)
     if "reference" in values:
         texts = cut(values["reference"], values["reference_bytes"])
-        of_rows["reference"] = [text.astype(np.uint8).tobytes().decode() for text in texts]
+        of_rows["reference"] = [json.loads(text.astype(np.uint8).tobytes()) for text in texts]
     for index in range(len(tokens)):
         yield {name: content[index] for name, content in of_rows.items()}
 

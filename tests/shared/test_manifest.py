@@ -166,6 +166,7 @@ ADDED = [
     *(("targets", "mean_entries"), ("targets", "threshold"), ("labels",)),
     *(("hidden", "every"), ("hidden", "pooling")),
     *(("preprocessing", name) for name in ("mask_copies", "mask_share", "mask_seed", "stride")),
+    *(("preprocessing", name) for name in ("max_target_length", "decoder_start", "generation")),
 ]
 
 
@@ -334,3 +335,19 @@ def test_differences_cover_what_only_one_side_has():
         "a: the run has {'b': 1}, asked for None",
         "d: the run has None, asked for 2",
     ]
+
+
+@pytest.mark.parametrize(
+    ("task", "start", "message"),
+    [
+        ("causal-lm", 3, r"preprocessing.decoder_start: found 3, expected -1, for no decoder"),
+        ("seq2seq-lm", -1, r"preprocessing.decoder_start: found -1, expected a token below"),
+        ("seq2seq-lm", 300, r"preprocessing.decoder_start: found 300, expected a token below 300"),
+    ],
+)
+def test_a_decoder_starts_from_a_token_and_nothing_else_does(tmp_path, task, start, message):
+    def forge(raw):
+        raw["task"], raw["preprocessing"]["decoder_start"] = task, start
+
+    with pytest.raises(CorruptCache, match=message):
+        manifests.read(forged(tmp_path, forge))

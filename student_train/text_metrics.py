@@ -1,0 +1,106 @@
+"""How near written texts are to references: chrF, BLEU and ROUGE, all from 0 to 100.
+
+Of several references chrF and ROUGE take the nearest of each text, BLEU all of them.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from shared.errors import ConfigError
+
+_RESAMPLES = 1000
+_ROUGE = ("rouge1", "rouge2", "rougeL")
+_CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_WORD = re.compile(f"[{_CJK}]|[^\\W_{_CJK}]+")
+
+
+def text_numbers(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """`metric` is chrF (Popovic 2015), whose interval holds 95 % of bootstrap draws of the rows.
+
+    `bleu`: of the whole corpus (Papineni et al. 2002); its words are characters where the
+    references are Chinese. `rouge1`, `rouge2`, `rougeL`: mean F1 (Lin 2004) over words as below.
+    """
+    require_metrics()
+    from sacrebleu.metrics import BLEU, CHRF
+
+    streams = _streams(references)
+    draws = _RESAMPLES if len(texts) > 1 else 1
+    metric = CHRF()
+    score = metric.corpus_score(list(texts), streams, n_bootstrap=draws)
+    signature = metric.get_signature().format()
+    spread = json.loads(score.format(width=6, is_json=True, signature=signature))
+    mean, half = spread.get("confidence_mean", score.score), spread.get("confidence_var", 0.0)
+    tokenize = "zh" if is_cjk(references) else "13a"
+    return {
+        "metric": "chrf",
+        "chrf": score.score,
+        "chrf_low": mean - half,
+        "chrf_high": mean + half,
+        "bleu": BLEU(tokenize=tokenize).corpus_score(list(texts), streams).score,
+        **_rouge(texts, references),
+    }
+
+
+def chrf(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """chrF of the corpus."""
+    require_metrics()
+    from sacrebleu.metrics import CHRF
+
+    return float(CHRF().corpus_score(list(texts), _streams(references)).score)
+
+
+def sentence_chrf(text: str, references: Sequence[str]) -> float:
+    """chrF of one text."""
+    require_metrics()
+    from sacrebleu.metrics import CHRF
+
+    return float(CHRF().sentence_score(text, list(references)).score)
+
+
+def is_cjk(references: Sequence[Sequence[str]]) -> bool:
+    """Whether most letters of the references are of a script without spaces between words."""
+    text = "".join(text for some in references for text in some)
+    letters = sum(character.isalpha() for character in text)
+    return 2 * len(re.findall(f"[{_CJK}]", text)) > letters
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits in lower case; every Chinese or Japanese character by itself."""
+    return _WORD.findall(text.lower())
+
+
+def require_metrics() -> None:
+    """Refuses with what to install; needed before an hour of training as well as after it."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("sacrebleu", "rouge_score") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"scoring written texts needs {' and '.join(missing)}: "
+            "pip install 'teacher-cache[metrics]'"
+        )
+
+
+def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """As sacrebleu takes them: the first reference of every row, the second ones, ..."""
+    most = max(map(len, references))
+    return [[some[i] if i < len(some) else None for some in references] for i in range(most)]
+
+
+class _Words:
+    """The tokenizer that rouge-score asks for."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
+
+
+def _rouge(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(_ROUGE), tokenizer=_Words())
+    found = [
+        scorer.score_multi(list(some), text) for text, some in zip(texts, references, strict=True)
+    ]
+    return {name: 100 * sum(each[name].fmeasure for each in found) / len(found) for name in _ROUGE}
