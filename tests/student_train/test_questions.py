@@ -322,7 +322,7 @@ def test_adapters_and_head_are_saved_and_reload(caches, tmp_path):
     train(caches["dense"], tmp_path / "body", tmp_path / "run", **options)
     cache = open_cache(caches["dense"])
     body, other_body = (build_student(str(tmp_path / "body"), cache, seed=0) for _ in range(2))
-    adapted = add_adapters(other_body, 4, "question-answering")
+    adapted = add_adapters(other_body, AdapterSpec(rank=4), "question-answering")
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert any("qa_outputs" in name for name in trained)
     assert all("lora" in name or "qa_outputs" in name for name in trained)

@@ -13,7 +13,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError
 from student_train.cli import _evaluation_text
 from student_train.collate import Counts, Shape, columns_of, without_rows
-from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
+from student_train.config import AdapterSpec, CompareConfig, EvaluateConfig, TrainConfig
 from student_train.evaluate import evaluate
 from student_train.evaluate import run as run_evaluate
 from student_train.loss_spec import LossSpec
@@ -308,7 +308,7 @@ def test_adapters_are_saved_and_reload(family, train, caches, files, tmp_path):
 
 def test_adapters_stand_in_both_sides(files, caches):
     student = build_student(str(files / "bart"), open_cache(caches["dense"]), seed=0)
-    adapted = add_adapters(student, 2, "seq2seq-lm")
+    adapted = add_adapters(student, AdapterSpec(rank=2), "seq2seq-lm")
     names = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert any("encoder" in name for name in names)
     assert any("decoder" in name for name in names)
