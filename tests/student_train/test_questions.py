@@ -18,7 +18,7 @@ from transformers import (
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch
 from student_train.cli import _evaluation_text
-from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
+from student_train.config import AdapterSpec, CompareConfig, EvaluateConfig, TrainConfig
 from student_train.evaluate import evaluate
 from student_train.evaluate import run as run_evaluate
 from student_train.loss_spec import LossSpec
