@@ -196,6 +196,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 def _check_worst_by(config: EvaluateConfig, cache: Cache) -> None:
     kind = cache.manifest.targets.kind
+    if TASKS[cache.manifest.task].target_space == "states":
+        raise ConfigError(
+            f"--html and --worst: {cache.path} holds hidden states, and no answers that could be "
+            "right or wrong. Leave them out."
+        )
     if config.worst_by == "kl" and kind in ("none", "sample"):
         has = "no teacher" if kind == "none" else "a sample of the teacher's classes"
         raise ConfigError(

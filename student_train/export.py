@@ -60,6 +60,7 @@ from student_train.saved_student import (
     merged,
 )
 from student_train.student import check_fit
+from student_train.vectors import copy_modules
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
     with new_folder(config.out) as folder:
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        copy_modules(config.student, folder)
         runners = _write(model, config, example, outputs, folder)
         files = []
         for name, runner in runners.items():

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from shared.cache import Cache, Row
-from shared.tasks import TASKS
+from shared.tasks import TASKS, Layout
 from student_train.metrics import Answers, MetricName, task_numbers
 from student_train.onnx_files import Arrays, Runner
 
@@ -86,19 +86,28 @@ class _Sums:
 def samples_of(cache: Cache, count: int, inputs: Sequence[str], start_token: int) -> list[Sample]:
     """Rows of a cache, evenly spread over it; packed documents apart, as students are fed.
 
-    An encoder-decoder reads the row and is asked for its labels, behind `start_token`.
+    An encoder-decoder reads the first segment of a row, and its decoder the second; of a cache that
+    has no pairs it reads the row and is asked for its labels, behind `start_token`.
     """
+    layout = TASKS[cache.manifest.task].layout
     numbers = np.unique(np.linspace(0, cache.num_rows - 1, min(count, cache.num_rows)).astype(int))
     return [
         sample
         for number in numbers.tolist()
-        for sample in _samples(cache[number], number, inputs, start_token)
+        for sample in _samples(cache[number], number, inputs, start_token, layout)
     ]
 
 
-def _samples(row: Row, number: int, inputs: Sequence[str], start_token: int) -> Iterator[Sample]:
+def _samples(
+    row: Row, number: int, inputs: Sequence[str], start_token: int, layout: Layout
+) -> Iterator[Sample]:
+    if layout == "pair":
+        size, ids = row.segments[0], row.input_ids.numpy()
+        tokens = {"input_ids": ids[:size], "decoder_input_ids": ids[size:-1]}
+        yield Sample(number, tokens, row.positions.numpy() - size, row.labels.numpy())
+        return
     start = 0
-    for length in row.segments:
+    for length in (len(row.input_ids),) if layout == "window" else row.segments:
         here = slice(start, start + length)
         tokens = {"input_ids": row.input_ids[here].numpy()}
         if "token_type_ids" in inputs:
@@ -133,9 +142,11 @@ def random_samples(count: int, classes: int, inputs: Sequence[str]) -> list[Samp
 def labels_of(cache: Cache, config: PretrainedConfig) -> Labels | None:
     """None where the labels say nothing about the logits one token, or one row, at a time."""
     manifest = cache.manifest
-    if config.is_encoder_decoder:
+    task = TASKS[manifest.task]
+    of_tokens = task.target_space in ("tokens", "states")
+    if of_tokens or (config.is_encoder_decoder and task.layout != "pair"):
         return None
-    return Labels(TASKS[manifest.task].layout == "row", manifest.labels)
+    return Labels(task.layout == "row", manifest.labels)
 
 
 def padded(samples: Sequence[Sample], pad_token: int) -> dict[str, Tensor]:
@@ -215,6 +226,8 @@ def _add(
 
 def _decisions(name: str, logits: np.ndarray, sample: Sample) -> np.ndarray:
     """The logits of one row without its padding, [N, C]: C are tokens where a span is asked for."""
+    if name == "last_hidden_state":
+        return logits[: sample.length]
     if name != "logits":
         return logits[None, : sample.length]
     if logits.ndim == 1:

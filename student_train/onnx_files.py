@@ -38,7 +38,7 @@ Arrays = dict[str, np.ndarray]
 Runner = Callable[[Mapping[str, Tensor]], Arrays]
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-OUTPUTS = ("logits", "start_logits", "end_logits")  # what models with a head may give
+OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")  # what models may give
 _ONE_FILE_BYTES = 1_800_000_000  # protobuf ends at 2 GiB; larger weights go into a file beside it
 
 

@@ -4,6 +4,7 @@ S states (of rows, where these are pooled), R rows with a pooled vector, D chann
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,16 @@ def save(folder: Path, projection: nn.Linear | None, width: int, cache: Cache) -
         for number, (path, kind) in enumerate(parts)
     ]
     _write(folder / "modules.json", modules)
+
+
+def copy_modules(source: Path, target: Path) -> None:
+    """What `save` wrote beside a student, into another folder of the same model."""
+    for name in (_DENSE, _POOLING):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+    for name in ("sentence_bert_config.json", "modules.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def load_projection(name: str, student: Any, cache: Cache) -> None:
