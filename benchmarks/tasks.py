@@ -57,6 +57,8 @@ class Recipe:
     """A data set, and how its teacher and its students are trained."""
 
     task: TaskName
+    source: str | None = None  # folder of the data, where it is not the name of the set
+    teacher_of: str | None = None  # the set whose teacher this is, where it has none of its own
     tokenizer: str  # a folder of DATA/tokenizers, or own:N, a byte-level BPE of the training text
     fields: tuple[str, ...] = ()  # whose text an own tokenizer is trained on
     options: dict[str, Any] = field(default_factory=dict)  # of the captures
@@ -80,6 +82,7 @@ CHAT = (
 )
 
 LABELS = {"temperature": 2.0, "hard_weight": 0.5}
+WRITING = {"generate": True, "generate_rows": 200, "max_new_tokens": 40}
 RECIPES: dict[str, Recipe] = {
     "ner_en_wnut17": Recipe(
         task="token-classification",
@@ -119,6 +122,49 @@ RECIPES: dict[str, Recipe] = {
         options={"max_length": 256, "mean_entries": 12.0},
         dropout=0.0,
     ),
+    "qa_zh_cmrc2018": Recipe(
+        task="question-answering",
+        tokenizer="bert_base_chinese",
+        options={"max_length": 256, "stride": 64},
+        teacher_steps=300,
+        steps=200,
+        batch_tokens=4096,
+        distil=LABELS,
+    ),
+    "translate_en_zh_tatoeba": Recipe(
+        task="seq2seq-lm",
+        tokenizer="own:6144",
+        fields=("en", "zh"),
+        options={
+            "max_length": 64,
+            "max_target_length": 64,
+            "mean_entries": 16.0,
+            "columns": ("source=en", "target=zh"),
+        },
+        teacher_steps=1000,
+        teacher_rate=1.5e-3,
+        batch_tokens=2048,
+        evaluation=WRITING,
+    ),
+    "summarise_en_scitldr": Recipe(
+        task="seq2seq-lm",
+        tokenizer="own:4096",
+        fields=("document",),
+        options={"max_length": 192, "max_target_length": 48, "mean_entries": 16.0},
+        teacher_steps=300,
+        teacher_rate=1.5e-3,
+        steps=200,
+        batch_tokens=4096,
+        evaluation=WRITING,
+    ),
+    "embed_en_banking77": Recipe(
+        task="feature-extraction",
+        source="classify_en_banking77",
+        teacher_of="classify_en_banking77",
+        tokenizer="bert_base_uncased",
+        options={"max_length": 64, "columns": ("text=text",)},
+        distil={"hidden_loss": "mse"},
+    ),
 }
 
 
@@ -149,13 +195,16 @@ def run_missing(data: Path, out: Path, names: list[str], seeds: int, processes: 
     """Teachers first, each a job of its own; then every (set, arm, seed) without a result."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        for future in as_completed([pool.submit(prepare, data, out, name) for name in names]):
-            print(f"teacher of {future.result()} is there", file=sys.stderr, flush=True)
+        borrowing = [name for name in names if RECIPES[name].teacher_of is not None]
+        owning = [name for name in names if name not in borrowing]
+        for some in (owning, borrowing):
+            for future in as_completed([pool.submit(prepare, data, out, name) for name in some]):
+                print(f"teacher of {future.result()} is there", file=sys.stderr, flush=True)
         jobs = [
             pool.submit(train_student, out, name, arm, seed)
             for name in names
             for seed in range(seeds)
-            for arm in ARMS
+            for arm in arms_of(name)
         ]
         for future in as_completed(jobs):
             print(future.result(), file=sys.stderr, flush=True)
@@ -167,11 +216,24 @@ def run_missing(data: Path, out: Path, names: list[str], seeds: int, processes: 
 def prepare(data: Path, out: Path, name: str) -> str:
     """Tokenizer, configs, teacher and caches of one set; what is there already is kept."""
     torch.set_num_threads(1)
-    recipe, folder, source = RECIPES[name], out / name, data / name
+    recipe, folder = RECIPES[name], out / name
+    source = data / (recipe.source or name)
     folder.mkdir(exist_ok=True)
     tokenizer = tokenizer_of(recipe, data, source, folder)
     for role, size in (("teacher", recipe.teacher), ("student", recipe.student)):
         make_config(folder / f"{role}-config", recipe, size, tokenizer)
+    if recipe.teacher_of is None:
+        make_teacher(recipe, source, folder, tokenizer)
+    teacher = out / (recipe.teacher_of or name) / "teacher"
+    for split in ("train", "validation"):
+        capture(source, folder / f"cache-{split}", split, recipe, {"teacher": str(teacher)})
+    if recipe.task != "feature-extraction":  # whose teacher is what all else is compared with
+        (folder / "teacher.json").write_text(json.dumps(evaluate(teacher, folder, recipe)))
+    return name
+
+
+def make_teacher(recipe: Recipe, source: Path, folder: Path, tokenizer: Path) -> None:
+    """Hard labels of both splits, and a model trained on them."""
     for split in ("train", "validation"):
         plain = {"targets": "none", "tokenizer": str(tokenizer)}
         capture(source, folder / f"labels-{split}", split, recipe, plain)
@@ -188,13 +250,15 @@ def prepare(data: Path, out: Path, name: str) -> str:
             batch_tokens=recipe.batch_tokens,
             eval_every=100,
             save_every=100,
+            early_stopping_patience=3,
             weight_decay=0.01,
         )
     )
-    for split in ("train", "validation"):
-        teacher = {"teacher": str(folder / "teacher")}
-        capture(source, folder / f"cache-{split}", split, recipe, teacher)
-    return name
+
+
+def arms_of(name: str) -> tuple[str, ...]:
+    """Vectors have no hard labels."""
+    return ("distilled",) if RECIPES[name].task == "feature-extraction" else ARMS
 
 
 def capture(source: Path, out: Path, split: str, recipe: Recipe, options: dict[str, Any]) -> None:
@@ -269,7 +333,7 @@ def make_tokenizer(folder: Path, lines: list[str], classes: int) -> None:
 
 def make_config(folder: Path, recipe: Recipe, size: Size, tokenizer: Path) -> None:
     """A model of the task's kind, from scratch."""
-    from transformers import AutoTokenizer, BertConfig, LlamaConfig
+    from transformers import AutoTokenizer, BertConfig, LlamaConfig, MarianConfig
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     ids = max(loaded.get_vocab().values()) + 1
@@ -282,7 +346,25 @@ def make_config(folder: Path, recipe: Recipe, size: Size, tokenizer: Path) -> No
         "pad_token_id": loaded.pad_token_id,
     }
     config: Any
-    if recipe.task == "causal-lm":
+    if recipe.task == "seq2seq-lm":
+        config = MarianConfig(
+            vocab_size=ids,
+            d_model=size.width,
+            encoder_layers=size.layers,
+            decoder_layers=size.layers,
+            encoder_attention_heads=size.width // 32,
+            decoder_attention_heads=size.width // 32,
+            encoder_ffn_dim=4 * size.width,
+            decoder_ffn_dim=4 * size.width,
+            max_position_embeddings=512,
+            dropout=recipe.dropout,
+            pad_token_id=loaded.pad_token_id,
+            eos_token_id=loaded.eos_token_id,
+            bos_token_id=None,
+            decoder_start_token_id=loaded.pad_token_id,
+            forced_eos_token_id=None,
+        )
+    elif recipe.task == "causal-lm":
         config = LlamaConfig(
             **shape,
             num_key_value_heads=size.width // 32,
@@ -349,12 +431,14 @@ def summary(out: Path, name: str) -> dict[str, Any] | None:
     folder = out / name
     results = {
         arm: [json.loads(p.read_text()) for p in sorted(folder.glob(f"{arm}-*.json"))]
-        for arm in ARMS
+        for arm in arms_of(name)
     }
     if not all(results.values()):
         return None
     first = results["distilled"][0]
     metric = metric_of(first)
+    file = folder / "teacher.json"
+    teacher = json.loads(file.read_text())[metric] if file.exists() else None
     cache = open_cache(folder / "cache-train")
     size = sum(commit.num_bytes for commit in cache.commits)
     line = {
@@ -362,7 +446,7 @@ def summary(out: Path, name: str) -> dict[str, Any] | None:
         "task": cache.manifest.task,
         "metric": metric,
         "positions": first["positions"],
-        "teacher": first[f"teacher_{metric}"],
+        "teacher": teacher,
         "teacher_parameters": cache.manifest.teacher.parameters,  # type: ignore[union-attr]
         "student_parameters": first["parameters"],
         "targets": cache.manifest.targets.text,
@@ -384,18 +468,16 @@ def table(lines: list[dict[str, Any]]) -> str:
     header = ("set", "metric", "teacher", "hard labels", "distilled", "gain", "B/token")
     rows = [header]
     for line in lines:
-        hard, distilled = line["hard"], line["distilled"]
-        gain = distilled["mean"] - hard["mean"]
-        if line["metric"] in LOWER_IS_BETTER:
-            gain = -gain
+        hard, distilled = line.get("hard"), line["distilled"]
+        sign = -1 if line["metric"] in LOWER_IS_BETTER else 1
         rows.append(
             (
                 line["set"],
                 line["metric"],
-                f"{line['teacher']:.4f}",
-                f"{hard['mean']:.4f} ±{hard['deviation']:.4f}",
-                f"{distilled['mean']:.4f} ±{distilled['deviation']:.4f}",
-                f"{gain:+.4f}",
+                "" if line["teacher"] is None else f"{line['teacher']:.4f}",
+                "" if hard is None else spread(hard),
+                spread(distilled),
+                "" if hard is None else f"{sign * (distilled['mean'] - hard['mean']):+.4f}",
                 f"{line['bytes_per_token']}",
             )
         )
@@ -404,6 +486,10 @@ def table(lines: list[dict[str, Any]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+
+
+def spread(values: dict[str, float]) -> str:
+    return f"{values['mean']:.4f} ±{values['deviation']:.4f}"
 
 
 def environment() -> dict[str, Any]:
