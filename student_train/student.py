@@ -401,7 +401,8 @@ def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cach
             f"{cache.path}: holds hard labels only (--targets none). Train with --soft-weight 0 "
             "--hard-weight 1, or cache a teacher."
         )
-    if config.uses_hidden_loss and TASKS[manifest.task].target_space != "vocabulary":
+    with_states = TASKS[manifest.task].target_space in ("vocabulary", "states")
+    if config.uses_hidden_loss and not with_states:
         raise CacheMismatch(
             f"--hidden-weight: {cache.path} is of {manifest.task}, and the hidden-state loss is "
             "there for language models only. Leave it out."

@@ -35,7 +35,7 @@ class WindowTargets:
         n = int(self.starts[-1])
         self.has_targets = spec.kind != "none"
         self.entries = _RaggedEntries(n) if spec.ragged else _EqualEntries(n, spec.num_entries)
-        self.random_bits = _random_bits(manifest.seed, window) if spec.kind == "sample" else None
+        self.random_bits = random_bits(manifest.seed, window) if spec.kind == "sample" else None
         self.log_tail, self.entropy, self.label_logprob = (torch.empty(n) for _ in range(3))
         self.ratios = {temperature: torch.empty(n) for temperature in spec.temperatures}
         self.bad = torch.zeros(n, dtype=torch.bool)
@@ -90,7 +90,7 @@ class WindowTargets:
         """Where the grids of these positions begin, for a sample; float64 in [0, 1)."""
         if self.random_bits is None:
             return None
-        return torch.from_numpy((self.random_bits[at.numpy()] >> np.uint64(11)) * 2.0**-53)
+        return grid_offsets(self.random_bits[at.numpy()])
 
     def bad_rows(self) -> dict[int, int]:
         """Index of each row with a NaN or infinity -> its first such position."""
@@ -174,7 +174,12 @@ class _RaggedEntries:
         return Target(self._ids[0][entries], self._logprobs[0][entries], log_tail, counts)
 
 
-def _random_bits(seed: int, window: Sequence[Row]) -> np.ndarray:
+def grid_offsets(bits_N: np.ndarray) -> Tensor:
+    """Where grids begin, float64 [N] in [0, 1), by the bits of their positions."""
+    return torch.from_numpy((bits_N >> np.uint64(11)) * 2.0**-53)
+
+
+def random_bits(seed: int, window: Sequence[Row]) -> np.ndarray:
     """64 bits for each position, a function of seed, row and position; u64 [N]."""
     sizes = [row.num_positions for row in window]
     row_ids = np.repeat(np.array([row.row_id for row in window], np.uint64), sizes)

@@ -3,7 +3,7 @@
 A few rows go through the teacher twice, once batched as in the capture and once alone: how much the
 two differ is the noise floor of this machine. Then the first is held against the cache. Everything
 is compared over the cells that the cache has: its entries, and one for all other classes. Of a
-sample these are the classes kept as they are: what was drawn says nothing position by position.
+sample these are the classes kept as they are; what was drawn is drawn again, at the same offsets.
 
 N positions, C classes, K entries, J = K + 1 cells.
 """
@@ -23,10 +23,12 @@ from shared.target import MAX_ENTRIES, TargetSpec
 from shared.tasks import TASKS
 from shared.tokenizer import describe
 from teacher_cache.batches import forward_batches
+from teacher_cache.capture import grid_offsets, random_bits
 from teacher_cache.check_states import CheckedStates, check_states
 from teacher_cache.config import CheckConfig
 from teacher_cache.plan import teacher_info
 from teacher_cache.rows import Row
+from teacher_cache.targets import select
 from teacher_cache.teacher import Teacher
 
 # The codec alone costs 4e-5 nats on average (benchmarks/README.md); a shift by one position, a
@@ -39,7 +41,10 @@ _NEARLY = 0.1  # nats: codes of 7 bits may swap classes that are nearly equal
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Means over positions. KL in nats over the cells of the cache; agreement of the best class."""
+    """Means over positions. KL in nats over the cells of the cache.
+
+    Agreement of the best class; of a sample the share of its classes that are kept or drawn again.
+    """
 
     rows: int
     positions: int
@@ -84,14 +89,19 @@ def check(config: CheckConfig) -> Checked | CheckedStates:
     parts = zip(rows, cached.ids.split(sizes), strict=True)
     alone = _joined([_live(teacher, cache, [row], ids) for row, ids in parts])
     kl_live, kl_cached = _kl(batched.cells, alone.cells), _kl(batched.cells, cached.cells)
+    live_live, live_cached = _agreement(batched, alone), _agreement_with(cached, batched)
+    if cache.manifest.targets.kind == "sample" and cache.manifest.origin is None:
+        again = _drawn(teacher, cache, rows)
+        live_live = _overlap(again, [ids for row in rows for ids in _drawn(teacher, cache, [row])])
+        live_cached = _overlap(_entries(cache, chosen), again)
     return Checked(
         rows=len(rows),
         positions=len(cached.ids),
         kl_live_live=float(kl_live.mean()),
         kl_live_cached=float(kl_cached.mean()),
         worst_kl=float(kl_cached.max()),
-        agreement_live_live=_agreement(batched, alone),
-        agreement_live_cached=_agreement_with(cached, batched),
+        agreement_live_live=live_live,
+        agreement_live_cached=live_cached,
         differences=tuple(_differences(cache, teacher, config)),
     )
 
@@ -164,6 +174,42 @@ def _live(teacher: Teacher, cache: Cache, rows: list[Row], ids_NK: Tensor) -> _L
             cells_NJ[at] = torch.cat([entry_nK, tail_n1], dim=1)
             best_N[at] = logp_nC.argmax(dim=1)
     return _Live(ids_NK, cells_NJ, best_N)
+
+
+def _entries(cache: Cache, chosen: list[int]) -> list[Tensor]:
+    """The cached classes of each position."""
+    found = []
+    for index in chosen:
+        targets = cache[index].targets
+        assert targets is not None  # check refuses a cache without
+        found += [targets.entries(place)[0] for place in range(len(targets.tail_mass))]
+    return found
+
+
+def _drawn(teacher: Teacher, cache: Cache, rows: list[Row]) -> list[Tensor]:
+    """The classes of each position that a capture of these rows would keep or draw now."""
+    manifest = cache.manifest
+    bits_N, plan = random_bits(manifest.seed, rows), manifest.plan
+    found: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * len(bits_N)
+    layout, packed = TASKS[manifest.task].layout, manifest.preprocessing.pack
+    for batch in forward_batches(rows, plan.forward_tokens, packed=packed, layout=layout):
+        output = teacher.forward(batch.inputs, chunk_positions=plan.chunk_positions)
+        for part, logits_nV in output.chunks:
+            at = batch.window_index[part]
+            offset_n = grid_offsets(bits_N[at.numpy()]).to(logits_nV.device)
+            selected = select(logits_nV, manifest.targets, None, offset_n)
+            assert selected.counts is not None  # a sample has them
+            of_position = selected.ids.cpu().split(selected.counts.tolist())
+            for place, ids in zip(at.tolist(), of_position, strict=True):
+                found[place] = ids
+    return found
+
+
+def _overlap(some: list[Tensor], others: list[Tensor]) -> float:
+    """Share of the classes in `some` that are in `others` at the same position."""
+    pairs = zip(some, others, strict=True)
+    there = sum(int(torch.isin(ours, theirs).sum()) for ours, theirs in pairs)
+    return there / max(1, sum(map(len, some)))
 
 
 def _joined(parts: list[_Live]) -> _Live:
