@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shared import codec, frames, hidden
+from shared.arrays import ranges
 from shared.errors import CorruptCache
 from shared.hidden import NO_SCALES, ChannelScales
 from shared.manifest import Manifest
@@ -22,7 +23,8 @@ class Block:
     """Decoded consecutive rows.
 
     `positions` are token indices inside the row; `labels` is None where the hard label is the next
-    token; `segments` are the lengths of the documents' parts of packed rows; `hidden` holds
+    token; `label_values` and `target_values` are what corpus and teacher say in a regression;
+    `segments` are the lengths of the documents' parts of packed rows; `hidden` holds
     bfloat16 bit patterns. `positions` are written only where they are not the task's default.
     """
 
@@ -35,6 +37,8 @@ class Block:
     num_segments: np.ndarray | None = None  # i32 [R]
     token_type_ids: np.ndarray | None = None  # i32 [T]
     labels: np.ndarray | None = None  # i32 [P]
+    label_values: np.ndarray | None = None  # f32 [P]
+    target_values: np.ndarray | None = None  # f32 [P]
     reference: np.ndarray | None = None  # u8, the UTF-8 of all rows one after another
     reference_bytes: np.ndarray | None = None  # i32 [R]
     target: Target | None = None
@@ -66,6 +70,10 @@ def to_planes(
         count = sum(plane.column == name for plane in planes)
         if count:
             columns[name] = frames.split_planes(getattr(block, name).astype(np.uint32), count)
+    if block.label_values is not None:
+        columns["label_values"] = codec.encode_values(block.label_values)
+    if block.target_values is not None:
+        columns["target_values"] = codec.encode_values(block.target_values)
     if block.label_logprob is not None:
         columns["label_logprob"] = codec.encode_label_logprob(block.label_logprob)
     if block.entropy is not None:
@@ -105,6 +113,8 @@ def from_planes(
     if "positions.0" in values:
         positions = _joined(values, "positions")
         _check_positions(positions, num_tokens, num_positions, own_labels="labels.0" in values)
+    elif manifest.layout == "outputs":
+        positions = ranges(np.zeros_like(num_positions), num_positions).astype(np.int32)
     else:
         positions = _default_positions(num_tokens, num_positions, segments)
     block = Block(
@@ -130,6 +140,10 @@ def from_planes(
                 f"{name}: found {found_T.max()}, expected below {limit}. "
                 "Run cache-teacher verify CACHE --drop-bad, then run again."
             )
+    if parts := _parts(values, "label_values"):
+        block.label_values = codec.decode_values(parts, "label_values")
+    if parts := _parts(values, "target_values"):
+        block.target_values = codec.decode_values(parts, "target_values")
     if "target_codes.0" in values:
         block.target = codec.decode(values, count, spec, ranks)
     if "label_logprob.0" in values:

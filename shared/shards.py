@@ -288,7 +288,13 @@ class ShardReader:
             for start, end in pairwise(self._row_starts.tolist())
         ]
         names = {plane.column for plane in self._planes}
-        if not names & {"positions", "segments"} and (self._positions != self._tokens - 1).any():
+        if manifest.layout == "outputs":
+            if (self._positions != len(manifest.labels)).any():
+                raise CorruptCache(
+                    f"{self.path}: its commit has a row of other than {len(manifest.labels):,} "
+                    f"positions, one for each label. {_REPAIR}"
+                )
+        elif not names & {"positions", "segments"} and (self._positions != self._tokens - 1).any():
             raise CorruptCache(
                 f"{self.path}: its commit has a row that does not predict every token but its "
                 f"first. {_REPAIR}"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 TaskName = Literal["causal-lm", "token-classification", "sequence-classification"]
-Layout = Literal["tokens", "row"]
+Layout = Literal["tokens", "row", "outputs"]
+ProblemType = Literal["single_label", "multi_label", "regression"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,8 @@ class Task:
     """`target_space`: what a class is. `auto_class`: the class in `transformers` that loads it.
 
     `layout`: how a row is laid out and where its targets are. tokens: at tokens, or the next ones;
-    row: of the row as a whole, at position 0.
+    row: of the row as a whole, at position 0; outputs: of the row as a whole, one position for each
+    output of the head (`Manifest.layout` says when a task has this in place of its own).
     `ways`: which columns a document may consist of, by role.
     """
 

@@ -52,10 +52,13 @@ def compare_command(config: CompareConfig) -> None:
 
 
 def _evaluation_text(numbers: dict[str, object]) -> str:
-    names = ("loss", "perplexity", "kl", "kl_bucketed", "agreement", "teacher_loss")
-    of_labels = ("accuracy", "macro_f1", "entity_f1", "ece")
-    of_teacher = ("teacher_accuracy", "teacher_entity_f1")
-    shown = [name for name in (*names, *of_labels, *of_teacher, "positions") if name in numbers]
+    of_loss = ("loss", "perplexity", "kl", "kl_bucketed", "mse_to_teacher", "agreement")
+    of_labels = ("accuracy", "micro_f1", "macro_f1", "entity_f1", "subset_accuracy", "ece")
+    of_numbers = ("pearson", "spearman")
+    of_task = (*of_labels, *of_numbers)
+    of_teacher = (f"teacher_{name}" for name in of_task)
+    names = (*of_loss, "teacher_loss", *of_task, *of_teacher, "positions")
+    shown = [name for name in names if name in numbers]
     width = max(14, *(len(name) + 2 for name in shown))
     return "\n".join(
         f"{name:<{width}}{_number(numbers[name])}{_range(name, numbers)}" for name in shown

@@ -126,7 +126,7 @@ def columns_of(block: "Block", temperature: float) -> Columns:
     """The columns of a block that micro-batches are made of; hidden states as bfloat16 bits.
 
     `position_ids`, which restart with every segment, only where rows are packed; `labels` only
-    where they are not the next tokens.
+    where they are not the next tokens, of a regression as float32.
     """
     columns = {
         "row_ids": block.row_ids.view(np.int64),
@@ -141,6 +141,10 @@ def columns_of(block: "Block", temperature: float) -> Columns:
         columns["position_ids"] = ranges(np.zeros_like(block.segments), block.segments)
     if block.labels is not None:
         columns["labels"] = block.labels
+    if block.label_values is not None:
+        columns["labels"] = block.label_values
+    if block.target_values is not None:
+        columns["target_values"] = block.target_values
     if block.target is not None:
         columns["target_ids"] = block.target.ids
         columns["target_logprobs"] = block.target.logprobs
@@ -169,7 +173,8 @@ class Shape:
 
     Every segment of a row becomes a sequence of its own, padded on the right with token 0. With
     `packed` a row stays one sequence, its `position_ids` restart with every segment, and there is
-    no mask. Every `hidden_every`-th position of a row has hidden states.
+    no mask. Every `hidden_every`-th position of a row has hidden states. Where positions are
+    outputs every row has all L of them, and `position_index` counts through the logits [B, L].
     """
 
     layout: Layout = "tokens"
@@ -236,9 +241,12 @@ def _assemble(columns: Columns, shape: Shape, counts: Counts) -> MicroBatch:
     if "token_type_ids" in columns:
         types = columns.pop("token_type_ids")
         arrays["token_type_ids"] = _scatter(types, places, np.zeros_like(ids_BT))
-    arrays["position_index"] = places[token_of_position]
+    if shape.layout == "outputs":
+        arrays["position_index"] = np.arange(len(token_of_position))
+    else:
+        arrays["position_index"] = places[token_of_position]
     labels = columns.pop("labels") if "labels" in columns else input_ids[token_of_position + 1]
-    arrays["labels"] = labels.astype(np.int64)
+    arrays["labels"] = labels if labels.dtype == np.float32 else labels.astype(np.int64)
     row_of_sequence = np.searchsorted(row_starts, starts, side="right") - 1
     arrays["row_ids"] = columns.pop("row_ids")[row_of_sequence]
     arrays["num_positions"] = np.array(counts.positions)

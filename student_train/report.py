@@ -139,6 +139,8 @@ def table(comparison: Comparison) -> str:
 
 def note(comparison: Comparison) -> str:
     """What the numbers are over."""
+    if comparison.metric == "pearson":
+        return f"held-out loss: mean squared error over {comparison.positions:,} positions"
     whole = comparison.targets == "dense" or comparison.targets.startswith("sample")
     over = "all classes, from" if whole else "the cells of"
     return (
@@ -208,13 +210,14 @@ def _picture(comparison: Comparison) -> str:
     dots.margins(x=0.25, y=0.25)
     dots.grid(axis="y", linestyle=":", zorder=0)
     dots.invert_yaxis()
-    dots.set_xlabel("held-out loss, nats")
+    unit = "squared error" if comparison.metric == "pearson" else "nats"
+    dots.set_xlabel(f"held-out loss, {unit}")
     for line, colour in zip(shown, colours, strict=True):
         if line.curve:
             steps, values = zip(*_smooth(line.curve), strict=True)
             curves.plot(steps, values, color=colour, label=line.name)
     curves.set_xlabel("step")
-    curves.set_ylabel("training loss on hard labels, nats")
+    curves.set_ylabel(f"training loss on hard labels, {unit}")
     if curves.lines:
         curves.legend(frameon=False)
     for axes in (dots, curves):

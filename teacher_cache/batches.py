@@ -16,7 +16,7 @@ class ForwardBatch:
 
     rows: tuple[int, ...]
     inputs: TeacherBatch
-    labels: torch.Tensor  # i64 [N]
+    labels: torch.Tensor  # i64 [N], or f32 of a regression
     window_index: torch.Tensor  # i64 [N]
 
 
@@ -51,7 +51,8 @@ def batch_of(
         input_ids[line, :size] = row.input_ids
         mask[line, :size] = 1
         places[line] = _places(row, width)
-        at.append(line * width + row.positions())
+        stride = row.num_positions if row.of_outputs else width
+        at.append(line * stride + row.positions())
         labels.append(row.input_ids[row.positions() + 1] if row.labels is None else row.labels)
         if row.token_type_ids is not None:
             types[line, :size] = row.token_type_ids
@@ -67,9 +68,14 @@ def batch_of(
             token_type_ids=torch.from_numpy(types) if types.any() else None,
             position_index=position_index,
         ),
-        labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+        labels=torch.from_numpy(_labels(labels)),
         window_index=torch.from_numpy(np.concatenate(into)),
     )
+
+
+def _labels(parts: Sequence[np.ndarray]) -> np.ndarray:
+    labels_N = np.concatenate(parts)
+    return labels_N if labels_N.dtype == np.float32 else labels_N.astype(np.int64)
 
 
 def _places(row: Row, width: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from shared.target import Target
 from teacher_cache.batches import ForwardBatch, batch_of, forward_batches
 from teacher_cache.memory import is_out_of_memory
 from teacher_cache.rows import Row
-from teacher_cache.targets import Selected, select
+from teacher_cache.targets import Selected, select, values_of
 from teacher_cache.teacher import Teacher
 
 
@@ -32,6 +32,7 @@ class WindowTargets:
         spec, hidden = manifest.targets, manifest.hidden
         self.starts = np.cumsum([0, *(row.num_positions for row in window)])
         n = int(self.starts[-1])
+        self.kind = spec.kind
         self.entries = _RaggedEntries(n) if spec.ragged else _EqualEntries(n, spec.num_entries)
         self.random_bits = _random_bits(manifest.seed, window) if spec.kind == "sample" else None
         self.log_tail, self.entropy, self.label_logprob = (torch.empty(n) for _ in range(3))
@@ -102,7 +103,11 @@ class WindowTargets:
         """Gives a block the targets of the rows it consists of."""
         places = [np.arange(self.starts[row], self.starts[row + 1]) for row in rows]
         at = torch.from_numpy(np.concatenate(places))
-        block.target = self.entries.target(at, self.log_tail[at].numpy())
+        target = self.entries.target(at, self.log_tail[at].numpy())
+        if self.kind == "values":
+            block.target_values = target.logprobs[:, 0]
+            return
+        block.target = target
         if self.random_bits is not None:
             block.target.random_bits = self.random_bits[at.numpy()]
         block.label_logprob = self.label_logprob[at].numpy()
@@ -256,6 +261,8 @@ def _too_long(row: Row) -> TeacherCacheError:
 def _selected(
     targets: WindowTargets, manifest: Manifest, logits: Tensor, labels: Tensor, at: Tensor
 ) -> Selected:
+    if manifest.targets.kind == "values":
+        return values_of(logits)
     offset = targets.offsets(at)
     return select(
         logits, manifest.targets, labels, None if offset is None else offset.to(logits.device)

@@ -22,6 +22,7 @@ from shared.ragged import drawn_logprob
 from shared.target import MAX_ENTRIES, TargetSpec
 from shared.tokenizer import describe
 from teacher_cache.batches import forward_batches
+from teacher_cache.check_values import CheckedValues, check_values
 from teacher_cache.config import CheckConfig
 from teacher_cache.plan import teacher_info
 from teacher_cache.rows import Row
@@ -56,7 +57,7 @@ class Checked:
         return kl and self.agreement_live_cached >= floor and not self.differences
 
 
-def check(config: CheckConfig) -> Checked:
+def check(config: CheckConfig) -> Checked | CheckedValues:
     """Runs the teacher over a sample of a cache's rows and compares."""
     cache = open_cache(config.cache, allow_partial=True)
     if not cache.has_targets:
@@ -64,6 +65,7 @@ def check(config: CheckConfig) -> Checked:
     teacher = Teacher.load(
         config.teacher,
         task=cache.manifest.task,
+        problem_type=cache.manifest.problem_type,
         revision=config.revision,
         dtype=config.dtype if config.dtype != "auto" else _cached_dtype(cache),
         device=config.device,
@@ -72,6 +74,9 @@ def check(config: CheckConfig) -> Checked:
     count = min(config.rows, cache.num_rows)
     chosen = np.unique(np.linspace(0, cache.num_rows - 1, count).astype(np.int64)).tolist()
     rows = [_row(cache, index) for index in chosen]
+    differing = tuple(_differences(cache, teacher, config))
+    if cache.manifest.targets.kind == "values":
+        return check_values(teacher, cache, chosen, rows, differing)
     cached = _cached(cache, chosen)
     batched = _live(teacher, cache, rows, cached.ids)
     sizes = [row.num_positions for row in rows]
@@ -86,7 +91,7 @@ def check(config: CheckConfig) -> Checked:
         worst_kl=float(kl_cached.max()),
         agreement_live_live=_agreement(batched, alone),
         agreement_live_cached=_agreement_with(cached, batched),
-        differences=tuple(_differences(cache, teacher, config)),
+        differences=differing,
     )
 
 
@@ -109,7 +114,16 @@ def _row(cache: Cache, index: int) -> Row:
     row = cache[index]
     ids, positions = row.input_ids.numpy().astype(np.int32), row.positions.numpy()
     types = None if row.token_type_ids is None else row.token_type_ids.numpy()
-    return Row(row.row_id, ids, row.segments, positions, row.labels.numpy(), types)
+    of_outputs = cache.manifest.layout == "outputs"
+    return Row(
+        row.row_id,
+        ids,
+        row.segments,
+        positions,
+        row.labels.numpy(),
+        types,
+        of_outputs=of_outputs,
+    )
 
 
 def _cached(cache: Cache, chosen: list[int]) -> _Cells:

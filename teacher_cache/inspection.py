@@ -33,6 +33,7 @@ from shared.storage import Storage, temporary_files, temporary_writer
 from shared.tokenizer import load_cached_tokenizer
 from teacher_cache import seal as seals
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
+from teacher_cache.said import said_of_row
 from teacher_cache.statistics import HIDDEN_ERRORS, add, histogram, kept_masses
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         **summary(cache),
         "rows_shown": [_decoded(cache, index) for index in _spread(cache, config.rows)],
     }
-    if config.html is not None and cache.has_targets:
+    if config.html is not None and cache.has_targets and cache.manifest.targets.kind != "values":
         numbers["histograms"] = histograms(cache)
     return numbers
 
@@ -88,6 +89,10 @@ def summary(cache: Cache) -> dict[str, Any]:
             if f"max_hidden_error.{layer}" in statistics
         },
         "entropy": statistics["sum_entropy"] * per_position,
+        # Of a regression, which has no entropy and no log-probability.
+        "teacher_mse": statistics["sum_value_squared_error"] * per_position
+        if manifest.targets.kind == "values"
+        else None,
         "teacher_loss": -statistics["sum_label_logprob"] * per_position,
         "counters": {
             name: int(value)
@@ -117,7 +122,17 @@ def _hidden_error(statistics: Counter[str], layer: int) -> dict[str, float]:
 
 def _provenance(manifest: Manifest) -> dict[str, Any]:
     fields = asdict(manifest)
-    names = ("task", "teacher", "tokenizer", "corpus", "preprocessing", "targets", "hidden", "plan")
+    names = (
+        "task",
+        "problem_type",
+        "teacher",
+        "tokenizer",
+        "corpus",
+        "preprocessing",
+        "targets",
+        "hidden",
+        "plan",
+    )
     return {name: fields[name] for name in names}
 
 
@@ -135,6 +150,8 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
         "tokens": len(row.input_ids),
         "text": tokenizer.decode(row.input_ids[:64]),
     }
+    if cache.manifest.task == "sequence-classification":
+        return shown | {"said": said_of_row(row, cache.manifest)}
     if row.targets is None:
         return shown
     targets, spec = row.targets, cache.manifest.targets

@@ -192,7 +192,9 @@ def _inspection_tiles(numbers: dict[str, Any]) -> list[tuple[str, str]]:
         (f"{numbers['tokens']:,}", "tokens"),
         (f"{numbers['positions']:,}", "positions"),
     ]
-    if numbers["teacher"] is not None:
+    if numbers["teacher_mse"] is not None:
+        tiles.append((f"{numbers['teacher_mse']:.4g}", "mean squared error of the teacher"))
+    elif numbers["teacher"] is not None:
         tiles += [
             (f"{numbers['kept_mass']['1']:.1%}", "kept mass at T = 1"),
             (f"{numbers['entropy']:.2f} nats", "entropy of the teacher"),

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from shared.tasks import TASKS
 from teacher_cache.check import Checked
+from teacher_cache.check_values import CheckedValues
 from teacher_cache.inspection import Verification
 
 
@@ -129,7 +131,7 @@ def inspect_text(numbers: dict[str, Any]) -> str:
         f"teacher     {teacher_text(teacher)}",
         f"corpus      {corpus['source']}  {numbers['preprocessing']['split']}  "
         f"{corpus['num_documents']:,} documents, {plan['documents_per_shard']:,} a shard",
-        f"task        {numbers['task']}",
+        f"task        {task_text(numbers)}",
         f"targets     {targets_text(numbers)}",
         f"size        {size(numbers['bytes'])}: {numbers['rows']:,} rows, {numbers['tokens']:,} "
         f"tokens, {numbers['positions']:,} positions, "
@@ -137,7 +139,9 @@ def inspect_text(numbers: dict[str, Any]) -> str:
     ]
     if numbers["counters"]:
         lines.append("counted     " + _counted(numbers["counters"]))
-    if teacher is not None:
+    if numbers["teacher_mse"] is not None:
+        lines.append(f"error       mean squared, of the teacher: {numbers['teacher_mse']:.4g}")
+    elif teacher is not None:
         lines += [
             f"kept mass   {kept_text(numbers)}",
             f"entropy     {numbers['entropy']:.3f} nats; loss on the hard labels "
@@ -167,6 +171,8 @@ def targets_text(numbers: dict[str, Any]) -> str:
     kind, classes = targets["kind"], f"{targets['num_classes']:,} classes"
     if kind == "none":
         return "none"
+    if kind == "values":
+        return "values, a float32 for each position"
     stored = ", ".join(["1", *(f"{t:g}" for t in targets["temperatures"])])
     bits = f"{targets['value_bits']} bits"
     if kind == "dense":
@@ -205,8 +211,15 @@ def _counted(counters: dict[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counters.items())
 
 
+def task_text(numbers: dict[str, Any]) -> str:
+    """The task, and what labels are to a row where that may differ."""
+    of_rows = TASKS[numbers["task"]].layout == "row"
+    return f"{numbers['task']}, {numbers['problem_type']}" if of_rows else str(numbers["task"])
+
+
 def _row_text(row: dict[str, Any]) -> list[str]:
     lines = [f"row of document {row['document']:,}, {row['tokens']} tokens: {row['text']!r}"]
+    lines += [f"  {said}" for said in row.get("said", [])]
     for position in row.get("positions", [])[:4]:
         best = "  ".join(
             f"{entry['token']!r} {entry['p']:.3f}{' (drawn)' if entry['drawn'] else ''}"
@@ -235,20 +248,34 @@ def verify_text(found: Verification) -> str:
     return "\n".join(lines)
 
 
-def check_text(found: Checked) -> str:
+def check_text(found: Checked | CheckedValues) -> str:
     """The answer of `cache-teacher check`."""
     lines = [f"DIFFERS {line}" for line in found.differences]
-    lines += [
-        f"rows                  {found.rows:,} with {found.positions:,} positions",
+    lines.append(f"rows                  {found.rows:,} with {found.positions:,} positions")
+    lines += _value_lines(found) if isinstance(found, CheckedValues) else _kl_lines(found)
+    lines.append(
+        "the cache says what this teacher says"
+        if found.sound
+        else "THE CACHE IS OFF: another teacher made it, or its rows and targets do not match"
+    )
+    return "\n".join(lines)
+
+
+def _value_lines(found: CheckedValues) -> list[str]:
+    unit = "standard deviations of the cached numbers"
+    return [
+        f"live to live          {found.distance_live_live:.2e} {unit} (the noise floor)",
+        f"live to cached        {found.distance_live_cached:.2e}, worst {found.worst_distance:.2e}",
+    ]
+
+
+def _kl_lines(found: Checked) -> list[str]:
+    return [
         f"KL live to live       {found.kl_live_live:.2e} nats (the noise floor)",
         f"KL live to cached     {found.kl_live_cached:.2e} nats, worst {found.worst_kl:.2e}",
         f"agreement live/live   {found.agreement_live_live:.2%}",
         f"agreement live/cached {found.agreement_live_cached:.2%}",
-        "the cache says what this teacher says"
-        if found.sound
-        else "THE CACHE IS OFF: another teacher made it, or its rows and targets do not match",
     ]
-    return "\n".join(lines)
 
 
 def size(count: float) -> str:

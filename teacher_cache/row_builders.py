@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shared.manifest import Preprocessing
-from shared.tasks import TaskName
+from shared.tasks import ProblemType, TaskName
 from teacher_cache import label_rows, rows
 from teacher_cache.rows import Row
 
@@ -23,6 +23,7 @@ class RowContext:
     preprocessing: Preprocessing
     labels: tuple[str, ...]  # names of the classes of a label space
     seed: int
+    problem_type: ProblemType
 
 
 def build_rows(
@@ -34,5 +35,7 @@ def build_rows(
         case "causal-lm":
             return rows.build(documents, tokenizer, preprocessing, counters)
         case "token-classification" | "sequence-classification":
-            length = preprocessing.max_length
-            return label_rows.build(documents, tokenizer, length, context.labels, counters)
+            length, problem_type = preprocessing.max_length, context.problem_type
+            return label_rows.build(
+                documents, tokenizer, length, context.labels, counters, problem_type
+            )

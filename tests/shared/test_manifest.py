@@ -162,7 +162,13 @@ def paths_of(value, path=()):
 
 
 EVERY_FIELD = list(paths_of(json.loads(make_manifest().to_json())))
-ADDED = [("targets", "mean_entries"), ("targets", "threshold"), ("hidden", "every"), ("labels",)]
+ADDED = [
+    ("targets", "mean_entries"),
+    ("targets", "threshold"),
+    ("hidden", "every"),
+    ("labels",),
+    ("problem_type",),
+]
 
 
 def at(raw, path):
