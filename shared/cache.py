@@ -92,7 +92,10 @@ class Cache(Sequence[Row]):
         _check_rows(storage, commits)
         self.ranks = class_ranks(storage, manifest)
         self.scales = channel_scales(storage, manifest)
-        lengths = [c.lengths(str(storage.path(commit_name(c.shard)))) for c in commits]
+        lengths = [
+            c.lengths(str(storage.path(commit_name(c.shard))), manifest.num_outputs)
+            for c in commits
+        ]
         empty = np.zeros(0, np.int32)
         self.row_tokens = np.concatenate([*(tokens for tokens, _ in lengths), empty])
         self.row_positions = np.concatenate([*(positions for _, positions in lengths), empty])

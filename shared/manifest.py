@@ -158,6 +158,11 @@ class Manifest:
         own = TASKS[self.task].layout
         return own if self.problem_type == "single_label" else "outputs"
 
+    @property
+    def num_outputs(self) -> int:
+        """Positions of every row where these are outputs; else 0."""
+        return len(self.labels) if self.layout == "outputs" else 0
+
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False).encode()
 

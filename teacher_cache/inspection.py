@@ -266,7 +266,7 @@ def _verify_shard(storage: Storage, manifest: Manifest, cache_id: str, shard: in
     reader = ShardReader(path, manifest, commit)
     ranks, planes = class_ranks(storage, manifest), layout(manifest)
     scales = channel_scales(storage, manifest)
-    tokens, positions = commit.lengths(str(path))
+    tokens, positions = commit.lengths(str(path), manifest.num_outputs)
     start = 0
     for number, rows in enumerate(commit.block_rows):
         values = reader.read_planes(number, planes)

@@ -153,7 +153,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
     if old is not None:
         config = _as_in(config, manifests.read(old)[0])
     corpus = open_corpus(config)
-    problem_type = _problem_type(config, corpus)
+    problem_type = problem_type_for(config, corpus)
     wants_teacher = load_teacher and config.targets != "none"
     teacher = _load_teacher(config, problem_type) if wants_teacher else None
     name = config.tokenizer or config.teacher
@@ -220,7 +220,7 @@ def _like(draft: Draft, old: Storage) -> Draft:
     return replace(draft, targets=manifest.targets, learnt=learnt)
 
 
-def _problem_type(config: CaptureConfig, corpus: Corpus) -> ProblemType:
+def problem_type_for(config: CaptureConfig, corpus: Corpus) -> ProblemType:
     """As asked, else as the teacher's config says, else as the column of labels looks."""
     if TASKS[config.task].layout != "row":
         return "single_label"
