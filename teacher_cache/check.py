@@ -24,6 +24,7 @@ from shared.tasks import TASKS
 from shared.tokenizer import describe
 from teacher_cache.batches import forward_batches
 from teacher_cache.check_states import CheckedStates, check_states
+from teacher_cache.check_values import CheckedValues, check_values
 from teacher_cache.config import CheckConfig
 from teacher_cache.plan import teacher_info
 from teacher_cache.rows import Row
@@ -58,7 +59,7 @@ class Checked:
         return kl and self.agreement_live_cached >= floor and not self.differences
 
 
-def check(config: CheckConfig) -> Checked | CheckedStates:
+def check(config: CheckConfig) -> Checked | CheckedStates | CheckedValues:
     """Runs the teacher over a sample of a cache's rows and compares."""
     cache = open_cache(config.cache, allow_partial=True)
     of_states = TASKS[cache.manifest.task].target_space == "states"
@@ -67,6 +68,7 @@ def check(config: CheckConfig) -> Checked | CheckedStates:
     teacher = Teacher.load(
         config.teacher,
         task=cache.manifest.task,
+        problem_type=cache.manifest.problem_type,
         max_length=cache.manifest.preprocessing.max_length,
         revision=config.revision,
         dtype=config.dtype if config.dtype != "auto" else _cached_dtype(cache),
@@ -76,8 +78,11 @@ def check(config: CheckConfig) -> Checked | CheckedStates:
     count = min(config.rows, cache.num_rows)
     chosen = np.unique(np.linspace(0, cache.num_rows - 1, count).astype(np.int64)).tolist()
     rows = [_row(cache, index) for index in chosen]
+    differing = tuple(_differences(cache, teacher, config))
     if of_states:
-        return check_states(cache, teacher, chosen, rows, [*_differences(cache, teacher, config)])
+        return check_states(cache, teacher, chosen, rows, [*differing])
+    if cache.manifest.targets.kind == "values":
+        return check_values(teacher, cache, chosen, rows, differing)
     cached = _cached(cache, chosen)
     batched = _live(teacher, cache, rows, cached.ids)
     sizes = [row.num_positions for row in rows]
@@ -92,7 +97,7 @@ def check(config: CheckConfig) -> Checked | CheckedStates:
         worst_kl=float(kl_cached.max()),
         agreement_live_live=_agreement(batched, alone),
         agreement_live_cached=_agreement_with(cached, batched),
-        differences=tuple(_differences(cache, teacher, config)),
+        differences=differing,
     )
 
 
@@ -115,7 +120,16 @@ def _row(cache: Cache, index: int) -> Row:
     row = cache[index]
     ids, positions = row.input_ids.numpy().astype(np.int32), row.positions.numpy()
     types = None if row.token_type_ids is None else row.token_type_ids.numpy()
-    return Row(row.row_id, ids, row.segments, positions, row.labels.numpy(), types)
+    of_outputs = cache.manifest.layout == "outputs"
+    return Row(
+        row.row_id,
+        ids,
+        row.segments,
+        positions,
+        row.labels.numpy(),
+        types,
+        of_outputs=of_outputs,
+    )
 
 
 def _cached(cache: Cache, chosen: list[int]) -> _Cells:
@@ -149,7 +163,7 @@ def _live(teacher: Teacher, cache: Cache, rows: list[Row], ids_NK: Tensor) -> _L
     plan, packed = cache.manifest.plan, cache.manifest.preprocessing.pack
     cells_NJ = torch.empty(len(ids_NK), ids_NK.shape[1] + 1, dtype=torch.float64)
     best_N = torch.empty(len(ids_NK), dtype=torch.int64)
-    layout = TASKS[cache.manifest.task].layout
+    layout = cache.manifest.layout
     for batch in forward_batches(rows, plan.forward_tokens, packed=packed, layout=layout):
         output = teacher.forward(batch.inputs, chunk_positions=plan.chunk_positions)
         for part, logits_nV in output.chunks:
