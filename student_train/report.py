@@ -112,7 +112,11 @@ def _teacher_line(results: Sequence[tuple[Path, dict[str, Any]]]) -> Line:
     sizes = [r["teacher_parameters"] for _, r in results if r.get("teacher_parameters")]
     parameters = sizes[0] if sizes else None
     metric = numbers.get(f"teacher_{numbers.get('metric')}")
-    return Line("teacher", parameters, numbers["teacher_loss"], 0.0, 1.0, None, "as cached", metric)
+    of_values = numbers.get("metric") == "pearson"
+    kl, agreement = (None, None) if of_values else (0.0, 1.0)
+    return Line(
+        "teacher", parameters, numbers["teacher_loss"], kl, agreement, None, "as cached", metric
+    )
 
 
 def headers(comparison: Comparison) -> tuple[str, ...]:

@@ -227,6 +227,7 @@ def test_from_hard_labels_to_a_student_that_serves(problem, train, folder, tmp_p
     shown = table(comparison)
     assert {"multi_label": "micro F1", "regression": "Pearson"}[problem] in shown
     assert ("mean squared error over" in shown) == (problem == "regression")
+    assert ("100.0%" in shown) == (problem == "multi_label")  # of the teacher with itself
     write_html(comparison, tmp_path / "c.html")
     serve = pipeline("text-classification", model=str(tmp_path / "run"), device="cpu", top_k=None)
     text = "the cat sat"
@@ -251,7 +252,9 @@ def test_training_learns_the_labels(train, folder, tmp_path):
         learning_rate=5e-3,
         batch_tokens=300,
     )
-    assert result["validation"]["micro_f1"] > 0.95
+    labels = np.stack([row.labels.numpy() for row in open_cache(folder / "multi_label-hard")])
+    assert 2 * labels.sum() / (labels.size + labels.sum()) < 0.75  # yes to everything
+    assert result["validation"]["micro_f1"] > 0.85
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
