@@ -15,13 +15,14 @@ from shared.cache import open_cache
 from shared.errors import CacheMismatch
 from student_train.cache_set import CacheSet
 from student_train.cli import _evaluation_text
+from student_train.compare_page import write_html
 from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
 from student_train.ensemble import Ensemble
 from student_train.evaluate import evaluate
 from student_train.evaluate import run as run_evaluate
 from student_train.loss_spec import LossSpec
 from student_train.objective import Objective, attach
-from student_train.report import compare, table, write_html
+from student_train.report import compare, table
 from student_train.student import build_student
 from student_train.trainer import run
 from tests.output_caches import (
@@ -227,6 +228,7 @@ def test_from_hard_labels_to_a_student_that_serves(problem, train, folder, tmp_p
     shown = table(comparison)
     assert {"multi_label": "micro F1", "regression": "Pearson"}[problem] in shown
     assert ("mean squared error over" in shown) == (problem == "regression")
+    assert ("100.0%" in shown) == (problem == "multi_label")  # of the teacher with itself
     write_html(comparison, tmp_path / "c.html")
     serve = pipeline("text-classification", model=str(tmp_path / "run"), device="cpu", top_k=None)
     text = "the cat sat"
@@ -251,7 +253,9 @@ def test_training_learns_the_labels(train, folder, tmp_path):
         learning_rate=5e-3,
         batch_tokens=300,
     )
-    assert result["validation"]["micro_f1"] > 0.95
+    labels = np.stack([row.labels.numpy() for row in open_cache(folder / "multi_label-hard")])
+    assert 2 * labels.sum() / (labels.size + labels.sum()) < 0.75  # yes to everything
+    assert result["validation"]["micro_f1"] > 0.85
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
