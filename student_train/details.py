@@ -6,7 +6,7 @@ positions. Their tokens are read from the cache at the end.
 Shapes: N positions of a batch, R rows of a batch, P positions of one row, T its tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from shared.cache import Cache, Row
 from shared.schema import layout
 from shared.tasks import TASKS
 from shared.tokenizer import load_cached_tokenizer
-from student_train.classes import Confusion
+from student_train.classes import Confusion, LabelCounts
 from student_train.collate import MicroBatch
 from student_train.config import WorstBy
 from student_train.positions import PREFIX
@@ -45,7 +45,11 @@ class Details:
         self.cache, self.worst, self.by = cache, worst, by
         self.student, self.teacher = Reliability(), Reliability()
         of_labels = TASKS[cache.manifest.task].target_space == "labels"
-        self.confusion = Confusion(cache.manifest.labels) if of_labels else None
+        self.confusion: Confusion | LabelCounts | None = None
+        if cache.manifest.layout == "outputs":
+            self.confusion = LabelCounts(cache.manifest.labels)
+        elif of_labels:
+            self.confusion = Confusion(cache.manifest.labels)
         self._rows: list[_Kept] = []
 
     def add(self, output: Mapping[str, Tensor], batch: MicroBatch) -> None:
@@ -67,7 +71,9 @@ class Details:
             )
         if self.confusion is not None:
             self.confusion.add(labels_N[there_N], answers["student"][there_N])
-        row_N = batch["row_ids"][batch["position_index"] // batch["input_ids"].shape[1]].numpy()
+        sequences = batch.get("decoder_input_ids", batch["input_ids"])
+        per_row = self.cache.manifest.num_outputs or sequences.shape[1]
+        row_N = batch["row_ids"][batch["position_index"] // per_row].numpy()
         if self.worst and len(row_N):
             self._keep_worst(row_N, answers)
 
@@ -127,16 +133,22 @@ def _shown(
 ) -> dict[str, Any]:
     """One row as text: all tokens, and what was answered at its positions.
 
-    Over a vocabulary only the positions of the highest loss are listed, over labels all of them.
+    Over a vocabulary only the positions of the highest loss are listed, over labels all of them; of
+    several labels of a row those that anybody says yes to, and the one of the highest loss.
     """
     loss_P, names = kept.answers["loss"], cache.manifest.labels
     places = np.arange(len(loss_P))
     if not names:
         places = np.sort(np.argsort(-loss_P, kind="stable")[:MOST_MARKED])
+    of_outputs = cache.manifest.layout == "outputs"
+    if of_outputs:
+        places = _said(kept, row.labels.numpy())
     texts = token_texts(tokenizer, row.input_ids.tolist())
+    name_of = _namer(cache, texts, tokenizer)
     answers = []
     for p in places.tolist():
-        answer = _answer(kept, p, int(row.labels[p]), names, tokenizer)
+        naming = _yes_or_no(names[p]) if of_outputs else name_of
+        answer = _answer(kept, p, int(row.labels[p]), naming)
         answers.append(answer | _place(row, p, cache, texts, tokenizer))
     shown: dict[str, Any] = {
         "row_id": kept.row_id,
@@ -150,17 +162,36 @@ def _shown(
     return shown | {"tokens": texts, "answers": answers}
 
 
-def _answer(
-    kept: _Kept, p: int, label: int, names: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    """What is said at one position: by the hard label, the student and, where known, the teacher.
+def _said(kept: _Kept, labels_P: np.ndarray) -> np.ndarray:
+    """The labels that corpus, student or teacher says yes to, and that of the highest loss."""
+    said_P = labels_P == 1
+    for name in {"student", "teacher"} & kept.answers.keys():
+        said_P = said_P | (kept.answers[name] == 1)
+    said_P[kept.answers["loss"].argmax()] = True
+    return np.flatnonzero(said_P)
 
-    A class of a vocabulary is named as it is written.
+
+def _yes_or_no(label: str) -> Callable[[int], str]:
+    return lambda number: f"{label}: {'yes' if number else 'no'}"
+
+
+def _namer(
+    cache: Cache, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> Callable[[int], str]:
+    """How a class is named: a label by its name, a class of a vocabulary as it is written.
+
+    A class that is a token of the row, by its place and its text; the first one is no answer.
     """
+    match TASKS[cache.manifest.task].target_space:
+        case "labels":
+            return lambda number: cache.manifest.labels[number]
+        case "tokens":
+            return lambda number: f"{number}: {texts[number].strip()}" if number else "no answer"
+    return lambda number: str(tokenizer.decode([number]))
 
-    def name_of(number: int) -> str:
-        return names[number] if names else str(tokenizer.decode([number]))
 
+def _answer(kept: _Kept, p: int, label: int, name_of: Callable[[int], str]) -> dict[str, Any]:
+    """What hard label, student and, where known, teacher say at one position."""
     numbers = {name: values[p].item() for name, values in kept.answers.items()}
     answer = {
         "label": name_of(label) if label >= 0 else None,
@@ -180,15 +211,20 @@ def _place(
 ) -> dict[str, int | None]:
     """The tokens `token` to `token_end` that a position is about.
 
-    The next one in a causal language model; none where it is about the row as a whole. A tagged
-    word goes on with what follows its first token without a space or a tag of its own.
+    The next one where a model writes on; none where it is about the row as a whole; where an answer
+    begins or ends, its label. A tagged word goes on with what follows its first token without a
+    space or a tag of its own.
     """
-    task, special = cache.manifest.task, set(tokenizer.all_special_ids)
-    if TASKS[task].layout == "row":
+    task, special = TASKS[cache.manifest.task], set(tokenizer.all_special_ids)
+    label = int(row.labels[p])
+    of_row = cache.manifest.layout in ("row", "outputs")
+    if of_row or (task.layout == "window" and not label):
         return {"token": None, "token_end": None}
-    first = int(row.positions[p]) + (1 if task == "causal-lm" else 0)
+    if task.layout == "window":
+        return {"token": label, "token_end": label + 1}
+    first = int(row.positions[p]) + (1 if task.labels == "next" else 0)
     end = first + 1
-    if TASKS[task].target_space == "labels":
+    if task.target_space == "labels":
         after = int(row.positions[p + 1]) if p + 1 < len(row.positions) else len(texts)
         while (
             end < after and not texts[end][:1].isspace() and int(row.input_ids[end]) not in special

@@ -217,3 +217,9 @@ def _check_worst_by(config: EvaluateConfig, cache: Cache) -> None:
             f"--worst-by kl: {cache.path} holds {has}, so the KL of single rows is not known. "
             "Rank them with --worst-by loss."
         )
+    if cache.manifest.problem_type == "regression":
+        raise ConfigError(
+            f"--html and --worst: {cache.path} is of a regression. They show how sure answers are "
+            "and which are wrong, and numbers are neither sure nor wrong. Leave them out: evaluate "
+            "prints the errors and correlations of student and teacher."
+        )

@@ -426,7 +426,7 @@ def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cach
             f"{cache.path}: holds hard labels only (--targets none). Train with --soft-weight 0 "
             "--hard-weight 1, or cache a teacher."
         )
-    if config.uses_hidden_loss and TASKS[manifest.task].target_space != "vocabulary":
+    if config.uses_hidden_loss and TASKS[manifest.task].target_space in ("labels", "tokens"):
         raise CacheMismatch(
             f"--hidden-weight: {cache.path} is of {manifest.task}, and the hidden-state loss is "
             "there for language models only. Leave it out."

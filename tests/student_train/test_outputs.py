@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, BertModel, pipeline
 
 from shared.cache import open_cache
-from shared.errors import CacheMismatch
+from shared.errors import CacheMismatch, ConfigError
 from student_train.cache_set import CacheSet
 from student_train.cli import _evaluation_text
 from student_train.compare_page import write_html
-from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
+from student_train.config import CompareConfig, EvaluateConfig, ExportConfig, TrainConfig
 from student_train.ensemble import Ensemble
 from student_train.evaluate import evaluate
 from student_train.evaluate import run as run_evaluate
+from student_train.export import run as run_export
+from student_train.export import table as export_table
 from student_train.loss_spec import LossSpec
 from student_train.objective import Objective, attach
 from student_train.report import compare, table
@@ -342,3 +344,97 @@ def test_names(folder):
     assert hard.manifest.labels == ("LABEL_0",)
     assert SCORES[:1] == open_cache(folder / "regression").manifest.labels
     assert hard.manifest.targets.kind == "none"
+
+
+def test_details_of_several_labels_are_those_of_rows_alone(folder, tmp_path):
+    """Counts of each label, and the rows of the highest loss, against plain torch."""
+    cache = open_cache(folder / "multi_label")
+    student = save_teacher(tmp_path / "student", TOPICS, problem_type=HF["multi_label"])
+    found = run_evaluate(
+        EvaluateConfig(
+            student=student,
+            cache=cache.path,
+            device="cpu",
+            batch_tokens=100,
+            html=tmp_path / "page.html",
+            worst=5,
+        )
+    )
+    logits_RC = live_logits(student, cache).double()
+    labels_RC = torch.stack([row.labels for row in cache]).double()
+    said_RC, there_RC = (logits_RC > 0).numpy(), (labels_RC == 1).numpy()
+    classes = {each["name"]: each for each in found["details"]["classes"]}
+    for number, name in enumerate(TOPICS):
+        both = (said_RC & there_RC)[:, number].sum()
+        assert classes[name]["support"] == there_RC[:, number].sum()
+        assert classes[name]["recall"] == both / there_RC[:, number].sum()
+        if said_RC[:, number].any():
+            assert classes[name]["precision"] == both / said_RC[:, number].sum()
+    assert found["details"]["confusions"] == []
+    loss_RC = F.binary_cross_entropy_with_logits(logits_RC, labels_RC, reduction="none").numpy()
+    loss_R = loss_RC.mean(axis=1)
+    worst = np.argsort(-loss_R, kind="stable")[:5]
+    shown = found["details"]["worst"]
+    assert [row["row_id"] for row in shown] == [cache[int(r)].row_id for r in worst]
+    for row, r in zip(shown, worst, strict=True):
+        assert row["loss"] == pytest.approx(loss_R[r], abs=1e-5)
+        # The student is the teacher: it says what the teacher says.
+        listed = said_RC[r] | there_RC[r]
+        listed[loss_RC[r].argmax()] = True
+        expected = [
+            (f"{name}: {_yes(there_RC[r, i])}", f"{name}: {_yes(said_RC[r, i])}")
+            for i, name in enumerate(TOPICS)
+            if listed[i]
+        ]
+        assert [(answer["label"], answer["student"]) for answer in row["answers"]] == expected
+        assert all(answer["token"] is None for answer in row["answers"])
+    assert f"answered by '{TOPICS[loss_RC[worst[0]].argmax()]}: " in _evaluation_text(found)
+    page = (tmp_path / "page.html").read_text()
+    assert "micro F1" in page
+    assert "rows with every label right" in page
+    assert f"{TOPICS[0]}: yes" in page
+
+
+def _yes(said: bool) -> str:
+    return "yes" if said else "no"
+
+
+def test_details_of_numbers_are_refused(folder, tmp_path):
+    for options in ({"html": tmp_path / "page.html"}, {"worst": 3}):
+        config = EvaluateConfig(
+            student=str(folder / "regression-teacher"), cache=folder / "regression", **options
+        )
+        with pytest.raises(ConfigError, match=r"is of a regression.*neither sure nor wrong"):
+            run_evaluate(config)
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_an_export_is_checked_on_all_outputs(problem, train, folder, tmp_path):
+    """Its scores are those of evaluate, and every yes or no is a decision of its own."""
+    train(problem, validation_cache=folder / f"{problem}-held-out")
+    out = tmp_path / "out"
+    config = ExportConfig(
+        student=tmp_path / "run", out=out, rows=1000, format=("safetensors", "int8")
+    )
+    found = run_export(config)
+    held_out = open_cache(folder / f"{problem}-held-out")
+    student = build_student(str(tmp_path / "run"), held_out, seed=0)
+    expected = evaluate(student, held_out, batch_tokens=500)
+    for each in found["files"]:
+        scores, check = each["check"]["student"], each["check"]
+        assert scores["metric"] == expected["metric"]
+        # Numbers that hardly differ leave their correlation few digits of float32.
+        assert scores["value"] == pytest.approx(expected[expected["metric"]], abs=1e-4)
+        assert scores["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        outputs = len(NAMES[problem]) * len(held_out)
+        if problem == "multi_label":
+            assert check["decisions"] == outputs
+            assert 0.9 < check["agreement"] <= 1.0
+        else:
+            assert check["agreement"] is None
+    assert ("argmax equal" in export_table(found)) == (problem == "multi_label")
+    assert json.loads((out / "config.json").read_text())["problem_type"] == HF[problem]
+    card = (out / "README.md").read_text()
+    assert ("mean squared error" in card) == (problem == "regression")
+    assert ("squared error to the teacher's numbers" in card) == (problem == "regression")
