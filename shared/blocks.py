@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shared import codec, frames, hidden, windows
+from shared.arrays import ranges
 from shared.errors import CorruptCache
 from shared.hidden import NO_SCALES, ChannelScales
 from shared.manifest import Manifest
@@ -23,8 +24,9 @@ class Block:
     """Decoded consecutive rows.
 
     `positions` are token indices inside the row; `labels` is None where the hard label is the next
-    token, and -1 where there is none; `segments` are the lengths of the documents' parts of packed
-    rows; `hidden` holds bfloat16 bit patterns. `positions` are written only where they are not the
+    token, and -1 where there is none; `label_values` and `target_values` are what corpus and
+    teacher say in a regression; `segments` are the lengths of the documents' parts of packed rows;
+    `hidden` holds bfloat16 bit patterns. `positions` are written only where they are not the
     task's default.
     """
 
@@ -37,6 +39,8 @@ class Block:
     num_segments: np.ndarray | None = None  # i32 [R]
     token_type_ids: np.ndarray | None = None  # i32 [T]
     labels: np.ndarray | None = None  # i32 [P]
+    label_values: np.ndarray | None = None  # f32 [P]
+    target_values: np.ndarray | None = None  # f32 [P]
     reference: np.ndarray | None = None  # u8, the UTF-8 of all rows one after another
     reference_bytes: np.ndarray | None = None  # i32 [R]
     target: Target | None = None
@@ -68,6 +72,10 @@ def to_planes(
         count = sum(plane.column == name for plane in planes)
         if count:
             columns[name] = frames.split_planes(getattr(block, name).astype(np.uint32), count)
+    if block.label_values is not None:
+        columns["label_values"] = codec.encode_values(block.label_values)
+    if block.target_values is not None:
+        columns["target_values"] = codec.encode_values(block.target_values)
     if block.label_logprob is not None:
         columns["label_logprob"] = codec.encode_label_logprob(block.label_logprob)
     if block.entropy is not None:
@@ -109,6 +117,8 @@ def from_planes(
         _check_positions(
             positions, num_tokens, num_positions, own_labels=_labels_of(manifest) != "next"
         )
+    elif manifest.layout == "outputs":
+        positions = ranges(np.zeros_like(num_positions), num_positions).astype(np.int32)
     else:
         positions = _default_positions(num_tokens, num_positions, segments)
     block = Block(
@@ -136,8 +146,12 @@ def from_planes(
                 f"{name}: found {found_T.max()}, expected below {limit}. "
                 "Run cache-teacher verify CACHE --drop-bad, then run again."
             )
-    if TASKS[manifest.task].layout == "window":
+    if manifest.layout == "window":
         windows.check(block, spec.num_classes)
+    if parts := _parts(values, "label_values"):
+        block.label_values = codec.decode_values(parts, "label_values")
+    if parts := _parts(values, "target_values"):
+        block.target_values = codec.decode_values(parts, "target_values")
     if "target_codes.0" in values:
         block.target = codec.decode(values, count, spec, ranks)
     if "label_logprob.0" in values:

@@ -65,7 +65,8 @@ class Row:
     `segments` are the lengths of its parts: one; of a packed row its documents'; of a pair those of
     what the encoder reads and of what the decoder reads.
     `token_type_ids` [T] where a row is a pair of texts; `reference` is what an answer of the
-    student is compared with, where the task has more to compare than labels.
+    student is compared with, where the task has more to compare than labels. Of a regression
+    `labels` are float32, and `target_values` [P] are what the teacher says.
     """
 
     row_id: int
@@ -78,6 +79,7 @@ class Row:
     hidden_positions: torch.Tensor
     token_type_ids: torch.Tensor | None = None
     reference: Any = None
+    target_values: torch.Tensor | None = None
 
 
 class Cache(Sequence[Row]):
@@ -91,7 +93,10 @@ class Cache(Sequence[Row]):
         _check_rows(storage, commits)
         self.ranks = class_ranks(storage, manifest)
         self.scales = channel_scales(storage, manifest)
-        lengths = [c.lengths(str(storage.path(commit_name(c.shard)))) for c in commits]
+        lengths = [
+            c.lengths(str(storage.path(commit_name(c.shard))), manifest.num_outputs)
+            for c in commits
+        ]
         empty = np.zeros(0, np.int32)
         self.row_tokens = np.concatenate([*(tokens for tokens, _ in lengths), empty])
         self.row_positions = np.concatenate([*(positions for _, positions in lengths), empty])
@@ -371,7 +376,9 @@ def _row(block: Block, index: int, hidden_every: int) -> Row:
         block.input_ids[tokens[index] : tokens[index + 1]].astype(np.int64)
     )
     at = torch.from_numpy(block.positions[start:end].astype(np.int64))
-    if block.labels is not None:
+    if block.label_values is not None:
+        labels = torch.from_numpy(block.label_values[start:end].copy())
+    elif block.labels is not None:
         labels = torch.from_numpy(block.labels[start:end].astype(np.int64))
     else:
         labels = input_ids[at + 1]
@@ -407,6 +414,9 @@ def _row(block: Block, index: int, hidden_every: int) -> Row:
         hidden_positions=at[::hidden_every],
         token_type_ids=types,
         reference=references(block)[index] if block.reference is not None else None,
+        target_values=None
+        if block.target_values is None
+        else torch.from_numpy(block.target_values[start:end].copy()),
     )
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared import ragged
+from shared.errors import CorruptCache
 from shared.frames import Plane, join_planes, split_planes
 from shared.planes import (
     LOG_KEPT,
@@ -55,6 +56,8 @@ def plane_shapes(spec: TargetSpec) -> list[PlaneShape]:
         return []
     if spec.ragged:
         return ragged.plane_shapes(spec)
+    if spec.kind == "values":
+        return [PlaneShape(f"target_values.{plane}", "position", 1) for plane in range(4)]
     entries = spec.num_entries
     if spec.kind == "dense":
         return [PlaneShape(f"target_codes.{plane}", "position", entries) for plane in range(2)]
@@ -173,6 +176,22 @@ def encode_label_logprob(logprob_P: Floats) -> list[Plane]:
 def decode_label_logprob(planes: Sequence[Plane]) -> Floats:
     """Nats [P]."""
     return join_planes(planes, np.uint16).view(np.float16).astype(np.float32)
+
+
+def encode_values(values_P: Floats) -> list[Plane]:
+    """Numbers as float32, four planes: exact."""
+    return split_planes(np.ascontiguousarray(values_P, np.float32).view(np.uint32), 4)
+
+
+def decode_values(planes: Sequence[Plane], column: str) -> Floats:
+    """Float32 [P]; NaN and infinity are refused."""
+    values_P = join_planes(planes, np.uint32).view(np.float32)
+    if not np.isfinite(values_P).all():
+        raise CorruptCache(
+            f"{column}: found NaN or infinity, expected a number. "
+            "Run cache-teacher verify CACHE --drop-bad, then run again."
+        )
+    return values_P
 
 
 def _check(target: Target, spec: TargetSpec, hi_P: Floats) -> None:

@@ -22,8 +22,8 @@ import xxhash
 from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCache
 from shared.hidden import HiddenCodec
 from shared.storage import Storage
-from shared.target import TargetSpec
-from shared.tasks import TASKS, Pooling, TaskName
+from shared.target import TargetKind, TargetSpec
+from shared.tasks import TASKS, Layout, Pooling, ProblemType, TaskName
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -43,6 +43,11 @@ _MAX_JSON_CONTAINERS = 256
 _ALWAYS = ("row_ids", "num_tokens", "num_positions", "input_ids")
 _OF_WINDOWS = ("num_segments", "segments", "positions", "labels", "reference_bytes", "reference")
 _OF_TARGETS = ("target_", "log_partition_ratio", "hidden")
+# Where each output of a row has a position: its kind of targets, classes, and column of labels.
+_OF_OUTPUTS: dict[ProblemType, tuple[TargetKind, int, str]] = {
+    "multi_label": ("dense", 2, "labels"),
+    "regression": ("values", 1, "label_values"),
+}
 
 T = TypeVar("T")
 
@@ -155,7 +160,9 @@ class Manifest:
     """Everything that is needed to read a cache.
 
     `teacher` is None in a label-only cache; `origin` names the cache that this one was repacked
-    from. `labels` are the names of the classes of a label space, empty for a vocabulary.
+    from. `labels` are the names of the classes of a label space, empty for a vocabulary. Of
+    sequence classification `problem_type` says what they are to a row: one of them is right
+    (single_label), each is right or not (multi_label), or each names a number (regression).
     """
 
     format_version: int
@@ -174,6 +181,18 @@ class Manifest:
     origin: dict[str, str] | None
     side_files: dict[str, str]
     labels: tuple[str, ...] = field(default=(), metadata={"added": True})
+    problem_type: ProblemType = field(default="single_label", metadata={"added": True})
+
+    @property
+    def layout(self) -> Layout:
+        """How a row is laid out and where its targets are."""
+        own = TASKS[self.task].layout
+        return own if self.problem_type == "single_label" else "outputs"
+
+    @property
+    def num_outputs(self) -> int:
+        """Positions of every row where these are outputs; else 0."""
+        return len(self.labels) if self.layout == "outputs" else 0
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False).encode()
@@ -291,7 +310,7 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
         )
     if manifest.targets.ragged and not manifest.targets.threshold:
         yield "targets.threshold: found 0, expected what calibration found"
-    start, of_pairs = manifest.preprocessing.decoder_start, TASKS[manifest.task].layout == "pair"
+    start, of_pairs = manifest.preprocessing.decoder_start, manifest.layout == "pair"
     if not (0 <= start < manifest.tokenizer.num_ids if of_pairs else start == -1):
         yield (
             f"preprocessing.decoder_start: found {start}, expected "
@@ -301,15 +320,10 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
                 else "-1, for no decoder"
             )
         )
-    of_labels = TASKS[manifest.task].target_space == "labels"
-    if len(manifest.labels) != (manifest.targets.num_classes if of_labels else 0):
-        yield (
-            f"labels: found {len(manifest.labels)} names for {manifest.targets.num_classes:,} "
-            f"classes of {manifest.task}"
-        )
+    yield from _wrong_labels(manifest)
     if len(manifest.side_files) > MAX_SIDE_FILES:
         yield f"side_files: found {len(manifest.side_files)}, expected at most {MAX_SIDE_FILES}"
-    if TASKS[manifest.task].layout == "window":
+    if manifest.layout == "window":
         yield from _wrong_windows(manifest)
     yield from _wrong_columns(manifest.columns)
 
@@ -321,6 +335,34 @@ def _wrong_windows(manifest: Manifest) -> Iterator[str]:
     for name in _OF_WINDOWS:
         if name not in manifest.columns:
             yield f"columns: {name} is missing, which {manifest.task} has"
+
+
+def _wrong_labels(manifest: Manifest) -> Iterator[str]:
+    """Names of classes, and what of them a position has: one of all, yes or no, or a number."""
+    names, targets, problem = len(manifest.labels), manifest.targets, manifest.problem_type
+    of_labels = TASKS[manifest.task].target_space == "labels"
+    if problem == "single_label":
+        if names != (targets.num_classes if of_labels else 0):
+            yield (
+                f"labels: found {names} names for {targets.num_classes:,} classes of "
+                f"{manifest.task}"
+            )
+        if targets.kind == "values" or "label_values" in manifest.columns:
+            yield "problem_type: found single_label, but the cache holds numbers"
+        return
+    kind, classes, column = _OF_OUTPUTS[problem]
+    if TASKS[manifest.task].layout != "row":
+        yield f"problem_type: found {problem}, but {manifest.task} has none"
+    if not names:
+        yield f"labels: found no name, expected one for each output of {problem}"
+    if targets.num_classes != classes or targets.kind not in (kind, "none"):
+        yield (
+            f"targets: found {targets.kind} of {targets.num_classes:,} classes, expected {kind} "
+            f"of {classes}, or none, with {problem}"
+        )
+    there = {"positions", "segments", "labels", "label_values"} & set(manifest.columns)
+    if there != {column}:
+        yield f"columns: found {_short(sorted(there))}, expected {column} with {problem}"
 
 
 def _wrong_columns(columns: tuple[str, ...]) -> Iterator[str]:

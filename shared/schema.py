@@ -47,11 +47,13 @@ COLUMNS: tuple[Column, ...] = (
     Column("token_type_ids", 9, "uint8", "token", "-", "which of two texts a token is of"),
     Column("reference_bytes", 10, "uint32", "row", "bytes", "length of the row's reference"),
     Column("reference", 11, "uint8", "byte", "UTF-8", "JSON that an answer is compared with"),
+    Column("label_values", 12, "float32", "position", "the corpus's", "hard label, where a number"),
     Column("target_ids", 16, "uint32", "position", "rank gap", "entries, ascending by rank"),
     Column("target_codes", 17, "uint16", "position", "code", "log-probabilities of the entries"),
     Column("target_range", 18, "uint8", "position", "log step", "range of the log-probabilities"),
     Column("target_tail", 20, "uint16", "position", "31/65534 nats", "ln(tail mass / kept mass)"),
     Column("target_counts", 21, "uint8", "position", "entries", "entries, where they differ"),
+    Column("target_values", 22, "float32", "position", "the corpus's", "the teacher's number"),
     Column("label_logprob", 24, "float16", "position", "nats", "the teacher's, of the hard label"),
     Column("entropy", 25, "uint8", "position", "ln(C)/255 nats", "over all classes, T=1"),
     Column("log_partition_ratio", 32, "uint16", "position", "(1-1/T) ln(C)/65535 nats", "per T"),
@@ -108,6 +110,7 @@ def layout(manifest: Manifest) -> tuple[Plane, ...]:
         "entropy": 1,
         "token_type_ids": 1,
         "reference": 1,
+        "label_values": 4,
     }
     described = {column.name: column for column in COLUMNS}
     for name in manifest.columns:
@@ -137,6 +140,7 @@ def optional_columns(
     positions: bool,
     labels: bool,
     targets: bool,
+    label_values: bool = False,
     token_types: bool = False,
     references: bool = False,
 ) -> list[str]:
@@ -150,6 +154,8 @@ def optional_columns(
         names.append("positions")
     if labels:
         names.append("labels")
+    if label_values:
+        names.append("label_values")
     if targets:
         names += ["label_logprob", "entropy"]
     if references:

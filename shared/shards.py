@@ -70,8 +70,11 @@ class Commit:
     column_bytes: dict[str, int]
     statistics: dict[str, float]
 
-    def lengths(self, where: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and positions of each row, i32 [rows] each."""
+    def lengths(self, where: str, num_outputs: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and positions of each row, i32 [rows] each.
+
+        `num_outputs`: the positions that every row has, where these are outputs and not tokens.
+        """
         tokens = _unpack(self.row_tokens, self.rows, f"{where}: row_tokens")
         positions = _unpack(self.row_positions, self.rows, f"{where}: row_positions")
         sums = (int(tokens.sum(dtype=np.int64)), int(positions.sum(dtype=np.int64)))
@@ -84,7 +87,13 @@ class Commit:
             raise CorruptCache(
                 f"{where}: the lengths of its rows do not add up to its totals. {_REPAIR}"
             )
-        if self.rows and (tokens.min() < 1 or positions.min() < 0 or (positions > tokens).any()):
+        if num_outputs and (positions != num_outputs).any():
+            raise CorruptCache(
+                f"{where}: a row of other than {num_outputs:,} positions, one for each label. "
+                f"{_REPAIR}"
+            )
+        most = num_outputs or tokens
+        if self.rows and (tokens.min() < 1 or positions.min() < 0 or (positions > most).any()):
             raise CorruptCache(
                 f"{where}: a row without tokens, or with more positions than tokens. {_REPAIR}"
             )
@@ -275,7 +284,8 @@ class ShardReader:
         self.path, self.manifest, self.commit = path, manifest, commit
         self._planes = layout(manifest)
         self._wanted: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], list[Plane]] = {}
-        self._tokens, self._positions = commit.lengths(f"commit of {path.name}")
+        where = f"commit of {path.name}"
+        self._tokens, self._positions = commit.lengths(where, manifest.num_outputs)
         self._row_starts = np.concatenate([[0], np.cumsum(commit.block_rows, dtype=np.int64)])
         states = num_states(self._positions, manifest.hidden.every)
         self._sizes = [
@@ -288,7 +298,8 @@ class ShardReader:
             for start, end in pairwise(self._row_starts.tolist())
         ]
         names = {plane.column for plane in self._planes}
-        if not names & {"positions", "segments"} and (self._positions != self._tokens - 1).any():
+        by_default = not names & {"positions", "segments"} and not manifest.num_outputs
+        if by_default and (self._positions != self._tokens - 1).any():
             raise CorruptCache(
                 f"{self.path}: its commit has a row that does not predict every token but its "
                 f"first. {_REPAIR}"

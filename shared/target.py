@@ -14,7 +14,7 @@ from shared.errors import ConfigError
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
-TargetKind = Literal["topk", "adaptive", "sample", "dense", "none"]
+TargetKind = Literal["topk", "adaptive", "sample", "dense", "values", "none"]
 RAGGED_KINDS: tuple[TargetKind, ...] = ("adaptive", "sample")
 ValueBits = Literal[7, 8, 16]
 
@@ -32,6 +32,7 @@ class TargetSpec:
     sample    every class with p >= `threshold` as it is, the others drawn by systematic sampling
               with that spacing, each drawn one with that weight (Fearnhead and Clifford 2003)
     dense     every class
+    values    no distribution but a number, of a regression: one class, which stands for none
     none      hard labels only
 
     A threshold of 0 is one that calibration has still to find.
@@ -46,8 +47,14 @@ class TargetSpec:
     threshold: float = field(default=0.0, metadata={"added": True})
 
     def __post_init__(self) -> None:
-        if not 2 <= self.num_classes < 2**31:
-            raise ConfigError(f"num_classes={self.num_classes}: expected 2 to 2**31 - 1.")
+        fewest = 1 if self.kind in ("values", "none") else 2
+        if not fewest <= self.num_classes < 2**31:
+            raise ConfigError(f"num_classes={self.num_classes}: expected {fewest} to 2**31 - 1.")
+        if self.kind == "values" and (self.num_classes > 1 or self.temperatures):
+            raise ConfigError(
+                f"num_classes={self.num_classes}, temperatures={self.temperatures}: values have "
+                "one class and no temperature."
+            )
         if self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k}: expected at least 1.")
         if self.value_bits not in (7, 8, 16):

@@ -15,9 +15,10 @@ TaskName = Literal[
     "question-answering",
     "feature-extraction",
 ]
-Layout = Literal["tokens", "row", "window", "pair"]
+Layout = Literal["tokens", "row", "outputs", "window", "pair"]
 Labels = Literal["next", "stored", "none"]
 Pooling = Literal["mean", "cls", "last", "none"]
+ProblemType = Literal["single_label", "multi_label", "regression"]
 
 MAX_ANSWER_TOKENS = 30  # of question answering; as the scripts that go with SQuAD have it
 
@@ -29,9 +30,10 @@ class Task:
 
     A class is an id of the vocabulary, one of the named labels, or a token of the row itself.
     `layout`: how a row is laid out and where its targets are. tokens: at tokens, or the next ones;
-    row: of the row as a whole, at position 0; window: of start and end of an answer (windows.py);
-    pair: two segments, what the encoder reads and what the decoder reads, targets at all tokens of
-    the second but its last.
+    row: of the row as a whole, at position 0; outputs: of the row as a whole, one position for each
+    output of the head (`Manifest.layout` says when a task has this in place of its own); window: of
+    start and end of an answer (windows.py); pair: two segments, what the encoder reads and what the
+    decoder reads, targets at all tokens of the second but its last.
     `labels`: the hard labels are the next tokens, stored in a column of their own, or absent.
     `ways`: which columns a document may consist of, by role.
     """

@@ -20,6 +20,7 @@ from student_train.collate import MicroBatch
 from student_train.losses import SoftTarget
 from student_train.metrics import Answers, task_numbers
 from student_train.processes import of_all_processes
+from student_train.row_metrics import multi_label_numbers, regression_numbers
 from student_train.span_metrics import Window, span_numbers
 from student_train.vectors import VectorAnswers
 
@@ -36,6 +37,8 @@ class Collector(Protocol):
 
 def collector_for(cache: Cache, max_answer_tokens: int) -> Collector | None:
     """The collector of the task of a cache; None where sums of losses say all there is."""
+    if cache.manifest.layout == "outputs":
+        return OutputAnswers(cache)
     if TASKS[cache.manifest.task].target_space == "labels":
         return LabelAnswers(cache)
     if TASKS[cache.manifest.task].target_space == "states":
@@ -80,6 +83,38 @@ class LabelAnswers:
         return task_numbers(
             Answers(row_P, labels_P, predicted_P, confidence_P, teacher), self._names
         )
+
+
+class OutputAnswers:
+    """Answers where each output of a row is yes or no, or a number: label, student's, teacher's."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._num_outputs = len(cache.manifest.labels)
+        self._of_values = cache.manifest.problem_type == "regression"
+        self._has_targets = cache.has_targets
+        self._answers: list[Tensor] = []
+
+    def add(self, output: Mapping[str, Tensor], batch: MicroBatch) -> None:
+        """Keeps f64 [N, 3]: numbers as they are, of yes and no the probability of yes."""
+        said_N = output["logits"][:, -1].double().cpu()
+        if not self._of_values:
+            said_N = said_N.sigmoid()  # of the logits (0, z)
+        teacher_N = torch.zeros_like(said_N)
+        if "target_values" in batch:
+            teacher_N = batch["target_values"].double()
+        elif "target_logprobs" in batch:
+            teacher_N = batch["target_logprobs"][:, 1].double().exp()
+        self._answers.append(torch.stack([batch["labels"].double(), said_N, teacher_N], dim=1))
+
+    def numbers(self, device: torch.device) -> dict[str, Any]:
+        """The metrics of row_metrics.py; a row's positions stand together, in the order of C."""
+        of_positions = torch.cat([torch.zeros(0, 3, dtype=torch.float64), *self._answers])
+        everyones = of_all_processes(of_positions, device).numpy()
+        labels_RC, said_RC, teacher_RC = (
+            column.reshape(-1, self._num_outputs) for column in everyones.T
+        )
+        metrics = regression_numbers if self._of_values else multi_label_numbers
+        return metrics(labels_RC, said_RC, teacher_RC if self._has_targets else None)
 
 
 class SpanAnswers:

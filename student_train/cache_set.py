@@ -100,6 +100,7 @@ _JOINED = {
     "the tokenizer's content hash": lambda m: m.tokenizer.hash,
     "the task": lambda m: m.task,
     "the kind of targets": lambda m: m.targets.kind,
+    "the problem type": lambda m: m.problem_type,
     "the number of classes": lambda m: m.targets.num_classes,
     "the names of the classes": lambda m: m.labels,
     "the token that decoders start from": lambda m: m.preprocessing.decoder_start,

@@ -76,15 +76,14 @@ def _text_line(text: dict[str, Any]) -> str:
 
 
 def _evaluation_text(numbers: dict[str, Any]) -> str:
-    names = ("loss", "perplexity", "kl", "kl_bucketed", "agreement", "teacher_loss")
-    of_labels = ("accuracy", "macro_f1", "entity_f1", "ece", "f1", "exact_match")
-    of_teacher = (
-        *(f"teacher_{name}" for name in ("accuracy", "entity_f1", "f1", "exact_match", "ece")),
-    )
+    of_loss = ("loss", "perplexity", "kl", "kl_bucketed", "mse_to_teacher", "agreement")
+    of_labels = ("accuracy", "micro_f1", "macro_f1", "entity_f1", "subset_accuracy", "ece")
+    of_task = (*of_labels, "f1", "exact_match", "pearson", "spearman")
+    of_teacher = ("teacher_loss", *of_task, *(f"teacher_{name}" for name in of_task))
     of_vectors = ("cosine", "nearest_agreement", "similarity_correlation")
     counts = ("positions", "documents")
     of_texts = ("chrf", "bleu", "rouge1", "rouge2", "rougeL", "teacher_chrf", "written_rows")
-    all_names = (*names, *of_labels, *of_teacher, *of_vectors, *counts, *of_texts)
+    all_names = (*of_loss, *of_teacher, *of_vectors, *counts, *of_texts)
     shown = [name for name in all_names if name in numbers]
     width = max(14, *(len(name) + 2 for name in shown))
     lines = [f"{name:<{width}}{_number(numbers[name])}{_range(name, numbers)}" for name in shown]

@@ -128,7 +128,8 @@ def columns_of(block: "Block", temperature: float, layout: Layout = "tokens") ->
     """The columns of a block that micro-batches are made of; hidden states as bfloat16 bits.
 
     `position_ids`, which restart with every segment, only where rows have several; `labels` only
-    where they are not the next tokens; `context` [R, 2], where it begins and ends, only of windows.
+    where they are not the next tokens, of a regression as float32; `context` [R, 2], where it
+    begins and ends, only of windows.
     """
     columns = {
         "row_ids": block.row_ids.view(np.int64),
@@ -145,6 +146,10 @@ def columns_of(block: "Block", temperature: float, layout: Layout = "tokens") ->
         columns["position_ids"] = ranges(np.zeros_like(block.segments), block.segments)
     if block.labels is not None:
         columns["labels"] = block.labels
+    if block.label_values is not None:
+        columns["labels"] = block.label_values
+    if block.target_values is not None:
+        columns["target_values"] = block.target_values
     if block.target is not None:
         columns["target_ids"] = block.target.ids
         columns["target_logprobs"] = block.target.logprobs
@@ -174,7 +179,8 @@ class Shape:
     Every segment of a row becomes a sequence of its own, padded on the right with token 0. With
     `packed` a row stays one sequence, its `position_ids` restart with every segment, and there is
     no mask. Of pairs the first segment goes to the encoder, the second to the decoder. Every
-    `hidden_every`-th position of a row has hidden states.
+    `hidden_every`-th position of a row has hidden states. Where positions are outputs every row has
+    all L of them, and `position_index` counts through the logits [B, L].
     """
 
     layout: Layout = "tokens"
@@ -224,9 +230,12 @@ def _assemble(columns: Columns, shape: Shape, counts: Counts) -> MicroBatch:
     token_of_position += columns.pop("positions")
     arrange = _pairs if shape.layout == "pair" else _sequences
     arrays, places, row_of_sequence = arrange(columns, input_ids, row_starts, shape)
-    arrays["position_index"] = places[token_of_position]
+    if shape.layout == "outputs":
+        arrays["position_index"] = np.arange(len(token_of_position))
+    else:
+        arrays["position_index"] = places[token_of_position]
     labels = columns.pop("labels") if "labels" in columns else input_ids[token_of_position + 1]
-    arrays["labels"] = labels.astype(np.int64)
+    arrays["labels"] = labels if labels.dtype == np.float32 else labels.astype(np.int64)
     arrays["row_ids"] = columns.pop("row_ids")[row_of_sequence]
     arrays["num_positions"] = np.array(counts.positions)
     if any(name.startswith("hidden.") for name in columns):

@@ -17,7 +17,8 @@ def write_html(comparison: Comparison, path: Path) -> None:
     """One self-contained file."""
     headers, *cells = rows(comparison)
     metric = comparison.metric
-    strips = [_strip(comparison.lines, "loss", "Held-out loss, nats")]
+    unit = "squared error" if metric == "pearson" else "nats"
+    strips = [_strip(comparison.lines, "loss", f"Held-out loss, {unit}")]
     if metric is not None:
         title = TITLES[metric][:1].upper() + TITLES[metric][1:]
         strips.insert(0, _strip(comparison.lines, "metric", f"{title} on held-out rows"))
@@ -29,7 +30,7 @@ def write_html(comparison: Comparison, path: Path) -> None:
         lines=list(zip(comparison.lines, cells, strict=True)),
         notes=[note[:1].upper() + note[1:] for note in notes(comparison)],
         strips=strips,
-        charts=_curves(comparison.lines),
+        charts=_curves(comparison.lines, unit),
     )
 
 
@@ -69,7 +70,7 @@ def _ends(line: Line, name: str) -> tuple[float | None, float | None]:
     return line.numbers.metric_low, line.numbers.metric_high
 
 
-def _curves(lines: Sequence[Line]) -> list[Chart]:
+def _curves(lines: Sequence[Line], unit: str) -> list[Chart]:
     """Training loss by step; more runs than colours share them."""
     series = [
         Series(line.name, _smooth(line.curve), index % _COLOURS, dots=False)
@@ -83,7 +84,7 @@ def _curves(lines: Sequence[Line]) -> list[Chart]:
     low, high = min(y for _, y in points), max(y for _, y in points)
     room = 0.05 * ((high - low) or 1.0)
     x = Axis("step", 0.0, max(1.0, highest))
-    y = Axis("loss on hard labels, nats", max(0.0, low - room), high + room)
+    y = Axis(f"loss on hard labels, {unit}", max(0.0, low - room), high + room)
     return [drawing.lines("Training loss", x, y, series)]
 
 

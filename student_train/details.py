@@ -18,7 +18,7 @@ from shared.cache import Cache, Row
 from shared.schema import layout
 from shared.tasks import TASKS
 from shared.tokenizer import load_cached_tokenizer
-from student_train.classes import Confusion
+from student_train.classes import Confusion, LabelCounts
 from student_train.collate import MicroBatch
 from student_train.config import WorstBy
 from student_train.positions import PREFIX
@@ -45,7 +45,11 @@ class Details:
         self.cache, self.worst, self.by = cache, worst, by
         self.student, self.teacher = Reliability(), Reliability()
         of_labels = TASKS[cache.manifest.task].target_space == "labels"
-        self.confusion = Confusion(cache.manifest.labels) if of_labels else None
+        self.confusion: Confusion | LabelCounts | None = None
+        if cache.manifest.layout == "outputs":
+            self.confusion = LabelCounts(cache.manifest.labels)
+        elif of_labels:
+            self.confusion = Confusion(cache.manifest.labels)
         self._rows: list[_Kept] = []
 
     def add(self, output: Mapping[str, Tensor], batch: MicroBatch) -> None:
@@ -68,7 +72,8 @@ class Details:
         if self.confusion is not None:
             self.confusion.add(labels_N[there_N], answers["student"][there_N])
         sequences = batch.get("decoder_input_ids", batch["input_ids"])
-        row_N = batch["row_ids"][batch["position_index"] // sequences.shape[1]].numpy()
+        per_row = self.cache.manifest.num_outputs or sequences.shape[1]
+        row_N = batch["row_ids"][batch["position_index"] // per_row].numpy()
         if self.worst and len(row_N):
             self._keep_worst(row_N, answers)
 
@@ -128,17 +133,22 @@ def _shown(
 ) -> dict[str, Any]:
     """One row as text: all tokens, and what was answered at its positions.
 
-    Over a vocabulary only the positions of the highest loss are listed, over labels all of them.
+    Over a vocabulary only the positions of the highest loss are listed, over labels all of them; of
+    several labels of a row those that anybody says yes to, and the one of the highest loss.
     """
     loss_P, names = kept.answers["loss"], cache.manifest.labels
     places = np.arange(len(loss_P))
     if not names:
         places = np.sort(np.argsort(-loss_P, kind="stable")[:MOST_MARKED])
+    of_outputs = cache.manifest.layout == "outputs"
+    if of_outputs:
+        places = _said(kept, row.labels.numpy())
     texts = token_texts(tokenizer, row.input_ids.tolist())
     name_of = _namer(cache, texts, tokenizer)
     answers = []
     for p in places.tolist():
-        answer = _answer(kept, p, int(row.labels[p]), name_of)
+        naming = _yes_or_no(names[p]) if of_outputs else name_of
+        answer = _answer(kept, p, int(row.labels[p]), naming)
         answers.append(answer | _place(row, p, cache, texts, tokenizer))
     shown: dict[str, Any] = {
         "row_id": kept.row_id,
@@ -150,6 +160,19 @@ def _shown(
     if "kl" in kept.answers:
         shown["kl"] = float(kept.answers["kl"].mean())
     return shown | {"tokens": texts, "answers": answers}
+
+
+def _said(kept: _Kept, labels_P: np.ndarray) -> np.ndarray:
+    """The labels that corpus, student or teacher says yes to, and that of the highest loss."""
+    said_P = labels_P == 1
+    for name in {"student", "teacher"} & kept.answers.keys():
+        said_P = said_P | (kept.answers[name] == 1)
+    said_P[kept.answers["loss"].argmax()] = True
+    return np.flatnonzero(said_P)
+
+
+def _yes_or_no(label: str) -> Callable[[int], str]:
+    return lambda number: f"{label}: {'yes' if number else 'no'}"
 
 
 def _namer(
@@ -194,7 +217,8 @@ def _place(
     """
     task, special = TASKS[cache.manifest.task], set(tokenizer.all_special_ids)
     label = int(row.labels[p])
-    if task.layout == "row" or (task.layout == "window" and not label):
+    of_row = cache.manifest.layout in ("row", "outputs")
+    if of_row or (task.layout == "window" and not label):
         return {"token": None, "token_end": None}
     if task.layout == "window":
         return {"token": label, "token_end": label + 1}

@@ -126,6 +126,8 @@ class Ensemble:
         block = replace(
             own, hidden=hidden, label_logprob=None, entropy=None, log_partition_ratio={}
         )
+        if own.target_values is not None:
+            block.target_values = self._mean_values([each.target_values for each in said])
         if own.target is None:
             return block
         kind = self.manifest.targets.kind
@@ -141,6 +143,14 @@ class Ensemble:
             ratio_P = np.zeros(len(block.target.log_tail), np.float32)
             block.log_partition_ratio = {self.temperature: ratio_P}
         return block
+
+    def _mean_values(self, said: Sequence[Floats | None]) -> Floats:
+        """Weighted mean of what the teachers of a regression say, [P]."""
+        pairs = zip(self.weights, said, strict=True)
+        parts = [
+            np.float32(weight) * values_P for weight, values_P in pairs if values_P is not None
+        ]
+        return np.sum(parts, axis=0, dtype=np.float32)
 
     def _mean(self, states: Sequence[Bits]) -> Bits:
         """Weighted mean of bfloat16 states [P, D], in float32."""
@@ -173,13 +183,14 @@ class _Said:
     target: Target | None
     log_partition_ratio: Floats | None  # [P], at the temperature of the ensemble
     hidden: dict[int, Bits]  # [P, D]
+    target_values: Floats | None = None  # [P], of a regression
 
 
 def _said(block: Block, rows: slice, temperature: float) -> _Said:
     """Of some rows of a block."""
     ratio = block.log_partition_ratio.get(temperature)
     if len(block.row_ids[rows]) == len(block.row_ids):  # the usual case: nothing is copied
-        return _Said(block.row_ids, block.target, ratio, block.hidden)
+        return _Said(block.row_ids, block.target, ratio, block.hidden, block.target_values)
     ends = np.cumsum(block.num_positions)
     starts = (ends - block.num_positions)[rows]
     at = ranges(starts, block.num_positions[rows].astype(np.int64))
@@ -188,6 +199,7 @@ def _said(block: Block, rows: slice, temperature: float) -> _Said:
         None if block.target is None else block.target.at(at),
         None if ratio is None else ratio[at],
         {layer: states[at] for layer, states in block.hidden.items()},
+        None if block.target_values is None else block.target_values[at],
     )
 
 
@@ -197,11 +209,13 @@ def _joined(pieces: Sequence[_Said]) -> _Said:
         return first
     targets = [piece.target for piece in pieces if piece.target is not None]
     ratios = [p.log_partition_ratio for p in pieces if p.log_partition_ratio is not None]
+    values = [piece.target_values for piece in pieces if piece.target_values is not None]
     return _Said(
         np.concatenate([piece.row_ids for piece in pieces]),
         _joined_targets(targets) if targets else None,
         np.concatenate(ratios) if ratios else None,
         {layer: np.concatenate([p.hidden[layer] for p in pieces]) for layer in first.hidden},
+        np.concatenate(values) if values else None,
     )
 
 
@@ -244,6 +258,7 @@ _EQUAL = {
     "the task": lambda m: m.task,
     "the tokenizer's content hash": lambda m: m.tokenizer.hash,
     "rows_id (corpus, tokenizer and preprocessing)": lambda m: m.rows_id,
+    "the problem type": lambda m: m.problem_type,
     "the number of classes": lambda m: m.targets.num_classes,
     "the names of the classes": lambda m: m.labels,
     "the kind of targets": lambda m: m.targets.kind,

@@ -45,9 +45,10 @@ def evaluate(
     knows all of it (`dense`; `sample` on average), else `kl_bucketed`, over the kept classes and
     one cell for all others. `agreement`: share of positions where student and teacher have the same
     most probable class. The last two only where the cache has targets. On a label space also the
-    metrics of the task (metrics.py), of questions those of span_metrics.py; of hidden states alone
-    those of vectors.py, and `loss` is 1 - cosine. `details` is shown every batch, and what single
-    positions of it were answered with.
+    metrics of the task (metrics.py, row_metrics.py), of questions those of span_metrics.py; of
+    hidden states alone those of vectors.py, and `loss` is 1 - cosine. In a regression `loss` is the
+    mean squared error, and `mse_to_teacher` stands for the other two. `details` is shown every
+    batch, and what single positions of it were answered with.
     """
     manifest = cache.manifest
     has_targets = manifest.targets.kind != "none"
@@ -57,6 +58,7 @@ def evaluate(
         spec=LossSpec(),
         num_classes=manifest.targets.num_classes,
         target_kind=manifest.targets.kind,
+        problem_type=manifest.problem_type,
         soft_weight=1.0 if has_targets else 0.0,
         hard_weight=1.0,
         with_answers=details is not None,
@@ -72,14 +74,13 @@ def evaluate(
         cache.row_tokens,
         OrderSpec(batch_tokens=batch_tokens * world, shuffle=False, epochs=1),
     )
-    layout = TASKS[manifest.task].layout
     spec = StreamSpec(
         world_size=world,
         rank=rank,
         targets=has_targets,
         hidden_layers=tuple(layer for layer, _ in pairs),
         hidden_every=manifest.hidden.every,
-        layout=layout,
+        layout=manifest.layout,
     )
     stream = BatchStream(cache, order, spec, max_steps=order.steps_for_epochs(1))
     device = next(student.parameters()).device
@@ -116,6 +117,8 @@ def evaluate(
 def _numbers(sums: dict[str, float], cache: Cache) -> dict[str, Any]:
     positions = int(cache.row_positions.sum())
     loss = sums["hard"] / positions
+    if cache.manifest.problem_type == "regression":
+        return _numbers_of_values(sums, cache)
     numbers: dict[str, Any] = {
         "positions": positions,
         "loss": loss,
@@ -132,6 +135,18 @@ def _numbers(sums: dict[str, float], cache: Cache) -> dict[str, Any]:
         numbers["agreement"] = sums["agreement"] / positions
         numbers["teacher_loss"] = -sum(s["sum_label_logprob"] for s in statistics) / positions
         numbers["teacher_entropy"] = sum(s["sum_entropy"] for s in statistics) / positions
+    return numbers
+
+
+def _numbers_of_values(sums: dict[str, float], cache: Cache) -> dict[str, Any]:
+    """Of a regression, where the loss is a mean squared error."""
+    positions, targets = int(cache.row_positions.sum()), cache.manifest.targets
+    numbers: dict[str, Any] = {"positions": positions, "loss": sums["hard"] / positions}
+    if targets.kind != "none":
+        squares = sum(commit.statistics["sum_value_squared_error"] for commit in cache.commits)
+        numbers["targets"] = targets.text
+        numbers["mse_to_teacher"] = sums["soft"] / positions
+        numbers["teacher_loss"] = squares / positions
     return numbers
 
 
@@ -206,4 +221,10 @@ def _check_worst_by(config: EvaluateConfig, cache: Cache) -> None:
         raise ConfigError(
             f"--worst-by kl: {cache.path} holds {has}, so the KL of single rows is not known. "
             "Rank them with --worst-by loss."
+        )
+    if cache.manifest.problem_type == "regression":
+        raise ConfigError(
+            f"--html and --worst: {cache.path} is of a regression. They show how sure answers are "
+            "and which are wrong, and numbers are neither sure nor wrong. Leave them out: evaluate "
+            "prints the errors and correlations of student and teacher."
         )

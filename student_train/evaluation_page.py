@@ -18,6 +18,7 @@ _OUTSIDE = "O"
 _NAMES: dict[str, str] = {
     **{str(name): title for name, title in TITLES.items()},
     "macro_f1": "macro F1",
+    "subset_accuracy": "rows with every label right",
     "loss": "loss, nats",
     "perplexity": "perplexity",
     "kl": "KL to the teacher, nats",

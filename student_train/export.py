@@ -27,6 +27,7 @@ from torch import Tensor
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch
 from shared.folders import check_free, new_folder
+from shared.tasks import ProblemType
 from shared.tokenizer import content_hash
 from student_train.config import ExportConfig, ExportFormat
 from student_train.export_check import (
@@ -59,7 +60,7 @@ from student_train.saved_student import (
     load_tokenizer,
     merged,
 )
-from student_train.student import check_fit
+from student_train.student import PROBLEM_TYPES, check_fit
 from student_train.vectors import copy_modules
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,9 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
     reference = torch_runner(student, outputs)
     model = merged(load_student(config.student, run_of, labels))  # the student keeps its adapters
+    problem_type = _problem_type(student, cache)
+    if problem_type != "single_label":  # a checkpoint of adapters has the config of their base
+        model.config.problem_type = PROBLEM_TYPES[problem_type]
     example = padded(random_samples(_EXAMPLE_ROWS, _vocabulary(student), inputs), pad_token)
     with new_folder(config.out) as folder:
         model.config.save_pretrained(folder)
@@ -116,6 +120,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
                 classes=_vocabulary(student),
                 pad_token=pad_token,
                 labels=rows.labels,
+                problem_type=problem_type,
             )
             files.append(_exported(name, config, folder, found))
         parameters = sum(p.numel() for p in model.parameters())
@@ -191,6 +196,14 @@ def _rows(
     count = len({sample.row for sample in samples})
     text = f"{count} rows of {_which(cache, run_of)} {cache.cache_id[:12]}"
     return Rows(samples, text, labels_of(cache, student.config))
+
+
+def _problem_type(student: Any, cache: Cache | None) -> ProblemType:
+    """What the outputs of a row are, by the cache, else by the student's own config."""
+    if cache is not None:
+        return cache.manifest.problem_type
+    own = student.config.problem_type
+    return next((ours for ours, theirs in PROBLEM_TYPES.items() if theirs == own), "single_label")
 
 
 def _which(cache: Cache, run_of: Run | None) -> str:
@@ -283,7 +296,7 @@ def table(numbers: Mapping[str, Any]) -> str:
                 _size(each["bytes"]),
                 f"{found['max_difference']:.1e}",
                 f"{found['mean_difference']:.1e}",
-                f"{found['agreement']:.2%}",
+                "" if found["agreement"] is None else f"{found['agreement']:.2%}",
                 f"{found['time_ratio']:.2f} x",
                 *_of(found["artefact"]),
             )

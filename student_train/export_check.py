@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from shared.cache import Cache, Row
-from shared.tasks import TASKS, Layout
+from shared.tasks import TASKS, Layout, ProblemType
 from student_train.metrics import Answers, MetricName, task_numbers
 from student_train.onnx_files import Arrays, Runner
+from student_train.row_metrics import mean_squared_error, multi_label_numbers, regression_numbers
 
 _MAX_LOGITS = 1 << 25  # of one batch, 128 MiB as float32
 _MAX_BATCH = 8
@@ -49,7 +50,8 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of one model on the labels: mean cross-entropy in nats; the main metric of the task."""
+    """Of one model on the labels: mean cross-entropy in nats, of numbers the mean squared error;
+    the main metric of the task."""
 
     loss: float | None = None
     metric: MetricName | None = None
@@ -58,11 +60,14 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """An artefact against the student; `time_ratio` below 1 is faster than float32 in torch."""
+    """An artefact against the student; `time_ratio` below 1 is faster than float32 in torch.
+
+    `agreement`: the share of decisions that are the same; None where numbers are said.
+    """
 
     max_difference: float
     mean_difference: float
-    agreement: float
+    agreement: float | None
     decisions: int
     torch_ms: float
     artefact_ms: float
@@ -89,7 +94,7 @@ def samples_of(cache: Cache, count: int, inputs: Sequence[str], start_token: int
     An encoder-decoder reads the first segment of a row, and its decoder the second; of a cache that
     has no pairs it reads the row and is asked for its labels, behind `start_token`.
     """
-    layout = TASKS[cache.manifest.task].layout
+    layout = cache.manifest.layout
     numbers = np.unique(np.linspace(0, cache.num_rows - 1, min(count, cache.num_rows)).astype(int))
     return [
         sample
@@ -118,6 +123,8 @@ def _samples(
         if "decoder_input_ids" in inputs:
             tokens["decoder_input_ids"] = np.append(start_token, row.labels[:-1].numpy())
         inside = ((row.positions >= start) & (row.positions < start + length)).numpy()
+        if layout == "outputs":
+            inside[:] = True  # of the row as a whole, and no tokens
         yield Sample(
             number, tokens, row.positions.numpy()[inside] - start, row.labels.numpy()[inside]
         )
@@ -146,7 +153,7 @@ def labels_of(cache: Cache, config: PretrainedConfig) -> Labels | None:
     of_tokens = task.target_space in ("tokens", "states")
     if of_tokens or (config.is_encoder_decoder and task.layout != "pair"):
         return None
-    return Labels(task.layout == "row", manifest.labels)
+    return Labels(manifest.layout in ("row", "outputs"), manifest.labels)
 
 
 def padded(samples: Sequence[Sample], pad_token: int) -> dict[str, Tensor]:
@@ -171,6 +178,7 @@ def check(
     classes: int,
     pad_token: int,
     labels: Labels | None,
+    problem_type: ProblemType = "single_label",
 ) -> Check:
     """Both on the same padded batches; then one row at a time, in turn with `clock`.
 
@@ -180,15 +188,18 @@ def check(
     sums = _Sums()
     for batch in _batches(samples, classes):
         inputs = padded(batch, pad_token)
-        _add(sums, batch, student(inputs), artefact(inputs), labels)
+        _add(sums, batch, (student(inputs), artefact(inputs)), labels, problem_type)
     by_length = sorted(samples, key=lambda sample: sample.length)
     one_row = padded([by_length[len(by_length) // 2]], pad_token)
     torch_ms, artefact_ms = _timed([clock, artefact], one_row)
-    scores = [_scores(sums.answers, which, labels) for which in (0, 1)]
+    if problem_type == "single_label":
+        scores = [_scores(sums.answers, which, labels) for which in (0, 1)]
+    else:
+        scores = [_output_scores(sums.answers, which, problem_type) for which in (0, 1)]
     return Check(
         max_difference=sums.largest,
         mean_difference=sums.total / max(1, sums.values),
-        agreement=sums.agreed / max(1, sums.decisions),
+        agreement=None if problem_type == "regression" else sums.agreed / max(1, sums.decisions),
         decisions=sums.decisions,
         torch_ms=round(torch_ms, 3),
         artefact_ms=round(artefact_ms, 3),
@@ -206,19 +217,22 @@ def _batches(samples: Sequence[Sample], classes: int) -> Iterator[Sequence[Sampl
 
 
 def _add(
-    sums: _Sums, batch: Sequence[Sample], ours: Arrays, theirs: Arrays, labels: Labels | None
+    sums: _Sums,
+    batch: Sequence[Sample],
+    both: tuple[Arrays, Arrays],
+    labels: Labels | None,
+    problem_type: ProblemType,
 ) -> None:
-    for name in ours:
+    for name in both[0]:
         for index, sample in enumerate(batch):
-            one_NC, other_NC = (
-                _decisions(name, each[name][index], sample) for each in (ours, theirs)
-            )
+            one_NC, other_NC = (_decisions(name, each[name][index], sample) for each in both)
             difference_NC = np.abs(one_NC - other_NC)
             sums.largest = max(sums.largest, float(difference_NC.max()))
             sums.total += float(difference_NC.sum(dtype=np.float64))
             sums.values += difference_NC.size
-            sums.decisions += len(one_NC)
-            sums.agreed += int((one_NC.argmax(-1) == other_NC.argmax(-1)).sum())
+            same = _choices(one_NC, problem_type) == _choices(other_NC, problem_type)
+            sums.decisions += same.size
+            sums.agreed += int(same.sum())
             if labels is not None and name == "logits" and len(sample.labels):
                 at = [0] if labels.one_per_row else sample.positions
                 sums.answers.append((sample, one_NC[at], other_NC[at]))
@@ -234,6 +248,11 @@ def _decisions(name: str, logits: np.ndarray, sample: Sample) -> np.ndarray:
         return logits[None]
     asked = sample.tokens.get("decoder_input_ids", sample.tokens["input_ids"])
     return logits[: len(asked)]
+
+
+def _choices(logits_NC: np.ndarray, problem_type: ProblemType) -> np.ndarray:
+    """The most probable class [N]; of several labels yes or no of each, [N, C]."""
+    return logits_NC > 0 if problem_type == "multi_label" else logits_NC.argmax(-1)
 
 
 def _scores(
@@ -259,6 +278,25 @@ def _scores(
         ),
         labels.names,
     )
+    return Scores(loss, numbers["metric"], numbers[numbers["metric"]])
+
+
+def _output_scores(
+    answers: Sequence[tuple[Sample, np.ndarray, np.ndarray]],
+    which: int,
+    problem_type: ProblemType,
+) -> Scores:
+    """Where each output of a row is yes or no, or a number; R rows."""
+    if not answers:
+        return Scores()
+    said_RC = np.concatenate([each[1 + which] for each in answers]).astype(np.float64)
+    labels_RC = np.stack([sample.labels for sample, *_ in answers]).astype(np.float64)
+    if problem_type == "regression":
+        loss = mean_squared_error(labels_RC, said_RC)
+        numbers = regression_numbers(labels_RC, said_RC, None)
+    else:
+        loss = float((np.logaddexp(0, said_RC) - said_RC * labels_RC).mean())
+        numbers = multi_label_numbers(labels_RC, torch.from_numpy(said_RC).sigmoid().numpy(), None)
     return Scores(loss, numbers["metric"], numbers[numbers["metric"]])
 
 

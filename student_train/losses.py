@@ -182,6 +182,11 @@ SOFT_LOSSES: dict[SoftLoss, RowLoss] = {
 }
 
 
+def squared_error(numbers_N: Tensor, wanted_N: Tensor) -> Tensor:
+    """Summed over the positions: what a regression learns from."""
+    return (numbers_N - wanted_N).square().sum()
+
+
 def hidden_mse(student_ND: Tensor, teacher_ND: Tensor, deviation_D: Tensor) -> Tensor:
     """Mean over channels, sum over positions, of the squared error of standardised states.
 

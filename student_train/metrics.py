@@ -5,7 +5,7 @@ Entity F1 is written here, by hand: `seqeval` would bring scikit-learn and scipy
 Shapes: P positions in the order of their rows, R rows, C classes, S spans.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,10 +13,12 @@ import numpy as np
 
 from student_train.reliability import NUM_BINS, bin_of
 
-MetricName = Literal["accuracy", "entity_f1", "f1", "cosine", "chrf"]
+MetricName = Literal["accuracy", "entity_f1", "micro_f1", "pearson", "f1", "cosine", "chrf"]
 TITLES: dict[MetricName, str] = {
     "accuracy": "accuracy",
     "entity_f1": "entity F1",
+    "micro_f1": "micro F1",
+    "pearson": "Pearson",
     "f1": "answer F1",
     "cosine": "cosine",
     "chrf": "chrF",
@@ -126,11 +128,21 @@ def bootstrap_interval(
     numerator_R: np.ndarray, denominator_R: np.ndarray, *, seed: int
 ) -> tuple[float, float]:
     """The interval of `ratio` over draws of as many rows, with replacement."""
-    rng, R = np.random.default_rng(seed), len(numerator_R)
-    if not R:
+
+    def of_rows(rows_R: np.ndarray) -> float:
+        return ratio(numerator_R[rows_R], denominator_R[rows_R])
+
+    return interval_of(of_rows, len(numerator_R), seed=seed)
+
+
+def interval_of(
+    metric: Callable[[np.ndarray], float], rows: int, *, seed: int
+) -> tuple[float, float]:
+    """The interval of a metric, a function of row numbers, over draws with replacement."""
+    rng = np.random.default_rng(seed)
+    if not rows:
         return 0.0, 0.0
-    drawn = [rng.integers(0, R, R) for _ in range(_RESAMPLES)]
-    values = [ratio(numerator_R[rows_R], denominator_R[rows_R]) for rows_R in drawn]
+    values = [metric(rng.integers(0, rows, rows)) for _ in range(_RESAMPLES)]
     low, high = np.percentile(values, _INTERVAL)
     return float(low), float(high)
 

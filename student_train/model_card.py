@@ -150,7 +150,7 @@ def _training(run: Run, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
     if run.cache_ids:
         yield "cache", ", ".join(f"`{cache_id}`" for cache_id in run.cache_ids)
     yield "student before", _student_before(config.student)
-    yield "losses", "; ".join(_losses(config))
+    yield "losses", "; ".join(_losses(config, of_numbers="values" in targets))
     if "steps" in result:
         yield "steps", f"{result['steps']:,} of {config.batch_tokens:,} tokens"
     yield "learning rate", f"{config.learning_rate:g}, {config.scheduler}"
@@ -163,10 +163,13 @@ def _student_before(name: str) -> str:
     return f"`{name}`" if _on_hub(name) else f"a local folder, `{Path(name).name}`"
 
 
-def _losses(config: TrainConfig) -> Iterator[str]:
+def _losses(config: TrainConfig, *, of_numbers: bool) -> Iterator[str]:
     ends = config.scheduled
     scheduled = {name: f" to {end:g}" for name, (_, end) in ends.items()}
-    if config.uses_soft_loss:
+    if config.uses_soft_loss and of_numbers:
+        soft_weight = f"{config.soft_weight:g}{scheduled.get('soft_weight', '')}"
+        yield f"{soft_weight} x squared error to the teacher's numbers"
+    elif config.uses_soft_loss:
         yield (
             f"{config.soft_weight:g}{scheduled.get('soft_weight', '')} x {config.soft_loss} at "
             f"temperature {config.temperature:g}{scheduled.get('temperature', '')}"
@@ -183,7 +186,8 @@ def _losses(config: TrainConfig) -> Iterator[str]:
 def _held_out(result: Mapping[str, Any]) -> Iterator[str]:
     numbers = result["validation"]
     metric = numbers.get("metric")
-    lines = [("loss, nats", numbers.get("teacher_loss"), numbers.get("loss"))]
+    loss = "mean squared error" if metric == "pearson" else "loss, nats"
+    lines = [(loss, numbers.get("teacher_loss"), numbers.get("loss"))]
     if metric is not None:
         lines.append((TITLES[metric], numbers.get(f"teacher_{metric}"), numbers.get(metric)))
     lines += [
@@ -213,7 +217,7 @@ def _checks(subject: Subject) -> Iterator[str]:
             f"{each.bytes:,}",
             f"{found.max_difference:.1e}",
             f"{found.mean_difference:.1e}",
-            f"{found.agreement:.2%}",
+            "" if found.agreement is None else f"{found.agreement:.2%}",
             f"{found.time_ratio:.2f} x",
         ]
         pairs = [(found.artefact.loss, found.student.loss)] if with_loss else []

@@ -25,12 +25,12 @@ from transformers.utils import ModelOutput
 from shared.errors import Refused
 from shared.pooling import pooled
 from shared.target import TargetKind
-from shared.tasks import Pooling
+from shared.tasks import Pooling, ProblemType
 from shared.windows import window_logits
 from student_train.encoder_decoder import num_blocks
 from student_train.linear_loss import LinearLossOutput, linear_loss, logits_loss
 from student_train.loss_spec import HiddenLoss, LossSpec
-from student_train.losses import PER_STATE, SoftTarget, hidden_contrastive
+from student_train.losses import PER_STATE, SoftTarget, hidden_contrastive, squared_error
 from student_train.positions import PREFIX, LinearHead, answers_of_logits, answers_of_states
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ TARGET_KEYS = (
     "target_logprobs",
     "target_log_tail",
     "target_counts",
+    "target_values",
     "log_partition_ratio",
     "entropy",
     "label_logprob",
@@ -63,6 +64,7 @@ class Objective:
     spec: LossSpec
     num_classes: int
     target_kind: TargetKind = "topk"
+    problem_type: ProblemType = "single_label"
     soft_weight: float
     hard_weight: float
     hidden_weight: float = 0.0
@@ -203,6 +205,8 @@ class Attachment:
         layers, self._layers = self._layers, {}
         if objective.states_only:
             return self._states_loss({**layers, -1: output["last_hidden_state"]}, targets)
+        if objective.problem_type == "regression":
+            return self._value_loss(output, targets)
         sums: dict[str, Tensor] = {}
         common = self._common(targets)
         if self.head.linear:
@@ -261,16 +265,31 @@ class Attachment:
         """The student's logits at the positions, [N, V].
 
         `position_index` counts tokens, over all rows [B, T]; of logits [B, V], one for each row, a
-        position has those of the row it is in. Of windows: see windows.py.
+        position has those of the row it is in. Of windows: see windows.py. Where each output of a
+        row is yes or no the index counts outputs: a sigmoid of z is the softmax of (0, z).
         """
         at_N = targets["position_index"]
         if "context" in targets:
             both = output.start_logits, output.end_logits
             return window_logits(*both, targets["context"], at_N, self.objective.num_classes)
         logits = output.logits
+        if self.objective.problem_type == "multi_label":
+            yes_N1 = logits.reshape(-1, 1).index_select(0, at_N)
+            return torch.cat([torch.zeros_like(yes_N1), yes_N1], dim=1)
         if logits.dim() == 2:
             return logits.index_select(0, at_N // self._num_tokens)
         return logits.flatten(0, 1).index_select(0, at_N)
+
+    def _value_loss(self, output: Any, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Squared errors, of the teacher's numbers and of the corpus's; `logits` is [N, 1]."""
+        objective, count = self.objective, _count(targets)
+        numbers_N1 = output.logits.reshape(-1, 1).index_select(0, targets["position_index"]).float()
+        hard = squared_error(numbers_N1[:, 0], targets["labels"])
+        loss, sums = hard * (objective.hard_weight / count), {"hard": hard.detach()}
+        if "target_values" in targets:
+            soft = squared_error(numbers_N1[:, 0], targets["target_values"])
+            loss, sums["soft"] = loss + soft * (objective.soft_weight / count), soft.detach()
+        return {"loss": loss, **sums, "logits": numbers_N1.detach()}
 
     def _common(self, targets: dict[str, Tensor]) -> dict[str, Any]:
         """What the loss is told however the student's logits come about."""

@@ -157,13 +157,15 @@ def _teacher_line(results: Sequence[tuple[Path, dict[str, Any]]]) -> Line:
     numbers = results[0][1]["validation"]
     sizes = [r["teacher_parameters"] for _, r in results if r.get("teacher_parameters")]
     metric = numbers.get(f"teacher_{numbers.get('metric')}")
+    of_values = numbers.get("metric") == "pearson"
+    kl, agreement = (None, None) if of_values else (0.0, 1.0)
     return Line(
         kind="teacher",
         name="teacher",
         parameters=sizes[0] if sizes else None,
         seconds=None,
         weights="as cached",
-        numbers=Numbers(loss=numbers["teacher_loss"], kl=0.0, agreement=1.0, metric=metric),
+        numbers=Numbers(loss=numbers["teacher_loss"], kl=kl, agreement=agreement, metric=metric),
     )
 
 
@@ -307,14 +309,7 @@ def table(comparison: Comparison) -> str:
 
 def notes(comparison: Comparison) -> list[str]:
     """What the numbers are over, and how they came about."""
-    whole = comparison.targets == "dense" or comparison.targets.startswith("sample")
-    over = "all classes, from" if whole else "the cells of"
-    found = [
-        f"held-out loss is 1 - cosine, the mean over {comparison.positions:,} states"
-        if comparison.metric == "cosine"
-        else f"held-out loss in nats over {comparison.positions:,} positions; KL over {over} "
-        f"{comparison.targets}"
-    ]
+    found = [_loss_note(comparison)]
     if any(line.kind == "seeds" for line in comparison.lines):
         found.append("seeds: mean and standard deviation over runs that differ in their seed only")
     names = sorted({line.baseline for line in comparison.lines if line.baseline is not None})
@@ -325,6 +320,19 @@ def notes(comparison: Comparison) -> list[str]:
             f"baseline, the same student on hard labels only: {'; '.join(names)}"
         )
     return found
+
+
+def _loss_note(comparison: Comparison) -> str:
+    if comparison.metric == "cosine":
+        return f"held-out loss is 1 - cosine, the mean over {comparison.positions:,} states"
+    if comparison.metric == "pearson":
+        return f"held-out loss: mean squared error over {comparison.positions:,} positions"
+    whole = comparison.targets == "dense" or comparison.targets.startswith("sample")
+    over = "all classes, from" if whole else "the cells of"
+    return (
+        f"held-out loss in nats over {comparison.positions:,} positions; KL over {over} "
+        f"{comparison.targets}"
+    )
 
 
 def as_json(comparison: Comparison) -> str:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from shared.cache import Cache
 from shared.errors import CacheMismatch, ConfigError, Refused
 from shared.positions import most_tokens
-from shared.tasks import TASKS, TaskName
+from shared.tasks import TASKS, ProblemType, TaskName
 from shared.tokenizer import content_hash, load_cached_tokenizer
 from shared.windows import PLACES
 from student_train.config import AdapterSpec, TrainConfig
@@ -34,6 +34,13 @@ from student_train.encoder_decoder import (
 log = logging.getLogger(__name__)
 
 FEW_KEPT = 0.8  # at T=2 the best 32 keep 62 % of a strong teacher, at T=4 32 %
+
+# As `transformers` names them: its own loss and its pipelines go by it.
+PROBLEM_TYPES: dict[ProblemType, str] = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
 
 _DROPOUTS = ("dropout", "dropout_prob", "dropout_rate", "pdrop")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
@@ -65,7 +72,8 @@ def build_student(name: str, cache: Cache, *, seed: int, dropout: float | None =
     if TASKS[task].layout == "pair" and from_scratch:
         set_tokens(config, cache)
     if TASKS[task].layout == "row":
-        config.problem_type = "single_label_classification"  # what the loss is, for who serves it
+        # What the loss is, for who serves it.
+        config.problem_type = PROBLEM_TYPES[cache.manifest.problem_type]
     torch.manual_seed(seed)
     if from_scratch:
         log.info("%s: no weights there, training from scratch", name)
@@ -201,7 +209,7 @@ def check_fit(name: str, config: PretrainedConfig, cache: Cache) -> None:
         _check_vocabulary(name, text_config, cache)
     longest = int(cache.row_tokens.max(initial=0))
     places = _places(config, cache.manifest.task, longest)
-    if TASKS[cache.manifest.task].layout == "pair":
+    if cache.manifest.layout == "pair":
         _check_pair(name, config, cache, places)
     elif places is not None and longest > places:
         raise CacheMismatch(
@@ -274,6 +282,13 @@ def _check_labels(name: str, config: PretrainedConfig, cache: Cache) -> None:
     _check_reads(name, config, cache)
     if not _has_head(config, task) or is_from_scratch(name):
         return  # a new head takes the classes of the cache
+    wanted = PROBLEM_TYPES[manifest.problem_type]
+    if TASKS[task].layout == "row" and config.problem_type not in (None, wanted):
+        raise CacheMismatch(
+            f"{name}: its head is for {config.problem_type}, but {cache.path} is of {wanted}. Save "
+            "its body alone (AutoModel.from_pretrained(...).save_pretrained(...)) for a student "
+            "with a new head, or cache with another --problem-type."
+        )
     own, cached = [config.id2label[i] for i in range(config.num_labels)], list(manifest.labels)
     advice = (
         "Its head was trained for other labels. Save its body alone "
@@ -322,6 +337,11 @@ def check_same_labels(cache: Cache, held_out: Cache) -> None:
             f"--validation-cache {held_out.path}: its task is {theirs.task}, but that of "
             f"{cache.path} is {ours.task}. {advice}"
         )
+    if ours.problem_type != theirs.problem_type:
+        raise CacheMismatch(
+            f"--validation-cache {held_out.path}: its problem type is {theirs.problem_type}, but "
+            f"that of {cache.path} is {ours.problem_type}. {advice}"
+        )
     if len(ours.labels) != len(theirs.labels):
         raise CacheMismatch(
             f"--validation-cache {held_out.path}: it has {len(theirs.labels):,} labels, but "
@@ -343,6 +363,11 @@ def check_metric(config: TrainConfig, held_out: Cache) -> None:
         raise CacheMismatch(
             f"--early-stopping-metric metric: {held_out.path} is of {manifest.task}, which has no "
             "metric of its own. Use loss, or kl for the distance to the teacher."
+        )
+    if metric == "kl" and manifest.targets.kind == "values":
+        raise CacheMismatch(
+            f"--early-stopping-metric kl: {held_out.path} holds numbers, not probabilities. Use "
+            "loss, which is the mean squared error, or metric."
         )
     if metric == "kl" and manifest.targets.kind == "none":
         raise CacheMismatch(
@@ -401,14 +426,15 @@ def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cach
             f"{cache.path}: holds hard labels only (--targets none). Train with --soft-weight 0 "
             "--hard-weight 1, or cache a teacher."
         )
-    with_states = TASKS[manifest.task].target_space in ("vocabulary", "states")
-    if config.uses_hidden_loss and not with_states:
+    if config.uses_hidden_loss and TASKS[manifest.task].target_space in ("labels", "tokens"):
         raise CacheMismatch(
             f"--hidden-weight: {cache.path} is of {manifest.task}, and the hidden-state loss is "
             "there for language models only. Leave it out."
         )
     if config.uses_soft_loss and manifest.targets.kind == "sample":
         _check_sample(config, cache)
+    if manifest.problem_type == "regression":
+        _check_regression(config, cache)
     stored = (1.0, *manifest.targets.temperatures)
     exact = manifest.targets.kind == "dense" or config.temperature in stored
     if config.uses_soft_loss and not exact:
@@ -479,6 +505,24 @@ def _check_sample(config: TrainConfig, cache: Cache) -> None:
                 f"right on average for {option} {only} alone: a drawn class stands for many "
                 "others, so no other function of its probability means anything. Leave the option "
                 "out, or train on adaptive or topk targets."
+            )
+
+
+def _check_regression(config: TrainConfig, cache: Cache) -> None:
+    """Numbers have one loss, the squared error: nothing of a distribution applies to them."""
+    spec = config.loss_spec
+    for option, found, allowed in (
+        ("--soft-loss", spec.soft_loss, ("forward-kl", "mse")),  # the first is the default
+        ("--tail", spec.tail, ("bucket",)),
+        ("--temperature", spec.temperature, (1.0,)),
+        ("--temperature-end", config.temperature_end, (None,)),
+        ("--label-smoothing", spec.label_smoothing, (0.0,)),
+    ):
+        if found not in allowed:
+            raise CacheMismatch(
+                f"{option} {found}: {cache.path} is of a regression. Its teacher gave numbers, not "
+                "probabilities, and a student learns them by their squared error alone. Leave the "
+                "option out."
             )
 
 

@@ -239,6 +239,7 @@ def objective_for(config: TrainConfig, model_config: PretrainedConfig, caches: S
         spec=config.loss_spec,
         num_classes=caches.manifest.targets.num_classes,
         target_kind=caches.manifest.targets.kind,
+        problem_type=caches.manifest.problem_type,
         soft_weight=config.soft_weight,
         hard_weight=config.hard_weight,
         hidden_weight=config.hidden_weight,
@@ -265,7 +266,7 @@ def _stream_spec(config: TrainConfig, objective: Objective, caches: Source) -> S
         temperature=config.temperature,
         hidden_layers=tuple(sorted({layer for layer, _ in objective.layer_pairs})),
         hidden_every=caches.manifest.hidden.every,
-        layout=TASKS[caches.manifest.task].layout,
+        layout=caches.manifest.layout,
     )
 
 

@@ -14,7 +14,6 @@ import torch
 from shared.cache import Cache, references
 from shared.decoding import caches_all_blocks
 from shared.errors import CacheMismatch
-from shared.tasks import TASKS
 from shared.tokenizer import end_of_text, load_cached_tokenizer
 from student_train.text_metrics import chrf, sentence_chrf, text_numbers
 
@@ -47,7 +46,7 @@ class Source:
 
 def check_writes(cache: Cache) -> None:
     """Refuses a cache whose rows have no source of their own."""
-    if TASKS[cache.manifest.task].layout != "pair":
+    if cache.manifest.layout != "pair":
         raise CacheMismatch(
             f"{cache.path}: is of {cache.manifest.task}, where a student writes no text to be "
             "scored: that is there for seq2seq-lm. Leave generation out."

@@ -17,7 +17,7 @@ class ForwardBatch:
 
     rows: tuple[int, ...]
     inputs: TeacherBatch
-    labels: torch.Tensor  # i64 [N]
+    labels: torch.Tensor  # i64 [N], or f32 of a regression
     window_index: torch.Tensor  # i64 [N]
 
 
@@ -65,9 +65,14 @@ def batch_of(
     return ForwardBatch(
         rows=tuple(chosen),
         inputs=_pairs(rows) if layout == "pair" else _sequences(rows, packed=packed),
-        labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+        labels=torch.from_numpy(_labels(labels)),
         window_index=torch.from_numpy(np.concatenate(into)),
     )
+
+
+def _labels(parts: Sequence[np.ndarray]) -> np.ndarray:
+    labels_N = np.concatenate(parts)
+    return labels_N if labels_N.dtype == np.float32 else labels_N.astype(np.int64)
 
 
 def _sequences(rows: Sequence[Row], *, packed: bool) -> TeacherBatch:
@@ -79,7 +84,10 @@ def _sequences(rows: Sequence[Row], *, packed: bool) -> TeacherBatch:
         if row.token_type_ids is not None:
             types[line, : len(row.input_ids)] = row.token_type_ids
     places = np.stack([_places(row, width) for row in rows])
-    at = [line * width + row.positions() for line, row in enumerate(rows)]
+    at = [
+        line * (row.num_positions if row.of_outputs else width) + row.positions()
+        for line, row in enumerate(rows)
+    ]
     return TeacherBatch(
         input_ids=input_ids,
         attention_mask=None if packed else mask,

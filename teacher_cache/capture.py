@@ -18,11 +18,10 @@ from shared.hidden import num_states, state_positions
 from shared.manifest import Manifest
 from shared.schema import ROW_CHUNK_BITS
 from shared.target import Target
-from shared.tasks import TASKS
 from teacher_cache.batches import ForwardBatch, batch_of, forward_batches
 from teacher_cache.memory import is_out_of_memory
 from teacher_cache.rows import Row
-from teacher_cache.targets import Selected, select
+from teacher_cache.targets import Selected, select, values_of
 from teacher_cache.teacher import Teacher
 
 
@@ -33,7 +32,7 @@ class WindowTargets:
         spec, hidden = manifest.targets, manifest.hidden
         self.starts = np.cumsum([0, *(row.num_positions for row in window)])
         n = int(self.starts[-1])
-        self.has_targets = spec.kind != "none"
+        self.kind, self.has_targets = spec.kind, spec.kind != "none"
         self.entries = _RaggedEntries(n) if spec.ragged else _EqualEntries(n, spec.num_entries)
         self.random_bits = random_bits(manifest.seed, window) if spec.kind == "sample" else None
         self.log_tail, self.entropy, self.label_logprob = (torch.empty(n) for _ in range(3))
@@ -112,7 +111,11 @@ class WindowTargets:
     def _fill_targets(self, block: Block, rows: Sequence[int]) -> None:
         places = [np.arange(self.starts[row], self.starts[row + 1]) for row in rows]
         at = torch.from_numpy(np.concatenate(places))
-        block.target = self.entries.target(at, self.log_tail[at].numpy())
+        target = self.entries.target(at, self.log_tail[at].numpy())
+        if self.kind == "values":
+            block.target_values = target.logprobs[:, 0]
+            return
+        block.target = target
         if self.random_bits is not None:
             block.target.random_bits = self.random_bits[at.numpy()]
         block.label_logprob = self.label_logprob[at].numpy()
@@ -199,7 +202,7 @@ def capture_window(
     targets = WindowTargets(manifest, window)
     waiting: _Forwarded | None = None
     tokens, packed = manifest.plan.forward_tokens, manifest.preprocessing.pack
-    layout = TASKS[manifest.task].layout
+    layout = manifest.layout
     for batch in forward_batches(window, tokens, packed=packed, layout=layout):
         check_stop()
         forwarded = _forward(teacher, manifest, batch, targets)
@@ -251,7 +254,7 @@ def _capture_halves(
     for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
         check_stop()
         torch.cuda.empty_cache()  # outside the `except`, whose error holds what did not fit
-        packed, layout = manifest.preprocessing.pack, TASKS[manifest.task].layout
+        packed, layout = manifest.preprocessing.pack, manifest.layout
         batch = batch_of(window, half, targets.starts, packed=packed, layout=layout)
         forwarded = _forward(teacher, manifest, batch, targets)
         if forwarded is None:
@@ -272,6 +275,8 @@ def _too_long(row: Row) -> TeacherCacheError:
 def _selected(
     targets: WindowTargets, manifest: Manifest, logits: Tensor, labels: Tensor, at: Tensor
 ) -> Selected:
+    if manifest.targets.kind == "values":
+        return values_of(logits)
     offset = targets.offsets(at)
     return select(
         logits, manifest.targets, labels, None if offset is None else offset.to(logits.device)

@@ -25,6 +25,7 @@ from shared.tokenizer import describe
 from teacher_cache.batches import forward_batches
 from teacher_cache.capture import grid_offsets, random_bits
 from teacher_cache.check_states import CheckedStates, check_states
+from teacher_cache.check_values import CheckedValues, check_values
 from teacher_cache.config import CheckConfig
 from teacher_cache.plan import teacher_info
 from teacher_cache.rows import Row
@@ -63,7 +64,7 @@ class Checked:
         return kl and self.agreement_live_cached >= floor and not self.differences
 
 
-def check(config: CheckConfig) -> Checked | CheckedStates:
+def check(config: CheckConfig) -> Checked | CheckedStates | CheckedValues:
     """Runs the teacher over a sample of a cache's rows and compares."""
     cache = open_cache(config.cache, allow_partial=True)
     of_states = TASKS[cache.manifest.task].target_space == "states"
@@ -72,6 +73,7 @@ def check(config: CheckConfig) -> Checked | CheckedStates:
     teacher = Teacher.load(
         config.teacher,
         task=cache.manifest.task,
+        problem_type=cache.manifest.problem_type,
         max_length=cache.manifest.preprocessing.max_length,
         revision=config.revision,
         dtype=config.dtype if config.dtype != "auto" else _cached_dtype(cache),
@@ -81,8 +83,11 @@ def check(config: CheckConfig) -> Checked | CheckedStates:
     count = min(config.rows, cache.num_rows)
     chosen = np.unique(np.linspace(0, cache.num_rows - 1, count).astype(np.int64)).tolist()
     rows = [_row(cache, index) for index in chosen]
+    differing = tuple(_differences(cache, teacher, config))
     if of_states:
-        return check_states(cache, teacher, chosen, rows, [*_differences(cache, teacher, config)])
+        return check_states(cache, teacher, chosen, rows, [*differing])
+    if cache.manifest.targets.kind == "values":
+        return check_values(teacher, cache, chosen, rows, differing)
     cached = _cached(cache, chosen)
     batched = _live(teacher, cache, rows, cached.ids)
     sizes = [row.num_positions for row in rows]
@@ -102,7 +107,7 @@ def check(config: CheckConfig) -> Checked | CheckedStates:
         worst_kl=float(kl_cached.max()),
         agreement_live_live=live_live,
         agreement_live_cached=live_cached,
-        differences=tuple(_differences(cache, teacher, config)),
+        differences=differing,
     )
 
 
@@ -125,7 +130,16 @@ def _row(cache: Cache, index: int) -> Row:
     row = cache[index]
     ids, positions = row.input_ids.numpy().astype(np.int32), row.positions.numpy()
     types = None if row.token_type_ids is None else row.token_type_ids.numpy()
-    return Row(row.row_id, ids, row.segments, positions, row.labels.numpy(), types)
+    of_outputs = cache.manifest.layout == "outputs"
+    return Row(
+        row.row_id,
+        ids,
+        row.segments,
+        positions,
+        row.labels.numpy(),
+        types,
+        of_outputs=of_outputs,
+    )
 
 
 def _cached(cache: Cache, chosen: list[int]) -> _Cells:
@@ -159,7 +173,7 @@ def _live(teacher: Teacher, cache: Cache, rows: list[Row], ids_NK: Tensor) -> _L
     plan, packed = cache.manifest.plan, cache.manifest.preprocessing.pack
     cells_NJ = torch.empty(len(ids_NK), ids_NK.shape[1] + 1, dtype=torch.float64)
     best_N = torch.empty(len(ids_NK), dtype=torch.int64)
-    layout = TASKS[cache.manifest.task].layout
+    layout = cache.manifest.layout
     for batch in forward_batches(rows, plan.forward_tokens, packed=packed, layout=layout):
         output = teacher.forward(batch.inputs, chunk_positions=plan.chunk_positions)
         for part, logits_nV in output.chunks:
@@ -191,7 +205,7 @@ def _drawn(teacher: Teacher, cache: Cache, rows: list[Row]) -> list[Tensor]:
     manifest = cache.manifest
     bits_N, plan = random_bits(manifest.seed, rows), manifest.plan
     found: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * len(bits_N)
-    layout, packed = TASKS[manifest.task].layout, manifest.preprocessing.pack
+    layout, packed = manifest.layout, manifest.preprocessing.pack
     for batch in forward_batches(rows, plan.forward_tokens, packed=packed, layout=layout):
         output = teacher.forward(batch.inputs, chunk_positions=plan.chunk_positions)
         for part, logits_nV in output.chunks:

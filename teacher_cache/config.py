@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from shared.errors import ConfigError
 from shared.options import SET, Option, check_bounds
-from shared.tasks import TASKS, Pooling, TaskName
+from shared.tasks import TASKS, Pooling, ProblemType, TaskName
 
 Targets = Literal["auto", "topk", "adaptive", "sample", "dense", "none"]
 _NOT_LIKE = {"like": (None,)}  # with --like these come from that cache
@@ -60,6 +60,17 @@ class CaptureConfig:
             read_when={"task": ("token-classification", "sequence-classification")},
         ),
     ] = None
+    problem_type: Annotated[
+        ProblemType | Literal["auto"],
+        Option(
+            help="What labels are to a text: one of them is right, each is or is not, or each "
+            "names a number. auto: by the teacher, else by the column: a list is multi_label, a "
+            "number with a point regression. A list names or numbers the labels of its text; of "
+            "0 and 1 alone, one for each label, it is no or yes for each (of two labels only if "
+            "written 0.0 and 1.0).",
+            read_when={"task": ("sequence-classification",)},
+        ),
+    ] = "auto"
     limit_documents: Annotated[int, Option(help="At most this many documents; 0: all.", min=0)] = 0
     max_length: Annotated[
         int, Option(help="Tokens of a row; longer ones are cut.", min=2, read_when=_NOT_LIKE)
@@ -278,6 +289,11 @@ class CaptureConfig:
             raise ConfigError(
                 f"--targets {self.targets}: --task {self.task} keeps every class, which is dense, "
                 "or hard labels only, which is none"
+            )
+        if self.problem_type == "regression" and (self.targets == "dense" or self.temperature):
+            raise ConfigError(
+                "--targets dense and --temperature are of probabilities: --problem-type regression "
+                "keeps the teacher's numbers. Leave them out"
             )
         if self.pack or self.hidden_layers:
             raise ConfigError(f"--pack and --hidden-layers are not there for --task {self.task}")

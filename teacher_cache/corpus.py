@@ -23,7 +23,7 @@ import xxhash
 from shared.errors import CorpusError
 from shared.manifest import CorpusInfo
 from shared.shards import file_hash
-from shared.tasks import TASKS, TaskName
+from shared.tasks import TASKS, ProblemType, TaskName
 from teacher_cache import conll
 from teacher_cache.chat import Conversation, Exchange
 from teacher_cache.config import CaptureConfig
@@ -52,7 +52,7 @@ _NAMES = {
     "tokens": ("tokens", "words"),
     "tags": ("tags", "ner_tags", "labels"),
     "text_pair": ("text_pair", "sentence2", "hypothesis"),
-    "label": ("label", "labels", "intent", "category"),
+    "label": ("label", "labels", "intent", "category", "score"),
     "question": ("question", "query"),
     "context": ("context", "passage", "paragraph", "document"),
     "answers": ("answers",),
@@ -108,24 +108,49 @@ class Corpus:
             feature = feature.feature
         return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
 
-    def labels(self) -> tuple[str, ...]:
+    @cached_property
+    def problem_type(self) -> ProblemType:
+        """By the type of the column of labels: a list of several, a number, or one class."""
+        feature = self.documents.features[self.columns["label"]]
+        if isinstance(feature, datasets.List | datasets.LargeList):
+            return "multi_label"
+        number = isinstance(feature, datasets.Value) and feature.dtype.startswith("float")
+        return "regression" if number else "single_label"
+
+    def labels(self, problem_type: ProblemType = "single_label") -> tuple[str, ...]:
         """The names of all labels there are, sorted; of numbers, the numbers up to the largest.
 
-        A data set that names its classes itself has those, in its own order.
+        A data set that names its classes itself has those, in its own order. In a regression, and
+        where lists say 0 or 1 for each label, there are as many as a list is long.
         """
         if self.class_names:
             return self.class_names
         role = "tags" if "tags" in self.columns else "label"
-        found: set[str | int] = set()
+        found: set[str | int | float | None] = set()
+        lengths: set[int] = set()
         for start in range(0, len(self), _READ_AT_ONCE):
             batch = self.documents[start : start + _READ_AT_ONCE][self.columns[role]]
             for value in batch:
-                found.update(value or () if role == "tags" else (value,))
+                found.update(value if isinstance(value, list) else (value,))
+                lengths.update([len(value)] if isinstance(value, list) else [])
         known = found - {None, -100}
+        longest = max(lengths, default=1)
+        if problem_type == "regression":
+            return _numbered(longest)
+        named = longest <= 2 and not any(isinstance(value, bool | float) for value in known)
+        vectors = lengths == {longest} and known <= {0, 1} and not named  # label_rows.is_vector
+        if problem_type == "multi_label" and vectors:
+            return _numbered(longest)
         if all(isinstance(label, str) for label in known):
             return tuple(sorted(map(str, known)))
         numbers = [label for label in known if isinstance(label, int)]
-        return tuple(f"LABEL_{number}" for number in range(max(numbers) + 1))
+        if not numbers:
+            raise CorpusError(
+                f"{self.info.source}: found {str(min(known, key=str))!r} in column "
+                f"{self.columns[role]!r}, expected names or numbers of classes. Say --problem-type "
+                "regression where labels are numbers of another kind."
+            )
+        return _numbered(max(numbers) + 1)
 
     def read(self, indices: Sequence[int]) -> list[Any]:
         """Documents as the task builds rows of them; a null is an empty document."""
@@ -151,6 +176,8 @@ class Corpus:
                 return tuple(value or ())
             case "tags":
                 return tuple(self._named(label) for label in value or ())
+            case "label" if isinstance(value, list):
+                return tuple(self._named(each) for each in value)
             case "label":
                 return self._named(value)
             case "answers":
@@ -408,6 +435,11 @@ def _columns(documents: datasets.Dataset, config: CaptureConfig) -> dict[str, st
         f"{config.corpus}: --task {config.task} reads {wanted}, and there are the columns "
         f"{_listed(names)}. Say which is which: --columns {example}={names[0]}"
     )
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    """As `transformers` names the labels of a model that was given no names."""
+    return tuple(f"LABEL_{number}" for number in range(count))
 
 
 def _usual(role: str, names: list[str]) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.errors import NonFiniteTargets
+from shared.errors import ConfigError, NonFiniteTargets
 from shared.hidden import NO_SCALES, ChannelScales
 from shared.manifest import BatchPlan, HiddenSpec, Manifest
 from shared.shards import encode_block
@@ -46,6 +46,7 @@ _TABLE: dict[str, dict[float, float]] = {
 _ALLOWANCE = 1.25
 _DENSE_BYTES = 1.4  # of a class: fp16, whose upper byte compresses; 1.31 of a teacher of 1,024
 _LABEL_AND_ENTROPY_BYTES = 2.7  # fp16 and a byte, compressed
+_VALUE_BYTES = 4.0  # float32, whose lower bytes do not compress
 _LOG_PARTITION_BYTES = 1.9  # of each stored temperature
 # bytes of a channel of a hidden state, compressed: benchmarks/README.md
 _CHANNEL_BYTES = {"bf16": 1.4, "fp8": 0.85, "int8": 1.0}
@@ -64,6 +65,11 @@ class _Calibrated:
 def estimate(config: PlanConfig) -> dict[str, Any]:
     """Documents, rows, tokens, positions, shards; bytes of every choice; hours where calibrated."""
     draft = plan.resolve(config, load_teacher=config.calibrate)
+    if config.calibrate and draft.problem_type == "regression":
+        raise ConfigError(
+            "--calibrate compares what may be kept of a distribution; of a regression the "
+            "teacher's numbers are kept as they are. Leave it out."
+        )
     sample = plan.sample_corpus(draft)
     scale = len(draft.corpus) / sample.documents
     per_shard = plan.documents_per_shard(draft, sample)
@@ -125,7 +131,9 @@ def _bytes_by_part(
             parts[_part_of(column)] += size
         return parts
     parts = {"rows": _row_bytes(draft, sample)}
-    if draft.targets.kind != "none":
+    if draft.targets.kind == "values":
+        parts["targets"] = _VALUE_BYTES
+    elif draft.targets.kind != "none":
         parts["targets"] = next(choice.bytes_per_position for choice in shown if choice.asked)
         stored = len(draft.targets.temperatures)
         parts["sums"] = _LABEL_AND_ENTROPY_BYTES + stored * _LOG_PARTITION_BYTES
@@ -149,7 +157,7 @@ def _part_of(column: str) -> str:
 
 
 def _from_table(draft: Draft, sample: Sample) -> list[Choice]:
-    if draft.targets.kind == "none":
+    if draft.targets.kind in ("values", "none"):
         return []
     return [
         Choice(

@@ -31,11 +31,11 @@ from shared.ragged import drawn_logprob
 from shared.schema import layout
 from shared.shards import Commit, ShardReader, commit_name, file_hash
 from shared.storage import Storage, temporary_files, temporary_writer
-from shared.tasks import TASKS
 from shared.tokenizer import load_cached_tokenizer
 from teacher_cache import seal as seals
 from teacher_cache import window_view
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
+from teacher_cache.said import said_of_row
 from teacher_cache.statistics import HIDDEN_ERRORS, add, histogram, kept_masses
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         **summary(cache),
         "rows_shown": [_decoded(cache, index) for index in _spread(cache, config.rows)],
     }
-    if config.html is not None and cache.has_targets:
+    if config.html is not None and cache.has_targets and cache.manifest.targets.kind != "values":
         numbers["histograms"] = histograms(cache)
     return numbers
 
@@ -91,6 +91,10 @@ def summary(cache: Cache) -> dict[str, Any]:
             if f"max_hidden_error.{layer}" in statistics
         },
         "entropy": statistics["sum_entropy"] * per_position,
+        # Of a regression, which has no entropy and no log-probability.
+        "teacher_mse": statistics["sum_value_squared_error"] * per_position
+        if manifest.targets.kind == "values"
+        else None,
         "teacher_loss": -statistics["sum_label_logprob"] * per_position,
         "counters": {
             name: int(value)
@@ -120,7 +124,17 @@ def _hidden_error(statistics: Counter[str], layer: int) -> dict[str, float]:
 
 def _provenance(manifest: Manifest) -> dict[str, Any]:
     fields = asdict(manifest)
-    names = ("task", "teacher", "tokenizer", "corpus", "preprocessing", "targets", "hidden", "plan")
+    names = (
+        "task",
+        "problem_type",
+        "teacher",
+        "tokenizer",
+        "corpus",
+        "preprocessing",
+        "targets",
+        "hidden",
+        "plan",
+    )
     return {name: fields[name] for name in names}
 
 
@@ -138,11 +152,13 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
         "tokens": len(row.input_ids),
         "text": tokenizer.decode(row.input_ids[:64]),
     }
-    if TASKS[cache.manifest.task].layout == "window":
+    if cache.manifest.task == "sequence-classification":
+        return shown | {"said": said_of_row(row, cache.manifest)}
+    if cache.manifest.layout == "window":
         classes = cache.manifest.targets.num_classes
         return shown | {"window": window_view.shown(row, classes, tokenizer)}
     begin = 0  # of the sequence that the positions are in
-    if TASKS[cache.manifest.task].layout == "pair":
+    if cache.manifest.layout == "pair":
         begin = row.segments[0]
         shown["text"] = tokenizer.decode(row.input_ids[: min(begin, 64)])
         shown["target"] = tokenizer.decode(row.input_ids[begin:][:64])
@@ -268,7 +284,7 @@ def _verify_shard(storage: Storage, manifest: Manifest, cache_id: str, shard: in
     reader = ShardReader(path, manifest, commit)
     ranks, planes = class_ranks(storage, manifest), layout(manifest)
     scales = channel_scales(storage, manifest)
-    tokens, positions = commit.lengths(str(path))
+    tokens, positions = commit.lengths(str(path), manifest.num_outputs)
     start = 0
     for number, rows in enumerate(commit.block_rows):
         values = reader.read_planes(number, planes)

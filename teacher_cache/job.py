@@ -224,13 +224,16 @@ def assemble(
 ) -> Block:
     """The rows `kept` of a window as a block with these columns, and with their targets."""
     chosen = [window[index] for index in kept]
+    labels = _joined([row.labels for row in chosen if row.labels is not None])
+    of_values = "label_values" in columns
     block = Block(
         row_ids=np.array([row.row_id for row in chosen], np.uint64),
         num_tokens=np.array([len(row.input_ids) for row in chosen], np.int32),
         num_positions=np.array([row.num_positions for row in chosen], np.int32),
         input_ids=np.concatenate([row.input_ids for row in chosen]),
         positions=np.concatenate([row.positions() for row in chosen]).astype(np.int32),
-        labels=_joined([row.labels for row in chosen if row.labels is not None]),
+        labels=None if of_values else labels,
+        label_values=labels if of_values else None,
         token_type_ids=_joined([_types(row) for row in chosen]),
     )
     if "reference" in columns:

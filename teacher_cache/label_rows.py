@@ -1,4 +1,4 @@
-"""Documents of label spaces to rows: tagged tokens, and texts or pairs of texts with a class.
+"""Documents of label spaces to rows: tagged tokens; texts or pairs of texts with their labels.
 
 Special tokens stand where the tokenizer puts them and have no target. Of a word that becomes
 several tokens the first one has its tag; a word is never cut between two rows.
@@ -8,7 +8,7 @@ T tokens of a row, P of them with a target.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -16,14 +16,17 @@ import numpy as np
 
 from shared.errors import CorpusError
 from shared.schema import ROW_CHUNK_BITS
+from shared.tasks import ProblemType
 from teacher_cache.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Label = str | int | None  # by name or by number; None: no label
+RowLabel = Label | float | tuple[Label | float, ...]  # of a text
 
 _SHOWN_LABELS = 8
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +39,11 @@ class Tagged:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A text, or a pair of texts, of a class."""
+    """A text, or a pair of texts, of a class, of several, or with one or several numbers."""
 
     text: str
     text_pair: str | None
-    label: Label
+    label: RowLabel
 
 
 LabelDocument = Tagged | Labelled
@@ -52,6 +55,7 @@ def build(
     max_length: int,
     labels: Sequence[str],
     counters: Counter[str],
+    problem_type: ProblemType = "single_label",
 ) -> Iterator[Row]:
     """Rows of the given (index, document) pairs, in order; what is left out is counted."""
     numbers = {name: number for number, name in enumerate(labels)}
@@ -60,16 +64,34 @@ def build(
         where = f"document {index}"
         if isinstance(document, Tagged):
             yield from _tagged_rows(index, document, tokenizer, max_length, numbers, counters)
-        elif (number := _number(document.label, numbers, where)) is None:
+        elif (answer := _answer(document.label, numbers, problem_type, where)) is None:
             counters["unlabelled_documents"] += 1
         else:
-            yield _labelled_row(index, document, number, tokenizer, max_length, counters)
+            row = _labelled_row(index, document, answer, tokenizer, max_length, counters)
+            yield replace(row, of_outputs=problem_type != "single_label")
+
+
+def _answer(
+    label: RowLabel, numbers: Mapping[str, int], problem_type: ProblemType, where: str
+) -> np.ndarray | None:
+    """The class of a row i32 [1], yes or no for each label i32 [C], or numbers f32 [C]."""
+    if problem_type == "multi_label":
+        return yes_or_no(label, numbers, where)
+    if problem_type == "regression":
+        return values(label, numbers, where)
+    if isinstance(label, float | tuple):
+        raise CorpusError(
+            f"{where}: found the label {_short(label)}, expected one class. Say --problem-type "
+            "regression where labels are numbers, multi_label where a text has several."
+        )
+    number = class_number(label, numbers, where)
+    return None if number is None else np.array([number], np.int32)
 
 
 def _labelled_row(
     index: int,
     document: Labelled,
-    number: int,
+    answer: np.ndarray,
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
     counters: Counter[str],
@@ -85,8 +107,8 @@ def _labelled_row(
         row_id=index << ROW_CHUNK_BITS,
         input_ids=ids,
         segments=(len(ids),),
-        supervised=np.zeros(1, np.int32),
-        labels=np.array([number], np.int32),
+        supervised=np.arange(len(answer), dtype=np.int32),
+        labels=answer,
         token_type_ids=None if types is None else np.array(types, np.int32),
     )
 
@@ -114,7 +136,7 @@ def _tagged_rows(
     for some in _cut(words, room, counters):
         ids, supervised, labels = list(before), [], []
         for word, pieces in some:
-            number = _number(document.tags[word], numbers, f"{where}, token {word}")
+            number = class_number(document.tags[word], numbers, f"{where}, token {word}")
             if number is not None:
                 supervised.append(len(ids))
                 labels.append(number)
@@ -175,7 +197,7 @@ def special_ends(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[
     raise CorpusError(f"{tokenizer.name_or_path}: where it puts special tokens cannot be told")
 
 
-def _number(label: Label, numbers: Mapping[str, int], where: str) -> int | None:
+def class_number(label: Label, numbers: Mapping[str, int], where: str) -> int | None:
     """The class of a label by name or number; -100 and null are none."""
     if label is None or label == -100:
         return None
@@ -186,6 +208,64 @@ def _number(label: Label, numbers: Mapping[str, int], where: str) -> int | None:
     names = ", ".join(list(numbers)[:_SHOWN_LABELS])
     more = f" and {len(numbers) - _SHOWN_LABELS} more" if len(numbers) > _SHOWN_LABELS else ""
     raise CorpusError(
-        f"{where}: found the label {label!r}, expected a number below {len(numbers)} or one of "
-        f"{names}{more}. Name all classes with --labels FILE."
+        f"{where}: found the label {_short(label)}, expected a number below {len(numbers)} or one "
+        f"of {names}{more}. Name all classes with --labels FILE."
     )
+
+
+def is_vector(label: RowLabel, count: int) -> bool:
+    """Whether a list says 0 or 1 for each of `count` labels, and does not name some of them.
+
+    Of two labels [0, 1] could be both: only floats and booleans, which name nothing, are one.
+    """
+    if not isinstance(label, tuple) or len(label) != count:
+        return False
+    named = count <= 2 and not any(isinstance(x, bool | float) for x in label)
+    return not named and all(x in (0, 1) for x in label)
+
+
+def yes_or_no(label: RowLabel, numbers: Mapping[str, int], where: str) -> np.ndarray | None:
+    """1 for each label that a text has, i32 [C]; no label known (null) is None, an empty list not.
+
+    A list names or numbers those there are, or is 0 or 1 for each (`is_vector`); what is no list
+    is the only one.
+    """
+    if label is None or label == -100:
+        return None
+    if is_vector(label, len(numbers)):
+        return np.array(label, np.int32)
+    answer_C = np.zeros(len(numbers), np.int32)
+    for each in label if isinstance(label, tuple) else (label,):
+        number = None if isinstance(each, float) else class_number(each, numbers, where)
+        if number is None or answer_C[number]:
+            found = "twice" if number is not None else "where a label is expected"
+            raise CorpusError(
+                f"{where}: found {_short(each)} {found} in the labels {_short(label)}. Expected "
+                f"each label of the text once, or 0 or 1 for each of the {len(numbers)} labels "
+                "(of two as 0.0 or 1.0)."
+            )
+        answer_C[number] = 1
+    return answer_C
+
+
+def values(label: RowLabel, names: Mapping[str, int], where: str) -> np.ndarray | None:
+    """The numbers of a text, f32 [C]; null is none."""
+    if label is None:
+        return None
+    parts = label if isinstance(label, tuple) else (label,)
+    if len(parts) != len(names) or not all(_is_finite(part) for part in parts):
+        expected = "a number" if len(names) == 1 else f"{len(names)} numbers"
+        raise CorpusError(
+            f"{where}: found the label {_short(label)}, expected {expected} within the range of "
+            "float32 (--problem-type regression)."
+        )
+    return np.array(parts, np.float32)
+
+
+def _is_finite(value: Label | float) -> bool:
+    return isinstance(value, int | float) and abs(value) <= _LARGEST
+
+
+def _short(label: RowLabel) -> str:
+    text = repr(list(label) if isinstance(label, tuple) else label)
+    return text if len(text) <= 80 else f"{text[:80]}..."

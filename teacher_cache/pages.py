@@ -199,7 +199,9 @@ def _inspection_tiles(numbers: dict[str, Any]) -> list[tuple[str, str]]:
         (f"{numbers['tokens']:,}", "tokens"),
         (f"{numbers['positions']:,}", "positions"),
     ]
-    if numbers["targets"]["kind"] != "none":
+    if numbers["teacher_mse"] is not None:
+        tiles.append((f"{numbers['teacher_mse']:.4g}", "mean squared error of the teacher"))
+    elif numbers["targets"]["kind"] != "none":
         tiles += [
             (f"{numbers['kept_mass']['1']:.1%}", "kept mass at T = 1"),
             (f"{numbers['entropy']:.2f} nats", "entropy of the teacher"),

@@ -40,7 +40,7 @@ from shared.manifest import (
 from shared.schema import ROW_CHUNK_BITS, optional_columns
 from shared.storage import Storage
 from shared.target import MAX_ENTRIES, RAGGED_KINDS, ClassRanks, TargetKind, TargetSpec
-from shared.tasks import TASKS
+from shared.tasks import TASKS, ProblemType
 from shared.tokenizer import describe
 from teacher_cache.batches import forward_batches
 from teacher_cache.config import CaptureConfig
@@ -49,7 +49,7 @@ from teacher_cache.generation import Writer, stand_ins, writer_hash
 from teacher_cache.memory import is_out_of_memory
 from teacher_cache.row_builders import RowContext, build_rows
 from teacher_cache.rows import Row, document_ends
-from teacher_cache.targets import select
+from teacher_cache.targets import select, values_of
 from teacher_cache.teacher import (
     Teacher,
     config_hash,
@@ -58,6 +58,7 @@ from teacher_cache.teacher import (
     load_tokenizer,
     logit_width_of,
     model_source,
+    problem_type_of,
     weights_digest,
 )
 from teacher_cache.thresholds import find_threshold, inclusion
@@ -92,6 +93,7 @@ class Draft:
     targets: TargetSpec
     hidden: HiddenSpec
     labels: tuple[str, ...] = ()  # names of the classes of a label space
+    problem_type: ProblemType = "single_label"
     learnt: bytes | None = None  # of the cache given by --like
 
     def build_rows(
@@ -104,6 +106,7 @@ class Draft:
             self.preprocessing,
             self.labels,
             self.config.seed,
+            self.problem_type,
             self.hidden.pooling,
         )
         return build_rows(documents, context, counters)
@@ -121,6 +124,7 @@ class Draft:
         return {
             "task": self.config.task,
             "labels": self.labels,
+            "problem_type": self.problem_type,
             "teacher": None if self.teacher_info is None else asdict(self.teacher_info),
             "tokenizer": asdict(self.tokenizer_info),
             "corpus": asdict(self.corpus.info),
@@ -164,12 +168,14 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
     if old is not None:
         config = _as_in(config, manifests.read(old)[0])
     corpus = open_corpus(config)
-    teacher = _load_teacher(config) if load_teacher and config.uses_teacher else None
+    problem_type = problem_type_for(config, corpus)
+    wants_teacher = load_teacher and config.uses_teacher
+    teacher = _load_teacher(config, problem_type) if wants_teacher else None
     name = config.tokenizer or config.teacher
     assert name is not None  # CaptureConfig refuses a job without either
     tokenizer = load_tokenizer(name, revision=None if config.tokenizer else config.revision)
     info = describe(tokenizer)
-    labels = _labels(config, corpus, teacher)
+    labels = _labels(config, corpus, teacher, problem_type)
     num_classes = len(labels) or _num_classes(config, teacher, info)
     draft = Draft(
         config=config,
@@ -179,9 +185,10 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
         teacher=teacher,
         teacher_info=None if teacher is None else teacher_info(config.teacher or "", teacher),
         preprocessing=_preprocessing(config, corpus, tokenizer, teacher),
-        targets=_target_spec(config, num_classes),
+        targets=_target_spec(config, num_classes, problem_type),
         hidden=_hidden_spec(config, teacher),
         labels=labels,
+        problem_type=problem_type,
     )
     return draft if old is None else _like(draft, old)
 
@@ -192,10 +199,13 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
     return replace(
         config,
         like=None,
-        targets=targets.kind,
+        targets="auto" if targets.kind == "values" else targets.kind,
+        problem_type=old.problem_type if TASKS[config.task].layout == "row" else "auto",
         mean_entries=targets.mean_entries if targets.ragged else config.mean_entries,
         top_k=targets.top_k if targets.kind == "topk" else None,
-        value_bits=config.value_bits if targets.kind in ("dense", "none") else targets.value_bits,
+        value_bits=targets.value_bits
+        if targets.kind in ("topk", *RAGGED_KINDS)
+        else config.value_bits,
         temperature=old.targets.temperatures,
         hidden_layers=old.hidden.layers,
         hidden_codec=old.hidden.codec,
@@ -218,7 +228,7 @@ def _like(draft: Draft, old: Storage) -> Draft:
     manifest, _ = manifests.read(old)
     fields = asdict(manifest)
     fields["targets"] = _asked_targets(fields["targets"])
-    names = {"teacher", "tokenizer", "targets", "hidden"}
+    names = {"teacher", "tokenizer", "targets", "hidden", "problem_type"}
     if draft.teacher is None:  # of a plan that reads no weights nobody can say whose they are
         names.remove("teacher")
     asked = {name: value for name, value in draft.asked().items() if name in names}
@@ -233,12 +243,30 @@ def _like(draft: Draft, old: Storage) -> Draft:
     return replace(draft, targets=manifest.targets, learnt=learnt)
 
 
-def _load_teacher(config: CaptureConfig) -> Teacher:
+def problem_type_for(config: CaptureConfig, corpus: Corpus) -> ProblemType:
+    """As asked, else as the teacher's config says, else as the column of labels looks."""
+    if TASKS[config.task].layout != "row":
+        return "single_label"
+    its = None
+    if config.teacher is not None and config.targets != "none":
+        its = problem_type_of(config.teacher, config.revision)
+    if config.problem_type == "auto":
+        return its or corpus.problem_type
+    if its not in (None, config.problem_type):
+        log.warning(
+            "--problem-type %s: the config of %s says %s; its logits are read as asked for",
+            *(config.problem_type, config.teacher, its),
+        )
+    return config.problem_type
+
+
+def _load_teacher(config: CaptureConfig, problem_type: ProblemType) -> Teacher:
     assert config.teacher is not None  # CaptureConfig refuses targets without a teacher
     attention = config.attn_implementation
     teacher = Teacher.load(
         config.teacher,
         task=config.task,
+        problem_type=problem_type,
         max_length=config.max_length,
         tokenizer=config.tokenizer,
         revision=config.revision,
@@ -288,7 +316,9 @@ def _num_classes(config: CaptureConfig, teacher: Teacher | None, info: Tokenizer
     return min(info.num_ids, logit_width_of(config.teacher, config.revision))
 
 
-def _labels(config: CaptureConfig, corpus: Corpus, teacher: Teacher | None) -> tuple[str, ...]:
+def _labels(
+    config: CaptureConfig, corpus: Corpus, teacher: Teacher | None, problem_type: ProblemType
+) -> tuple[str, ...]:
     """The names of the classes: as asked, else the teacher's, else those in the corpus."""
     if TASKS[config.task].target_space != "labels":
         return ()
@@ -307,9 +337,12 @@ def _labels(config: CaptureConfig, corpus: Corpus, teacher: Teacher | None) -> t
         )
     if its == tuple(f"LABEL_{number}" for number in range(len(corpus.class_names))):
         its = corpus.class_names  # the teacher was given no names, the corpus was
-    labels = asked or its or corpus.labels()
-    if len(labels) < 2:
-        raise CorpusError(f"{config.corpus}: {len(labels)} different labels, expected at least 2")
+    labels = asked or its or corpus.labels(problem_type)
+    fewest = 2 if problem_type == "single_label" else 1
+    if len(labels) < fewest:
+        raise CorpusError(
+            f"{config.corpus}: {len(labels)} different labels, expected at least {fewest}"
+        )
     return labels
 
 
@@ -391,7 +424,17 @@ def _decoder_start(config: CaptureConfig, tokenizer: "PreTrainedTokenizerBase") 
     return start
 
 
-def _target_spec(config: CaptureConfig, num_classes: int) -> TargetSpec:
+def _target_spec(config: CaptureConfig, num_classes: int, problem_type: ProblemType) -> TargetSpec:
+    if problem_type == "regression":
+        if config.targets == "dense" or config.temperature:
+            raise ConfigError(
+                "--targets dense and --temperature are of probabilities, but labels are numbers "
+                "here (--problem-type regression). Leave them out"
+            )
+        values: TargetKind = "none" if config.targets == "none" else "values"
+        return TargetSpec(kind=values, num_classes=1, top_k=1, value_bits=16)
+    if problem_type == "multi_label":
+        num_classes = 2  # of each label: no and yes
     kind: TargetKind
     if TASKS[config.task].target_space == "states":
         kind = "none"
@@ -502,10 +545,11 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
         forward_tokens = _largest_forward(draft.teacher, draft, sample)
         chunk_positions = draft.teacher.chunk_positions
         targets, learnt = draft.targets, draft.learnt
-        if learnt is None:
+        if learnt is None and targets.kind != "values":
             targets, learnt = _learn(draft, draft.teacher, sample, forward_tokens)
         draft = replace(draft, targets=targets)
-        side_files[f"learnt-{xxhash.xxh3_128_hexdigest(learnt)[:16]}.safetensors"] = learnt
+        if learnt is not None:
+            side_files[f"learnt-{xxhash.xxh3_128_hexdigest(learnt)[:16]}.safetensors"] = learnt
     plan = BatchPlan(
         documents_per_shard=per_shard,
         num_shards=-(-len(draft.corpus) // per_shard),
@@ -525,9 +569,11 @@ def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> 
     columns = optional_columns(
         segments=draft.preprocessing.pack or windows or pairs,
         references=windows or pairs or draft.preprocessing.generation is not None,
-        positions=draft.corpus.supervised or its_labels != "next",
-        labels=its_labels == "stored",
-        targets=draft.targets.kind != "none",
+        positions=(draft.corpus.supervised or its_labels != "next")
+        and draft.problem_type == "single_label",
+        labels=its_labels == "stored" and draft.problem_type != "regression",
+        label_values=draft.problem_type == "regression",
+        targets=draft.targets.kind not in ("values", "none"),
         token_types="text_pair" in draft.corpus.columns or windows,
     )
     return Manifest(
@@ -547,6 +593,7 @@ def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> 
         origin=None,
         side_files={name: xxhash.xxh3_128_hexdigest(data) for name, data in side_files.items()},
         labels=draft.labels,
+        problem_type=draft.problem_type,
     )
 
 
@@ -611,6 +658,8 @@ def default_forward_tokens(teacher: Teacher) -> int:
 
 def _largest_classes(spec: TargetSpec) -> TargetSpec:
     """As many of the largest classes as any position of this kind keeps."""
+    if spec.kind == "values":
+        return spec
     most = min(spec.num_classes, spec.num_entries if spec.kind == "topk" else MAX_ENTRIES)
     return TargetSpec(kind="topk", num_classes=spec.num_classes, top_k=most)
 
@@ -642,7 +691,7 @@ def run_largest(draft: Draft, teacher: Teacher, chosen: list[Row], forward_token
     for batch in forward_batches(chosen, forward_tokens, packed=packed, layout=layout):
         output = teacher.forward(batch.inputs, hidden.layers, pooling=hidden.pooling)
         for _, logits in output.chunks:
-            selected = select(logits, spec)
+            selected = values_of(logits) if spec.kind == "values" else select(logits, spec)
             good = ~selected.bad_N
             largest.append((selected.ids[good].cpu(), selected.logprobs[good].cpu()))
         for layer, states in output.hidden.items():

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from shared.schema import ROW_CHUNK_BITS
+from shared.tasks import TASKS
 from teacher_cache.check import Checked
 from teacher_cache.check_states import CheckedStates
+from teacher_cache.check_values import CheckedValues
 from teacher_cache.inspection import Verification
 
 
@@ -139,7 +141,7 @@ def inspect_text(numbers: dict[str, Any]) -> str:
         f"teacher     {teacher_text(teacher)}",
         f"corpus      {corpus['source']}  {numbers['preprocessing']['split']}  "
         f"{corpus['num_documents']:,} documents, {plan['documents_per_shard']:,} a shard",
-        f"task        {numbers['task']}",
+        f"task        {task_text(numbers)}",
         f"targets     {targets_text(numbers)}",
         f"size        {size(numbers['bytes'])}: {numbers['rows']:,} rows, {numbers['tokens']:,} "
         f"tokens, {numbers['positions']:,} positions, "
@@ -147,7 +149,9 @@ def inspect_text(numbers: dict[str, Any]) -> str:
     ]
     if numbers["counters"]:
         lines.append("counted     " + _counted(numbers["counters"]))
-    if teacher is not None and numbers["targets"]["kind"] != "none":
+    if numbers["teacher_mse"] is not None:
+        lines.append(f"error       mean squared, of the teacher: {numbers['teacher_mse']:.4g}")
+    elif teacher is not None and numbers["targets"]["kind"] != "none":
         lines += [
             f"kept mass   {kept_text(numbers)}",
             f"entropy     {numbers['entropy']:.3f} nats; loss on the hard labels "
@@ -177,6 +181,8 @@ def targets_text(numbers: dict[str, Any]) -> str:
     kind, classes = targets["kind"], f"{targets['num_classes']:,} classes"
     if kind == "none":
         return "none"
+    if kind == "values":
+        return "values, a float32 for each position"
     stored = ", ".join(["1", *(f"{t:g}" for t in targets["temperatures"])])
     bits = f"{targets['value_bits']} bits"
     if kind == "dense":
@@ -216,6 +222,12 @@ def _counted(counters: dict[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counters.items())
 
 
+def task_text(numbers: dict[str, Any]) -> str:
+    """The task, and what labels are to a row where that may differ."""
+    of_rows = TASKS[numbers["task"]].layout == "row"
+    return f"{numbers['task']}, {numbers['problem_type']}" if of_rows else str(numbers["task"])
+
+
 def _window_text(window: dict[str, Any]) -> list[str]:
     answers = " or ".join(map(repr, window["answers"])) or "no answer"
     here = "no answer here" if window["here"] is None else repr(window["here"])
@@ -237,6 +249,7 @@ def _row_text(row: dict[str, Any]) -> list[str]:
         head = f"window {row['row_id'] % (1 << ROW_CHUNK_BITS)} of document {row['document']:,}"
         return [f"{head}, {row['tokens']} tokens", *_window_text(row["window"])]
     lines = [f"row of document {row['document']:,}, {row['tokens']} tokens: {row['text']!r}"]
+    lines += [f"  {said}" for said in row.get("said", [])]
     if "target" in row:
         lines.append(f"  becomes {row['target']!r}")
     for position in row.get("positions", [])[:4]:
@@ -272,32 +285,49 @@ def verify_text(found: Verification) -> str:
     return "\n".join(lines)
 
 
-def check_text(found: Checked | CheckedStates) -> str:
+def check_text(found: Checked | CheckedStates | CheckedValues) -> str:
     """The answer of `cache-teacher check`."""
     lines = [f"DIFFERS {line}" for line in found.differences]
-    verdict = (
+    if isinstance(found, CheckedStates):
+        lines += _state_lines(found)
+    elif isinstance(found, CheckedValues):
+        lines += _value_lines(found)
+    else:
+        lines += _kl_lines(found)
+    lines.append(
         "the cache says what this teacher says"
         if found.sound
         else "THE CACHE IS OFF: another teacher made it, or its rows and targets do not match"
     )
-    if isinstance(found, CheckedStates):
-        lines += [
-            f"rows                  {found.rows:,} with {found.states:,} states",
-            f"error live to live    {found.error_live_live:.3%} of their length (the noise floor)",
-            f"error live to cached  {found.error_live_cached:.3%}, worst {found.worst_error:.3%}, "
-            f"allowed {found.allowed:.3%}",
-            verdict,
-        ]
-        return "\n".join(lines)
-    lines += [
+    return "\n".join(lines)
+
+
+def _state_lines(found: CheckedStates) -> list[str]:
+    return [
+        f"rows                  {found.rows:,} with {found.states:,} states",
+        f"error live to live    {found.error_live_live:.3%} of their length (the noise floor)",
+        f"error live to cached  {found.error_live_cached:.3%}, worst {found.worst_error:.3%}, "
+        f"allowed {found.allowed:.3%}",
+    ]
+
+
+def _value_lines(found: CheckedValues) -> list[str]:
+    unit = "standard deviations of the cached numbers"
+    return [
+        f"rows                  {found.rows:,} with {found.positions:,} positions",
+        f"live to live          {found.distance_live_live:.2e} {unit} (the noise floor)",
+        f"live to cached        {found.distance_live_cached:.2e}, worst {found.worst_distance:.2e}",
+    ]
+
+
+def _kl_lines(found: Checked) -> list[str]:
+    return [
         f"rows                  {found.rows:,} with {found.positions:,} positions",
         f"KL live to live       {found.kl_live_live:.2e} nats (the noise floor)",
         f"KL live to cached     {found.kl_live_cached:.2e} nats, worst {found.worst_kl:.2e}",
         f"agreement live/live   {found.agreement_live_live:.2%}",
         f"agreement live/cached {found.agreement_live_cached:.2%}",
-        verdict,
     ]
-    return "\n".join(lines)
 
 
 def size(count: float) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shared.manifest import Preprocessing
-from shared.tasks import Pooling, TaskName
+from shared.tasks import Pooling, ProblemType, TaskName
 from teacher_cache import label_rows, masked_rows, rows, seq2seq_rows, vector_rows, window_rows
 from teacher_cache.rows import Row
 
@@ -23,6 +23,7 @@ class RowContext:
     preprocessing: Preprocessing
     labels: tuple[str, ...]  # names of the classes of a label space
     seed: int
+    problem_type: ProblemType = "single_label"
     pooling: Pooling = "none"
 
 
@@ -42,8 +43,10 @@ def build_rows(
         case "seq2seq-lm":
             return seq2seq_rows.build(documents, tokenizer, preprocessing, counters)
         case "token-classification" | "sequence-classification":
-            length = preprocessing.max_length
-            return label_rows.build(documents, tokenizer, length, context.labels, counters)
+            length, problem_type = preprocessing.max_length, context.problem_type
+            return label_rows.build(
+                documents, tokenizer, length, context.labels, counters, problem_type
+            )
         case "question-answering":
             length, stride = preprocessing.max_length, preprocessing.stride
             return window_rows.build(documents, tokenizer, length, stride, counters)

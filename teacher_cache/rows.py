@@ -46,6 +46,8 @@ class Row:
     `supervised` i32 [P] are the positions with a target, where they are not all but the last of
     each segment; `labels` i32 [P] their classes, where these are not the next tokens. `reference`
     is what an answer is compared with, where a task has more to compare than labels: any JSON.
+    With `of_outputs` position p is output p of the row as a whole, and no token; labels may be
+    numbers, f32 [P].
     """
 
     row_id: int
@@ -55,6 +57,7 @@ class Row:
     labels: np.ndarray | None = None
     token_type_ids: np.ndarray | None = None
     reference: Any = None
+    of_outputs: bool = False
 
     @property
     def num_positions(self) -> int:

@@ -29,8 +29,12 @@ def add(total: MutableMapping[str, Any], more: Mapping[str, float]) -> None:
 def block_sums(block: Block, spec: TargetSpec) -> dict[str, float]:
     """Entropy, log-probability of the hard label, kept mass at each stored temperature, entries.
 
-    The kept mass of a sample is that of the classes that are kept as they are.
+    The kept mass of a sample is that of the classes that are kept as they are. Of a regression the
+    squared error of the teacher's numbers.
     """
+    if block.target_values is not None and block.label_values is not None:
+        error_P = block.target_values.astype(np.float64) - block.label_values
+        return {"sum_value_squared_error": float(np.square(error_P).sum())}
     target = block.target
     if target is None or block.entropy is None or block.label_logprob is None:
         return {}

@@ -93,6 +93,23 @@ def select(
     )
 
 
+def values_of(numbers_N1: Tensor) -> Selected:
+    """The outputs of a regression: one entry for each position, `logprobs` being the number."""
+    values_N1 = numbers_N1.float()
+    nothing_N = torch.zeros_like(values_N1[:, 0])
+    return Selected(
+        ids=torch.zeros_like(values_N1, dtype=torch.long),
+        logprobs=values_N1,
+        counts=None,
+        log_tail=nothing_N,
+        entropy=nothing_N,
+        log_partition=nothing_N,
+        bad_N=~values_N1[:, 0].isfinite(),
+        label_logprob=None,
+        log_partition_ratio={},
+    )
+
+
 @dataclass(slots=True)
 class _Kept:
     """The entries: [N, K], or [E] with the position of each."""

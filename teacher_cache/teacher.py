@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer
 from shared.errors import ConfigError, Refused
 from shared.pooling import pooled
 from shared.positions import most_tokens
-from shared.tasks import TASKS, Layout, Pooling, TaskName
+from shared.tasks import TASKS, Layout, Pooling, ProblemType, TaskName
 from shared.windows import context_bounds, window_logits
 from teacher_cache import probes, streamed_head
 from teacher_cache.streamed_head import (
@@ -43,6 +43,7 @@ __all__ = [
     "hidden_width_of",
     "load_tokenizer",
     "logit_width_of",
+    "problem_type_of",
     "weights_digest",
 ]
 
@@ -55,6 +56,13 @@ CHUNK_MULTIPLE = 16  # matrix products like whole tiles
 # What a config says of how it was loaded, not of the model.
 UNHASHED = {"transformers_version", "_name_or_path", "dtype", "use_cache", "return_dict"}
 
+
+# As a config of `transformers` names them.
+PROBLEM_TYPES: dict[str, ProblemType] = {
+    "single_label_classification": "single_label",
+    "multi_label_classification": "multi_label",
+    "regression": "regression",
+}
 
 LogitsOf = Callable[[Tensor], Tensor]  # flat positions [n] -> logits [n, V]
 
@@ -84,8 +92,10 @@ class Teacher:
     blocks: nn.ModuleList
     streamed: StreamedHead | None  # None: full logits, since streamed ones differed
     labels: tuple[str, ...] = ()  # names of the classes of a label space
-    # row: logits are [B, C]; window: see windows.py; pair: positions are the decoder's
+    # row: logits are [B, L], see `problem_type`; window: see windows.py; pair: positions are the
+    # decoder's
     layout: Layout = "tokens"
+    problem_type: ProblemType = "single_label"
     has_logits: bool = True
 
     @classmethod
@@ -94,6 +104,7 @@ class Teacher:
         teacher: str,
         *,
         task: TaskName = "causal-lm",
+        problem_type: ProblemType = "single_label",
         max_length: int = 0,
         tokenizer: str | None = None,
         revision: str | None = None,
@@ -142,13 +153,19 @@ class Teacher:
         if of_states:
             return cls.wrap_states(model, loaded_tokenizer)
         if TASKS[task].target_space == "labels":
-            return cls.wrap_labels(model, loaded_tokenizer, task)
+            return cls.wrap_labels(model, loaded_tokenizer, task, problem_type)
         if TASKS[task].target_space == "tokens":
             return cls.wrap_windows(model, loaded_tokenizer, max_length)
         return cls.wrap(model, loaded_tokenizer, task)
 
     @classmethod
-    def wrap_labels(cls, model: Any, tokenizer: Any, task: TaskName) -> "Teacher":
+    def wrap_labels(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        task: TaskName,
+        problem_type: ProblemType = "single_label",
+    ) -> "Teacher":
         """A model with a head over labels that is already in memory."""
         model.eval().requires_grad_(False)
         model.config.return_dict = True
@@ -156,16 +173,18 @@ class Teacher:
             model.config.pad_token_id = tokenizer.pad_token_id
         names = model.config.id2label
         count = int(model.config.num_labels)
+        classes = {"single_label": count, "multi_label": 2, "regression": 1}[problem_type]
         return cls(
             model=model,
             tokenizer=tokenizer,
-            num_classes=count,
-            logit_width=count,
+            num_classes=classes,
+            logit_width=classes,
             trunk=None,
             blocks=_find_blocks(model),
             streamed=None,
             labels=tuple(str(names[number]) for number in range(count)),
             layout=TASKS[task].layout,
+            problem_type=problem_type,
         )
 
     @classmethod
@@ -366,8 +385,8 @@ class Teacher:
         if self.layout == "window":
             return self._run_windows(inputs, batch)
         if self.layout == "row":
-            logits_BC, width = self.model(**inputs).logits, inputs["input_ids"].shape[1]
-            return lambda index_n: logits_BC[index_n // width]
+            logits_BL, width = self.model(**inputs).logits, inputs["input_ids"].shape[1]
+            return _of_rows(logits_BL, width, self.problem_type)
         if streamed is None:
             full_MV = self.model(**inputs).logits.flatten(0, 1)
             return lambda index_n: full_MV[index_n]
@@ -444,11 +463,16 @@ def logit_width_of(teacher: str, revision: str | None = None) -> int:
 
 def labels_of(teacher: str, revision: str | None = None) -> tuple[str, ...]:
     """Names of the classes by the teacher's config alone."""
-    try:
-        config = AutoConfig.from_pretrained(model_source(teacher), revision=revision)
-    except (OSError, ValueError, ImportError) as error:
-        raise Refused(f"{teacher}: its config cannot be read. {error}") from error
+    config = _config(teacher, revision)
     return tuple(str(config.id2label[number]) for number in range(config.num_labels))
+
+
+def problem_type_of(teacher: str, revision: str | None = None) -> ProblemType | None:
+    """What the teacher's config alone says its outputs are; None where it says nothing."""
+    config = _config(teacher, revision)
+    if config.problem_type is not None:
+        return PROBLEM_TYPES[config.problem_type]
+    return "regression" if config.num_labels == 1 else None
 
 
 def hidden_width_of(teacher: str, revision: str | None = None) -> int:
@@ -457,11 +481,14 @@ def hidden_width_of(teacher: str, revision: str | None = None) -> int:
 
 
 def _text_config(teacher: str, revision: str | None) -> Any:
+    return _config(teacher, revision).get_text_config()
+
+
+def _config(teacher: str, revision: str | None) -> Any:
     try:
-        config = AutoConfig.from_pretrained(model_source(teacher), revision=revision)
+        return AutoConfig.from_pretrained(model_source(teacher), revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise Refused(f"{teacher}: its config cannot be read. {error}") from error
-    return config.get_text_config()
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -477,6 +504,20 @@ def config_hash(model: Any) -> str:
     """xxh3_128 over those settings of the model's config that differ from its defaults."""
     fields = {k: v for k, v in model.config.to_diff_dict().items() if k not in UNHASHED}
     return xxhash.xxh3_128(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _of_rows(logits_BL: Tensor, width: int, problem: ProblemType) -> LogitsOf:
+    """Logits of rows at flat positions: of a row in [B, width], or of an output in [B, L].
+
+    An output is yes with probability sigmoid(z), the softmax of (0, z); or it is a number itself.
+    """
+    if problem == "single_label":
+        return lambda index_n: logits_BL[index_n // width]
+    flat_M1 = logits_BL.reshape(-1, 1)
+    if problem == "multi_label":
+        flat_M2 = torch.cat([torch.zeros_like(flat_M1), flat_M1], dim=1)
+        return lambda index_n: flat_M2[index_n]
+    return lambda index_n: flat_M1[index_n]
 
 
 def _chunks(logits_of: LogitsOf, index_N: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:

@@ -27,7 +27,7 @@ def read_cache(cache: Path) -> Iterator[dict[str, Any]]:
     check(line == f"{cache_id}  manifest.json\n", "manifest.sha256")
     manifest = json.loads(content)
     check(manifest["format_version"] == 1, "format_version")
-    kinds = ("topk", "adaptive", "sample", "dense", "none")
+    kinds = ("topk", "adaptive", "sample", "dense", "values", "none")
     check(manifest["targets"]["kind"] in kinds, "targets.kind")
     check(manifest["hidden"]["codec"] in ("bf16", "fp8", "int8"), "hidden.codec")
     learnt: dict[str, np.ndarray] = {}
@@ -127,6 +127,7 @@ def layout(manifest: dict[str, Any]) -> Layout:
         "token_type_ids": (9, 1, 1, 1, "token"),
         "reference_bytes": (10, 1, 4, 1, "row"),
         "reference": (11, 1, 1, 1, "byte"),
+        "label_values": (12, 4, 1, 1, "position"),
         "label_logprob": (24, 2, 1, 1, "position"),
         "entropy": (25, 1, 1, 1, "position"),
     }
@@ -140,7 +141,9 @@ def layout(manifest: dict[str, Any]) -> Layout:
         table["target_counts"] = (21, 1, 1, 1, "position")
     if kind in ("topk", "adaptive", "sample"):
         table["target_ids"] = (16, class_bytes, 1, entries, per)
-    if kind != "none":
+    if kind == "values":
+        table["target_values"] = (22, 4, 1, 1, "position")
+    elif kind != "none":
         table["target_codes"] = (17, 2 if halves else 1, 1, entries, per)
     if kind == "topk" and not halves:
         table["target_range"] = (18, 1, 1, 1, "position")
@@ -167,16 +170,24 @@ def rows(
     ends = [np.cumsum(lengths) for lengths in segments]
     check([end[-1] for end in ends] == tokens.tolist(), "segments")
     default = [np.setdiff1d(np.arange(end[-1]), end - 1) for end in ends]
+    of_outputs = manifest.get("problem_type", "single_label") != "single_label"
+    if of_outputs:
+        default = [np.arange(len(manifest["labels"]))] * len(counts)
     positions = cut(values["positions"], counts) if "positions" in values else default
     check([len(places) for places in positions] == counts.tolist(), "num_positions")
-    labels = [ids[places + 1] for ids, places in zip(input_ids, positions, strict=True)]
-    if "labels" in values:
+    if "label_values" in values:
+        labels = cut(float32(values["label_values"]), counts)
+    elif "labels" in values:
         labels = cut(values["labels"], counts)
+    else:
+        labels = [ids[places + 1] for ids, places in zip(input_ids, positions, strict=True)]
 
     of_positions: dict[str, np.ndarray] = {}
     of_entries: dict[str, np.ndarray] = {}
     sizes = counts
-    if targets["kind"] != "none":
+    if targets["kind"] == "values":
+        of_positions["target_values"] = float32(values["target_values"])
+    elif targets["kind"] != "none":
         entries, tail = distributions(values, targets, learnt)
         if targets["kind"] in ("topk", "dense"):
             of_positions |= {name: part.reshape(len(tail), -1) for name, part in entries.items()}
@@ -206,6 +217,13 @@ def rows(
         of_rows["reference"] = [json.loads(text.astype(np.uint8).tobytes()) for text in texts]
     for index in range(len(tokens)):
         yield {name: content[index] for name, content in of_rows.items()}
+
+
+def float32(bits: np.ndarray) -> np.ndarray:
+    """Numbers by their bits, which must be finite."""
+    numbers = bits.astype(np.uint32).view(np.float32)
+    check(bool(np.isfinite(numbers).all()), "a number")
+    return numbers
 
 
 def distributions(

@@ -163,7 +163,7 @@ def paths_of(value, path=()):
 
 EVERY_FIELD = list(paths_of(json.loads(make_manifest().to_json())))
 ADDED = [
-    *(("targets", "mean_entries"), ("targets", "threshold"), ("labels",)),
+    *(("targets", "mean_entries"), ("targets", "threshold"), ("labels",), ("problem_type",)),
     *(("hidden", "every"), ("hidden", "pooling")),
     *(("preprocessing", name) for name in ("mask_copies", "mask_share", "mask_seed", "stride")),
     *(("preprocessing", name) for name in ("max_target_length", "decoder_start", "generation")),
