@@ -64,9 +64,9 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)  # of the captures
     teacher: Size = Size(192, 3)
     student: Size = Size(64, 2)
-    teacher_steps: int = 800
+    teacher_steps: int = 500
     teacher_rate: float = 7e-4
-    steps: int = 600
+    steps: int = 500
     rate: float = 2e-3
     batch_tokens: int = 1024
     dropout: float = 0.1
@@ -126,8 +126,8 @@ RECIPES: dict[str, Recipe] = {
         task="question-answering",
         tokenizer="bert_base_chinese",
         options={"max_length": 256, "stride": 64},
-        teacher_steps=300,
-        steps=200,
+        teacher_steps=150,
+        steps=100,
         batch_tokens=4096,
         distil=LABELS,
     ),
@@ -141,7 +141,7 @@ RECIPES: dict[str, Recipe] = {
             "mean_entries": 16.0,
             "columns": ("source=en", "target=zh"),
         },
-        teacher_steps=1000,
+        teacher_steps=600,
         teacher_rate=1.5e-3,
         batch_tokens=2048,
         evaluation=WRITING,
@@ -151,9 +151,9 @@ RECIPES: dict[str, Recipe] = {
         tokenizer="own:4096",
         fields=("document",),
         options={"max_length": 192, "max_target_length": 48, "mean_entries": 16.0},
-        teacher_steps=300,
+        teacher_steps=150,
         teacher_rate=1.5e-3,
-        steps=200,
+        steps=100,
         batch_tokens=4096,
         evaluation=WRITING,
     ),
