@@ -302,13 +302,15 @@ def test_early_stopping_by_the_metric_of_the_task_keeps_the_best_model(
     )
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     name = result["validation"]["metric"]
-    found = [line[name] for line in lines if line["kind"] == "eval"]
-    assert result["steps"] == 1 + found.index(max(found)) + 4 < 40
-    assert result["validation"][name] == max(found) > min(found)
+    found = {line["step"]: line[name] for line in lines if line["kind"] == "eval"}
+    best = max(found, key=lambda step: (found[step], -step))  # the first of equal ones
+    assert list(found) == list(range(result["steps"] + 1))  # 0: before training
+    assert result["steps"] == best + 4 < 40
+    assert result["validation"][name] == found[best] > min(found.values())
     config = EvaluateConfig(
         student=str(tmp_path / "run"), cache=caches[f"{task} held out"], device="cpu"
     )
-    assert run_evaluate(config)[name] == max(found)
+    assert run_evaluate(config)[name] == found[best]
 
 
 @pytest.mark.parametrize("task", TASKS)
