@@ -27,7 +27,7 @@ from teacher_cache.capture import grid_offsets, random_bits
 from teacher_cache.check_states import CheckedStates, check_states
 from teacher_cache.check_values import CheckedValues, check_values
 from teacher_cache.config import CheckConfig
-from teacher_cache.plan import teacher_info
+from teacher_cache.draft import teacher_info
 from teacher_cache.rows import Row
 from teacher_cache.targets import select
 from teacher_cache.teacher import Teacher

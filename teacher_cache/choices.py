@@ -17,6 +17,7 @@ from shared.schema import MIN_BLOCK_POSITIONS
 from shared.target import MAX_ENTRIES, ClassRanks, Floats, Target, TargetKind, TargetSpec
 from shared.tasks import TASKS
 from teacher_cache.batches import forward_batches
+from teacher_cache.draft import Draft
 from teacher_cache.gradient_error import (
     PARTS,
     STUDENT_KLS,
@@ -28,7 +29,7 @@ from teacher_cache.gradient_error import (
     noise_scale,
     relative,
 )
-from teacher_cache.plan import Draft, Largest, Sample, learn_targets
+from teacher_cache.plan import Largest, Sample, learn_targets
 from teacher_cache.rows import Row
 from teacher_cache.statistics import kept_masses
 from teacher_cache.targets import Selected, select

@@ -29,8 +29,9 @@ from teacher_cache import choices, plan
 from teacher_cache.capture import capture_window
 from teacher_cache.choices import Choice, Measured
 from teacher_cache.config import PlanConfig
+from teacher_cache.draft import Draft, resolve
 from teacher_cache.job import assemble, cut_blocks
-from teacher_cache.plan import Draft, Sample
+from teacher_cache.plan import Sample
 from teacher_cache.rows import Row
 from teacher_cache.statistics import histogram
 from teacher_cache.teacher import Teacher
@@ -64,7 +65,7 @@ class _Calibrated:
 
 def estimate(config: PlanConfig) -> dict[str, Any]:
     """Documents, rows, tokens, positions, shards; bytes of every choice; hours where calibrated."""
-    draft = plan.resolve(config, load_teacher=config.calibrate)
+    draft = resolve(config, load_teacher=config.calibrate)
     if config.calibrate and draft.problem_type == "regression":
         raise ConfigError(
             "--calibrate compares what may be kept of a distribution; of a regression the "

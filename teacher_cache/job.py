@@ -30,7 +30,8 @@ from shared.storage import Storage
 from shared.target import ClassRanks
 from teacher_cache.capture import WindowTargets, capture_window
 from teacher_cache.config import CaptureConfig
-from teacher_cache.plan import Draft, publish_or_adopt, resolve
+from teacher_cache.draft import Draft, resolve
+from teacher_cache.plan import publish_or_adopt
 from teacher_cache.rows import Row
 from teacher_cache.statistics import add, block_sums, encode_and_measure
 from teacher_cache.teacher import Teacher

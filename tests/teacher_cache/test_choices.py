@@ -158,8 +158,9 @@ def numbers(options) -> dict[str, Any]:
 def test_kept_mass_and_truncation_of_a_threshold(numbers, options, teacher_dir):
     """Against the classes above the threshold of the float64 teacher, position by position."""
     from teacher_cache import plan
+    from teacher_cache.draft import resolve
 
-    draft = plan.resolve(PlanConfig(**options), load_teacher=False)
+    draft = resolve(PlanConfig(**options), load_teacher=False)
     teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float64)
     asked = next(choice for choice in numbers["choices"] if choice["asked"])
     kept, entries = [], []

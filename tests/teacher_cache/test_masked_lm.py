@@ -38,11 +38,11 @@ from student_train.trainer import run as train
 from teacher_cache import probes, streamed_head
 from teacher_cache.check import check
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
+from teacher_cache.draft import resolve
 from teacher_cache.estimate import estimate
 from teacher_cache.inspection import inspect
 from teacher_cache.job import run
 from teacher_cache.masked_rows import build
-from teacher_cache.plan import resolve
 from teacher_cache.report import inspect_text
 from teacher_cache.teacher import Teacher
 from tests.student_train.test_objective import batches

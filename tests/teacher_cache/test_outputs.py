@@ -26,11 +26,11 @@ from teacher_cache.config import (
     VerifyConfig,
 )
 from teacher_cache.corpus import open_corpus
+from teacher_cache.draft import problem_type_for
 from teacher_cache.estimate import estimate
 from teacher_cache.inspection import inspect, verify
 from teacher_cache.label_rows import Labelled, build, values, yes_or_no
 from teacher_cache.pages import write_inspection
-from teacher_cache.plan import problem_type_for
 from teacher_cache.repack import repack
 from teacher_cache.report import check_text, inspect_text
 from tests import plain_reader

@@ -19,9 +19,9 @@ from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
 from shared.storage import Storage
 from teacher_cache import plan
 from teacher_cache.config import CaptureConfig, PlanConfig
+from teacher_cache.draft import Draft, resolve
 from teacher_cache.estimate import estimate
 from teacher_cache.job import run
-from teacher_cache.plan import Draft
 from teacher_cache.rows import build
 from teacher_cache.teacher import Teacher, TeacherBatch
 from tests.conftest import Capture, llama_config
@@ -188,7 +188,7 @@ def draft_of(options: dict[str, Any], tmp_path: Path) -> Callable[..., Draft]:
     def make(lengths: list[int], **more: Any) -> Draft:
         corpus = of_words(lengths, tmp_path / "words.txt")
         chosen = options | {"corpus": str(corpus), "limit_documents": 0} | more
-        return plan.resolve(CaptureConfig(**chosen), load_teacher=False)
+        return resolve(CaptureConfig(**chosen), load_teacher=False)
 
     return make
 
@@ -291,7 +291,7 @@ def test_what_never_fits_is_refused_with_the_length(
         tried.append(len(batch.input_ids))
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    draft = plan.resolve(CaptureConfig(**options | {"forward_tokens": forward_tokens}))
+    draft = resolve(CaptureConfig(**options | {"forward_tokens": forward_tokens}))
     monkeypatch.setattr(Teacher, "forward", out_of_memory)
     with pytest.raises(Refused, match=message):
         plan.publish_or_adopt(draft, Storage(options["out"]))
