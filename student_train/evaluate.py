@@ -19,11 +19,12 @@ from student_train.answers import collector_for
 from student_train.config import EvaluateConfig
 from student_train.details import Details
 from student_train.evaluation_page import write_evaluation
+from student_train.fit import check_fit
 from student_train.loss_spec import LossSpec
 from student_train.objective import Objective, attach
 from student_train.order import Order, OrderSpec
 from student_train.stream import BatchStream, StreamSpec
-from student_train.student import build_student, check_fit, load_config
+from student_train.student import build_student, load_config
 from student_train.text_metrics import require_metrics
 from student_train.vectors import layer_pair, load_projection
 from student_train.writing import Writing, check_writes, written_numbers

@@ -40,6 +40,7 @@ from student_train.export_check import (
     random_samples,
     samples_of,
 )
+from student_train.fit import check_fit
 from student_train.metrics import TITLES
 from student_train.model_card import CARD, ExportedFile, Subject, model_card
 from student_train.onnx_files import (
@@ -60,7 +61,7 @@ from student_train.saved_student import (
     load_tokenizer,
     merged,
 )
-from student_train.student import PROBLEM_TYPES, check_fit
+from student_train.student import PROBLEM_TYPES
 from student_train.vectors import copy_modules
 
 log = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ from shared.errors import ConfigError, IncompleteCache, Refused
 from shared.options import load
 from shared.storage import Storage
 from shared.tokenizer import load_cached_tokenizer
+from student_train.adapters import require_peft
 from student_train.config import TrainConfig
 from student_train.run_files import (
     CONFIG,
@@ -30,7 +31,6 @@ from student_train.run_files import (
     read_result,
     read_snapshot,
 )
-from student_train.student import require_peft
 
 log = logging.getLogger(__name__)
 

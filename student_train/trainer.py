@@ -22,31 +22,29 @@ from shared.errors import ConfigError, Stopped
 from shared.storage import Storage
 from shared.tasks import TASKS
 from shared.tokenizer import load_cached_tokenizer
+from student_train.adapters import add_adapters
 from student_train.arguments import micro_batch_tokens, refuse_what_breaks, training_arguments
 from student_train.cache_set import Source
 from student_train.callbacks import BeforeTheFirstStep, ProgressLine, StopOnSignal
 from student_train.config import TrainConfig
 from student_train.encoder_decoder import trunk_parts
 from student_train.evaluate import evaluate
+from student_train.fit import (
+    check_cache,
+    check_fit,
+    check_metric,
+    check_same_labels,
+    layer_pairs,
+    resolved_weights,
+    warn_of_lost_mass,
+)
 from student_train.metrics_log import MetricsLog
 from student_train.objective import PROJECTIONS, Attachment, Objective, attach
 from student_train.order import Order, OrderSpec, accumulation_for
 from student_train.run_folder import RunFolder, is_main_process, kl_of
 from student_train.schedule import LossSchedule, ScheduledLoss
 from student_train.stream import BatchStream, StreamSpec
-from student_train.student import (
-    add_adapters,
-    build_student,
-    check_cache,
-    check_fit,
-    check_metric,
-    check_same_labels,
-    is_from_scratch,
-    layer_pairs,
-    load_config,
-    resolved_weights,
-    warn_of_lost_mass,
-)
+from student_train.student import build_student, is_from_scratch, load_config
 from student_train.task_defaults import Start
 from student_train.text_metrics import require_metrics
 from student_train.vectors import projection_of

@@ -13,8 +13,9 @@ from transformers import AutoConfig, BertModel, GPT2Config, LlamaForCausalLM, Ma
 from shared.cache import open_cache
 from shared.errors import ConfigError, Stopped
 from student_train import trainer
+from student_train.adapters import add_adapters
 from student_train.config import AdapterSpec, TrainConfig
-from student_train.student import add_adapters, build_student, set_dropout
+from student_train.student import build_student, set_dropout
 from student_train.trainer import run
 from tests.conftest import llama_config
 from tests.student_train.label_caches import bert_config, make_rows, make_teacher, write_cache

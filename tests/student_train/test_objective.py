@@ -336,8 +336,8 @@ def test_a_step_cut_into_micro_batches_has_the_same_gradient(cache_dir, accumula
 
 def test_adapters_on_the_trunk_get_the_gradient_of_the_dense_loss(cache_dir):
     """And the frozen head and trunk get none."""
+    from student_train.adapters import add_adapters
     from student_train.config import AdapterSpec
-    from student_train.student import add_adapters
 
     cache = open_cache(cache_dir)
     torch.manual_seed(3)

@@ -30,10 +30,11 @@ from student_train.cli import _evaluation_text
 from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
 from student_train.evaluate import evaluate
 from student_train.evaluate import run as run_evaluate
+from student_train.fit import check_fit
 from student_train.loss_spec import LossSpec
 from student_train.objective import Objective, attach, probe_head
 from student_train.report import compare, table
-from student_train.student import check_fit, load_config
+from student_train.student import load_config
 from student_train.trainer import run as train
 from teacher_cache import probes, streamed_head
 from teacher_cache.check import check

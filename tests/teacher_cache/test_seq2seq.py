@@ -94,7 +94,7 @@ def test_targets_are_the_model_s_outputs_at_every_token_of_the_decoder(files, tm
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_of_padded_pairs_are_streamed(files, family):
     tokenizer = AutoTokenizer.from_pretrained(files / family)
-    teacher = Teacher.wrap(make_model(family), tokenizer, "pair")
+    teacher = Teacher.wrap(make_model(family), tokenizer, "seq2seq-lm")
     assert teacher.streamed is not None
     assert teacher.num_layers == 3
 
@@ -109,7 +109,7 @@ def test_a_decoder_that_sees_later_tokens_is_refused(files):
     model.get_decoder().register_forward_hook(mixed)
     tokenizer = AutoTokenizer.from_pretrained(files / "bart")
     with pytest.raises(Refused, match="its prediction of a token depends on later tokens"):
-        Teacher.wrap(model, tokenizer, "pair")
+        Teacher.wrap(model, tokenizer, "seq2seq-lm")
 
 
 def test_hard_labels_need_no_teacher_and_their_rows_are_the_teacher_s(files, tmp_path):
