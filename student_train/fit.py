@@ -305,6 +305,17 @@ def resolved_weights(config: TrainConfig, task: TaskName) -> TrainConfig:
     return replace(config, soft_weight=0, hard_weight=0, hidden_weight=config.hidden_weight or 1.0)
 
 
+def warn_of_same_rows(config: TrainConfig, caches: Sequence[Cache]) -> None:
+    """Two teachers on the same rows, joined: every row is read once for each of them."""
+    rows = {cache.manifest.rows_id for cache in caches}
+    if len(rows) < len(caches) and not config.ensemble:
+        log.warning(
+            "--cache: %d caches hold the same rows, each of which is trained on once for each "
+            "cache. With --ensemble students learn from the mixture of the teachers instead",
+            len(caches) - len(rows) + 1,
+        )
+
+
 def warn_of_lost_mass(config: TrainConfig, cache: Cache) -> None:
     """Of what is cut away a student learns only how much it is together, not where it lies."""
     if not config.uses_soft_loss or cache.manifest.targets.kind not in ("topk", "adaptive"):

@@ -37,6 +37,7 @@ from student_train.fit import (
     layer_pairs,
     resolved_weights,
     warn_of_lost_mass,
+    warn_of_same_rows,
 )
 from student_train.metrics_log import MetricsLog
 from student_train.objective import PROJECTIONS, Attachment, Objective, attach
@@ -159,6 +160,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         if config.generate_rows:
             check_writes(validation)
             require_metrics()
+    warn_of_same_rows(config, caches.caches)
     for cache in caches.caches:
         check_cache(config, model_config, cache)
         warn_of_lost_mass(config, cache)

@@ -13,6 +13,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError, Stopped
 from student_train.config import TrainConfig
 from student_train.ensemble import Ensemble
+from student_train.fit import warn_of_same_rows
 from teacher_cache.config import RepackConfig
 from teacher_cache.repack import repack
 from tests.conftest import Capture, llama_config
@@ -251,3 +252,14 @@ def test_a_number_behind_the_last_equals_sign_is_a_weight(given, path, weights):
 def test_what_is_no_weight_is_refused(given):
     with pytest.raises(ConfigError, match=r"weight from 1e-06 to 1,000,000.*needs a weight behind"):
         TrainConfig(student="s", cache=(Path(given),), out=Path("o"))
+
+
+@pytest.mark.parametrize(("ensemble", "warned"), [(False, True), (True, False)])
+def test_teachers_on_the_same_rows_joined_by_mistake_are_noticed(dense, caplog, ensemble, warned):
+    caches = [open_cache(path) for path in dense]
+    config = TrainConfig(student="s", cache=dense, out=Path("run"), ensemble=ensemble)
+    warn_of_same_rows(config, caches)
+    assert ("2 caches hold the same rows" in caplog.text) == warned
+    caplog.clear()
+    warn_of_same_rows(config, caches[:1])
+    assert not caplog.text
