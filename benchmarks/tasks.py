@@ -301,7 +301,8 @@ def tokenizer_of(recipe: Recipe, data: Path, source: Path, folder: Path) -> Path
 def texts(source: Path, fields: tuple[str, ...]) -> list[str]:
     """Everything written in these fields of the training split."""
     found = []
-    for line in (source / "train.jsonl").read_text(encoding="utf-8").splitlines():
+    lines = (source / "train.jsonl").read_text(encoding="utf-8").split("\n")
+    for line in filter(None, lines):  # not splitlines: a text may hold other line separators
         row = json.loads(line)
         for name in fields:
             values = row[name] if isinstance(row[name], list) else [row[name]]
