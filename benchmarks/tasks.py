@@ -100,6 +100,7 @@ RECIPES: dict[str, Recipe] = {
         task="sequence-classification",
         tokenizer="bert_base_uncased",
         options={"max_length": 64},
+        steps=1500,
         distil=LABELS,
     ),
     "classify_en_sentence_polarity": Recipe(

@@ -3,10 +3,18 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from shared.errors import ConfigError
-from student_train.text_metrics import is_cjk, require_metrics, sentence_chrf, text_numbers, words
+from student_train.text_metrics import (
+    chrf,
+    is_cjk,
+    require_metrics,
+    sentence_chrf,
+    text_numbers,
+    words,
+)
 
 TEXTS = ["the cat sat on the mat", "no dog", "so long and see him", "what is it"]
 REFERENCES = [
@@ -120,3 +128,22 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"sacrebleu and rouge_score: pip install 'teacher-cache"):
         require_metrics()
+
+
+def test_texts_of_which_some_score_nothing_have_an_interval():
+    """Draws of rows that all score 0 are among those of a student that writes almost nothing."""
+    texts, references = ["the cat sat", "", "zz"], [["the cat sat"], ["a dog"], ["a bird"]]
+    numbers = text_numbers(texts, references)
+    assert 0 == numbers["chrf_low"] < numbers["chrf"] < numbers["chrf_high"] == pytest.approx(100)
+
+
+def test_the_interval_is_that_of_the_corpus_score_of_drawn_rows():
+    texts = [f"the cat number {n % 3} sat" for n in range(12)]
+    references = [[f"the cat number {n % 5} sat down"] for n in range(12)]
+    rng = np.random.default_rng(0)
+    drawn = [rng.integers(0, 12, 12) for _ in range(1000)]
+    scores = [chrf([texts[i] for i in rows], [references[i] for i in rows]) for rows in drawn[:40]]
+    numbers = text_numbers(texts, references)
+    spread = numbers["chrf_high"] - numbers["chrf_low"]
+    assert np.subtract(*np.percentile(scores, (97.5, 2.5))) == pytest.approx(spread, rel=0.4)
+    assert numbers["chrf_low"] < np.mean(scores) < numbers["chrf_high"]
