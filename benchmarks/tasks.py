@@ -3,10 +3,12 @@
     python benchmarks/tasks.py --data DATA --out DIR [--sets NAME...] [--seeds 3] [--processes 2]
 
 DATA holds a folder for each data set (`classify_en_banking77`, ...) with train.jsonl and
-validation.jsonl. For each set a teacher is trained on the spot, with the tool itself: a cache of
-hard labels and the hard loss. It runs once over both splits. Then students of one size, the same
-seeds and batches, learn from the hard labels alone and from the cache. Each result is kept in DIR:
-run again to go on. Prints one JSON line, and a table to stderr.
+validation.jsonl. A tenth of the training rows is held back: teachers and students are stopped by
+it, and nothing but the last evaluation sees the validation split. For each set a teacher is trained
+on the spot, with the tool itself: a cache of hard labels and the hard loss. It runs once over all
+splits. Then students of one size and seed learn for the same number of steps from the hard labels
+alone and from the cache; and from it and that of text without labels, where a set has any. Each
+result is kept in DIR: run again to go on. Prints one JSON line, and a table to stderr.
 """
 
 import os
@@ -19,13 +21,15 @@ import argparse
 import json
 import multiprocessing
 import platform
+import random
+import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -41,7 +45,9 @@ from teacher_cache.config import CaptureConfig
 from teacher_cache.job import run as capture_run
 
 LOWER_IS_BETTER = ("loss",)
-ARMS = ("hard", "distilled")
+ARMS = ("hard", "distilled", "more-text")
+SPLITS = ("train", "stopping", "validation")
+STOPPING_SHARE = 10  # one of so many training rows is of the split that stops a training
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +65,21 @@ class Recipe:
     task: TaskName
     source: str | None = None  # folder of the data, where it is not the name of the set
     teacher_of: str | None = None  # the set whose teacher this is, where it has none of its own
+    unlabelled: str | None = (
+        None  # a set whose texts the teacher labels too, for the distilled ones
+    )
     tokenizer: str  # a folder of DATA/tokenizers, or own:N, a byte-level BPE of the training text
     fields: tuple[str, ...] = ()  # whose text an own tokenizer is trained on
     options: dict[str, Any] = field(default_factory=dict)  # of the captures
     teacher: Size = Size(192, 3)
     student: Size = Size(64, 2)
-    teacher_steps: int = 500
-    teacher_rate: float = 7e-4
-    steps: int = 500
+    teacher_steps: int = 800
+    teacher_rate: float = 1e-3
+    steps: int = 800
     rate: float = 2e-3
     batch_tokens: int = 1024
     dropout: float = 0.1
+    stop_by: Literal["loss", "metric"] = "metric"
     distil: dict[str, Any] = field(default_factory=dict)  # of the training from the cache
     evaluation: dict[str, Any] = field(default_factory=dict)  # of `train-student evaluate`
 
@@ -98,9 +108,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     "classify_en_banking77": Recipe(
         task="sequence-classification",
+        unlabelled="classify_en_clinc150",
         tokenizer="bert_base_uncased",
         options={"max_length": 64},
-        steps=1500,
         distil=LABELS,
     ),
     "classify_en_sentence_polarity": Recipe(
@@ -113,22 +123,24 @@ RECIPES: dict[str, Recipe] = {
         task="causal-lm",
         tokenizer="own:4096",
         fields=("messages",),
-        options={"max_length": 512, "mean_entries": 12.0},
+        options={"max_length": 512, "mean_entries": 16.0},
         dropout=0.0,
+        stop_by="loss",
     ),
     "instruct_en_gsm8k": Recipe(
         task="causal-lm",
         tokenizer="own:4096",
         fields=("question", "answer"),
-        options={"max_length": 256, "mean_entries": 12.0},
+        options={"max_length": 256, "mean_entries": 16.0},
         dropout=0.0,
+        stop_by="loss",
     ),
     "qa_zh_cmrc2018": Recipe(
         task="question-answering",
         tokenizer="bert_base_chinese",
         options={"max_length": 256, "stride": 64},
-        teacher_steps=150,
-        steps=100,
+        teacher_steps=300,
+        steps=200,
         batch_tokens=4096,
         distil=LABELS,
     ),
@@ -142,9 +154,9 @@ RECIPES: dict[str, Recipe] = {
             "mean_entries": 16.0,
             "columns": ("source=en", "target=zh"),
         },
-        teacher_steps=600,
-        teacher_rate=1.5e-3,
-        batch_tokens=2048,
+        teacher_rate=2e-3,
+        rate=4e-3,
+        stop_by="loss",
         evaluation=WRITING,
     ),
     "summarise_en_scitldr": Recipe(
@@ -152,10 +164,12 @@ RECIPES: dict[str, Recipe] = {
         tokenizer="own:4096",
         fields=("document",),
         options={"max_length": 192, "max_target_length": 48, "mean_entries": 16.0},
-        teacher_steps=150,
-        teacher_rate=1.5e-3,
-        steps=100,
+        teacher_steps=300,
+        teacher_rate=2e-3,
+        steps=200,
+        rate=4e-3,
         batch_tokens=4096,
+        stop_by="loss",
         evaluation=WRITING,
     ),
     "embed_en_banking77": Recipe(
@@ -218,48 +232,80 @@ def prepare(data: Path, out: Path, name: str) -> str:
     """Tokenizer, configs, teacher and caches of one set; what is there already is kept."""
     torch.set_num_threads(1)
     recipe, folder = RECIPES[name], out / name
-    source = data / (recipe.source or name)
     folder.mkdir(exist_ok=True)
+    source = split_of(data / (recipe.source or name), folder / "data")
     tokenizer = tokenizer_of(recipe, data, source, folder)
     for role, size in (("teacher", recipe.teacher), ("student", recipe.student)):
         make_config(folder / f"{role}-config", recipe, size, tokenizer)
     if recipe.teacher_of is None:
         make_teacher(recipe, source, folder, tokenizer)
     teacher = out / (recipe.teacher_of or name) / "teacher"
-    for split in ("train", "validation"):
+    for split in SPLITS:
         capture(source, folder / f"cache-{split}", split, recipe, {"teacher": str(teacher)})
+    if recipe.unlabelled is not None:
+        options = {"teacher": str(teacher), "unlabelled": True}
+        capture(data / recipe.unlabelled, folder / "cache-unlabelled", "train", recipe, options)
     if recipe.task != "feature-extraction":  # whose teacher is what all else is compared with
         (folder / "teacher.json").write_text(json.dumps(evaluate(teacher, folder, recipe)))
     return name
 
 
+def split_of(source: Path, folder: Path) -> Path:
+    """The data with one of STOPPING_SHARE training rows, drawn once, in a split of their own."""
+    if folder.exists():
+        return folder
+    rows = [row for row in (source / "train.jsonl").read_text(encoding="utf-8").split("\n") if row]
+    random.Random(0).shuffle(rows)
+    held_back = len(rows) // STOPPING_SHARE
+    temporary = folder.with_suffix(".part")
+    temporary.mkdir(exist_ok=True)
+    for name, some in (("stopping", rows[:held_back]), ("train", rows[held_back:])):
+        (temporary / f"{name}.jsonl").write_text("\n".join(some) + "\n", encoding="utf-8")
+    for known in ("validation.jsonl", "labels.json"):
+        if (source / known).exists():
+            shutil.copy(source / known, temporary / known)
+    temporary.rename(folder)
+    return folder
+
+
 def make_teacher(recipe: Recipe, source: Path, folder: Path, tokenizer: Path) -> None:
-    """Hard labels of both splits, and a model trained on them."""
-    for split in ("train", "validation"):
+    """Hard labels of the training rows, and a model trained on them."""
+    for split in ("train", "stopping"):
         plain = {"targets": "none", "tokenizer": str(tokenizer)}
         capture(source, folder / f"labels-{split}", split, recipe, plain)
     train_run(
         TrainConfig(
             student=str(folder / "teacher-config"),
             cache=(folder / "labels-train",),
-            validation_cache=folder / "labels-validation",
+            validation_cache=folder / "labels-stopping",
             out=folder / "teacher",
             soft_weight=0.0,
             hard_weight=1.0,
             max_steps=recipe.teacher_steps,
             learning_rate=recipe.teacher_rate,
             batch_tokens=recipe.batch_tokens,
-            eval_every=100,
-            save_every=100,
-            early_stopping_patience=3,
             weight_decay=0.01,
+            **stopping(recipe, recipe.teacher_steps, patience=3),
         )
     )
 
 
+def stopping(recipe: Recipe, steps: int, patience: int) -> dict[str, Any]:
+    """Eight looks at the held-back rows; the model of the best one is what is saved."""
+    return {
+        "eval_every": steps // 8,
+        "save_every": steps // 8,
+        "early_stopping_patience": patience,
+        "early_stopping_metric": recipe.stop_by,
+    }
+
+
 def arms_of(name: str) -> tuple[str, ...]:
-    """Vectors have no hard labels."""
-    return ("distilled",) if RECIPES[name].task == "feature-extraction" else ARMS
+    """Vectors have no hard labels, and few sets have text without any."""
+    recipe = RECIPES[name]
+    if recipe.task == "feature-extraction":
+        return ("distilled",)
+    return ARMS if recipe.unlabelled is not None else ARMS[:2]
 
 
 def capture(source: Path, out: Path, split: str, recipe: Recipe, options: dict[str, Any]) -> None:
@@ -334,53 +380,56 @@ def make_tokenizer(folder: Path, lines: list[str], classes: int) -> None:
 
 
 def make_config(folder: Path, recipe: Recipe, size: Size, tokenizer: Path) -> None:
-    """A model of the task's kind, from scratch."""
-    from transformers import AutoTokenizer, BertConfig, LlamaConfig, MarianConfig
+    """A model of the task's kind, from scratch.
+
+    All have their norms before the blocks: of others, as BERT and Marian, small ones sit on a
+    plateau for hundreds of steps whose end is a matter of the seed.
+    """
+    from transformers import AutoTokenizer, LlamaConfig, ModernBertConfig, T5Config
 
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     ids = max(loaded.get_vocab().values()) + 1
+    common = {"vocab_size": ids, "pad_token_id": loaded.pad_token_id, "bos_token_id": None}
     shape = {
-        "vocab_size": ids,
         "hidden_size": size.width,
         "num_hidden_layers": size.layers,
         "num_attention_heads": size.width // 32,
         "max_position_embeddings": 512,
-        "pad_token_id": loaded.pad_token_id,
     }
     config: Any
     if recipe.task == "seq2seq-lm":
-        config = MarianConfig(
-            vocab_size=ids,
+        config = T5Config(
+            **common,
             d_model=size.width,
-            encoder_layers=size.layers,
-            decoder_layers=size.layers,
-            encoder_attention_heads=size.width // 32,
-            decoder_attention_heads=size.width // 32,
-            encoder_ffn_dim=4 * size.width,
-            decoder_ffn_dim=4 * size.width,
-            max_position_embeddings=512,
-            dropout=recipe.dropout,
-            pad_token_id=loaded.pad_token_id,
+            d_kv=32,
+            d_ff=3 * size.width,
+            num_layers=size.layers,
+            num_heads=size.width // 32,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=recipe.dropout,
             eos_token_id=loaded.eos_token_id,
-            bos_token_id=None,
             decoder_start_token_id=loaded.pad_token_id,
-            forced_eos_token_id=None,
         )
     elif recipe.task == "causal-lm":
         config = LlamaConfig(
+            **common,
             **shape,
             num_key_value_heads=size.width // 32,
             intermediate_size=3 * size.width,
             tie_word_embeddings=True,
-            bos_token_id=None,
             eos_token_id=loaded.eos_token_id,
         )
     else:
-        config = BertConfig(
+        config = ModernBertConfig(
+            **common,
             **shape,
-            intermediate_size=4 * size.width,
-            hidden_dropout_prob=recipe.dropout,
-            attention_probs_dropout_prob=recipe.dropout,
+            intermediate_size=2 * size.width,
+            eos_token_id=None,
+            cls_token_id=loaded.cls_token_id,
+            sep_token_id=loaded.sep_token_id,
+            embedding_dropout=recipe.dropout,
+            mlp_dropout=recipe.dropout,
+            classifier_dropout=recipe.dropout,
         )
     config.save_pretrained(folder)
 
@@ -399,13 +448,14 @@ def train_student(out: Path, name: str, arm: str, seed: int) -> str:
         train_run(
             TrainConfig(
                 student=str(folder / "student-config"),
-                cache=(folder / "cache-train",),
-                validation_cache=folder / "cache-validation",
+                cache=caches_of(folder, arm),
+                validation_cache=folder / "cache-stopping",
                 out=run,
                 max_steps=recipe.steps,
                 learning_rate=recipe.rate,
                 batch_tokens=recipe.batch_tokens,
                 seed=seed,
+                **stopping(recipe, recipe.steps, patience=8),
                 **weights,
             )
         )
@@ -414,6 +464,11 @@ def train_student(out: Path, name: str, arm: str, seed: int) -> str:
         file.write_text(json.dumps({"seconds": seconds, **numbers}))
     result = json.loads(file.read_text())
     return f"{name} {arm} {seed}: {metric_of(result)} {result[metric_of(result)]:.4f}"
+
+
+def caches_of(folder: Path, arm: str) -> tuple[Path, ...]:
+    more = (folder / "cache-unlabelled",) if arm == "more-text" else ()
+    return (folder / "cache-train", *more)
 
 
 def evaluate(run: Path, folder: Path, recipe: Recipe) -> dict[str, Any]:
@@ -436,7 +491,7 @@ def summary(out: Path, name: str) -> dict[str, Any] | None:
         for arm in arms_of(name)
     }
     if not all(results.values()):
-        return None
+        return None  # there is an arm without any result
     first = results["distilled"][0]
     metric = metric_of(first)
     file = folder / "teacher.json"
@@ -467,19 +522,18 @@ def summary(out: Path, name: str) -> dict[str, Any] | None:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """One row for each set."""
-    header = ("set", "metric", "teacher", "hard labels", "distilled", "gain", "B/token")
+    header = ("set", "metric", "teacher", *ARMS, "gain", "B/token")
     rows = [header]
     for line in lines:
-        hard, distilled = line.get("hard"), line["distilled"]
+        hard, best = line.get("hard"), line.get("more-text", line["distilled"])
         sign = -1 if line["metric"] in LOWER_IS_BETTER else 1
         rows.append(
             (
                 line["set"],
                 line["metric"],
                 "" if line["teacher"] is None else f"{line['teacher']:.4f}",
-                "" if hard is None else spread(hard),
-                spread(distilled),
-                "" if hard is None else f"{sign * (distilled['mean'] - hard['mean']):+.4f}",
+                *(spread(line[arm]) if arm in line else "" for arm in ARMS),
+                "" if hard is None else f"{sign * (best['mean'] - hard['mean']):+.4f}",
                 f"{line['bytes_per_token']}",
             )
         )

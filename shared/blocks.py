@@ -16,7 +16,6 @@ from shared.hidden import NO_SCALES, ChannelScales
 from shared.manifest import Manifest
 from shared.schema import layout
 from shared.target import ClassRanks, Target
-from shared.tasks import TASKS, Labels
 
 
 @dataclass(slots=True)
@@ -24,10 +23,10 @@ class Block:
     """Decoded consecutive rows.
 
     `positions` are token indices inside the row; `labels` is None where the hard label is the next
-    token, and -1 where there is none; `label_values` and `target_values` are what corpus and
-    teacher say in a regression; `segments` are the lengths of the documents' parts of packed rows;
-    `hidden` holds bfloat16 bit patterns. `positions` are written only where they are not the
-    task's default.
+    token, and -1 where there is none; `label_values` (NaN: none) and `target_values` are what
+    corpus and teacher say in a regression; `segments` are the lengths of the documents' parts of
+    packed rows; `hidden` holds bfloat16 bit patterns. `positions` are written only where they are
+    not the task's default.
     """
 
     row_ids: np.ndarray  # u64 [R]
@@ -115,7 +114,7 @@ def from_planes(
     if "positions.0" in values:
         positions = _joined(values, "positions")
         _check_positions(
-            positions, num_tokens, num_positions, own_labels=_labels_of(manifest) != "next"
+            positions, num_tokens, num_positions, own_labels=manifest.hard_labels != "next"
         )
     elif manifest.layout == "outputs":
         positions = ranges(np.zeros_like(num_positions), num_positions).astype(np.int32)
@@ -132,7 +131,9 @@ def from_planes(
         labels=_joined(values, "labels") if "labels.0" in values else None,
         token_type_ids=_joined(values, "token_type_ids") if "token_type_ids.0" in values else None,
     )
-    if _labels_of(manifest) == "none":
+    if manifest.hard_labels == "none" and manifest.problem_type == "regression":
+        block.label_values = np.full(count, np.nan, np.float32)
+    elif manifest.hard_labels == "none":
         block.labels = np.full(count, -1, np.int32)
     if "reference.0" in values:
         block.reference = values["reference.0"]
@@ -167,10 +168,6 @@ def from_planes(
             codec_name = manifest.hidden.codec
             block.hidden[layer] = hidden.decode(parts, codec_name, width, scales.get(layer))
     return block
-
-
-def _labels_of(manifest: Manifest) -> Labels:
-    return TASKS[manifest.task].labels
 
 
 def _check_segments(

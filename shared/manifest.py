@@ -23,7 +23,7 @@ from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCa
 from shared.hidden import HiddenCodec
 from shared.storage import Storage
 from shared.target import TargetKind, TargetSpec
-from shared.tasks import TASKS, Layout, Pooling, ProblemType, TaskName
+from shared.tasks import TASKS, Labels, Layout, Pooling, ProblemType, TaskName
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -42,6 +42,7 @@ _MAX_JSON_VALUES = 1 << 17  # a commit has one for each block: half a billion po
 _MAX_JSON_CONTAINERS = 256
 _ALWAYS = ("row_ids", "num_tokens", "num_positions", "input_ids")
 _OF_WINDOWS = ("num_segments", "segments", "positions", "labels", "reference_bytes", "reference")
+_OF_LABELS = ("labels", "label_values", "label_logprob")
 _OF_TARGETS = ("target_", "log_partition_ratio", "hidden")
 # Where each output of a row has a position: its kind of targets, classes, and column of labels.
 _OF_OUTPUTS: dict[ProblemType, tuple[TargetKind, int, str]] = {
@@ -162,7 +163,8 @@ class Manifest:
     `teacher` is None in a label-only cache; `origin` names the cache that this one was repacked
     from. `labels` are the names of the classes of a label space, empty for a vocabulary. Of
     sequence classification `problem_type` says what they are to a row: one of them is right
-    (single_label), each is right or not (multi_label), or each names a number (regression).
+    (single_label), each is right or not (multi_label), or each names a number (regression). Without
+    `labelled` no row has a hard label, though the task stores them.
     """
 
     format_version: int
@@ -182,6 +184,12 @@ class Manifest:
     side_files: dict[str, str]
     labels: tuple[str, ...] = field(default=(), metadata={"added": True})
     problem_type: ProblemType = field(default="single_label", metadata={"added": True})
+    labelled: bool = field(default=True, metadata={"added": True})
+
+    @property
+    def hard_labels(self) -> Labels:
+        """Where the hard labels of positions are."""
+        return TASKS[self.task].labels if self.labelled else "none"
 
     @property
     def layout(self) -> Layout:
@@ -341,6 +349,14 @@ def _wrong_labels(manifest: Manifest) -> Iterator[str]:
     """Names of classes, and what of them a position has: one of all, yes or no, or a number."""
     names, targets, problem = len(manifest.labels), manifest.targets, manifest.problem_type
     of_labels = TASKS[manifest.task].target_space == "labels"
+    if not manifest.labelled:
+        yield from _wrong_unlabelled(manifest)
+    elif (
+        TASKS[manifest.task].labels == "stored"
+        and manifest.layout in ("row", "tokens")
+        and "labels" not in manifest.columns
+    ):
+        yield f"columns: labels is missing, which {manifest.task} has"
     if problem == "single_label":
         if names != (targets.num_classes if of_labels else 0):
             yield (
@@ -361,8 +377,17 @@ def _wrong_labels(manifest: Manifest) -> Iterator[str]:
             f"of {classes}, or none, with {problem}"
         )
     there = {"positions", "segments", "labels", "label_values"} & set(manifest.columns)
-    if there != {column}:
+    if there != ({column} if manifest.labelled else set()):
         yield f"columns: found {_short(sorted(there))}, expected {column} with {problem}"
+
+
+def _wrong_unlabelled(manifest: Manifest) -> Iterator[str]:
+    if not TASKS[manifest.task].unlabelled or manifest.targets.kind == "none":
+        kind = manifest.targets.kind
+        yield f"labelled: found false, but {manifest.task} with targets {kind} needs labels"
+    for name in _OF_LABELS:
+        if name in manifest.columns:
+            yield f"columns: found {name}, but labelled is false"
 
 
 def _wrong_columns(columns: tuple[str, ...]) -> Iterator[str]:

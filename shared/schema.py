@@ -141,6 +141,7 @@ def optional_columns(
     labels: bool,
     targets: bool,
     label_values: bool = False,
+    label_logprob: bool = True,
     token_types: bool = False,
     references: bool = False,
 ) -> list[str]:
@@ -156,8 +157,10 @@ def optional_columns(
         names.append("labels")
     if label_values:
         names.append("label_values")
+    if targets and label_logprob:
+        names.append("label_logprob")
     if targets:
-        names += ["label_logprob", "entropy"]
+        names.append("entropy")
     if references:
         names += ["reference_bytes", "reference"]
     return names

@@ -35,7 +35,8 @@ class Task:
     start and end of an answer (windows.py); pair: two segments, what the encoder reads and what the
     decoder reads, targets at all tokens of the second but its last.
     `labels`: the hard labels are the next tokens, stored in a column of their own, or absent.
-    `ways`: which columns a document may consist of, by role.
+    `ways`: which columns a document may consist of, by role. `unlabelled`: of which ones, where it
+    has no label and only what a teacher says of it is learnt.
     """
 
     target_space: Literal["vocabulary", "labels", "tokens", "states"]
@@ -43,6 +44,7 @@ class Task:
     layout: Layout
     ways: tuple[tuple[str, ...], ...]
     labels: Labels = "stored"
+    unlabelled: tuple[tuple[str, ...], ...] = ()
 
 
 TASKS: dict[TaskName, Task] = {
@@ -71,12 +73,14 @@ TASKS: dict[TaskName, Task] = {
         "AutoModelForTokenClassification",
         layout="tokens",
         ways=(("tokens", "tags"),),
+        unlabelled=(("tokens",),),
     ),
     "sequence-classification": Task(
         "labels",
         "AutoModelForSequenceClassification",
         layout="row",
         ways=(("text", "text_pair", "label"), ("text", "label")),
+        unlabelled=(("text", "text_pair"), ("text",)),
     ),
     "question-answering": Task(
         "tokens",

@@ -269,12 +269,11 @@ class TrainConfig:
         _ = self.cache_weights  # refuses what is no weight
         _ = self.loss_spec  # refuses combinations that have no loss
         self._check_schedule()
-        hard_weight = max(self.hard_weight, self.hard_weight_end or 0)
-        if not (self.uses_soft_loss or hard_weight or self.uses_hidden_loss):
+        if not (self.uses_soft_loss or self.uses_hard_loss or self.uses_hidden_loss):
             raise ConfigError(
                 "--soft-weight, --hard-weight and --hidden-weight are all 0: nothing to learn from"
             )
-        if self.label_smoothing and not hard_weight:
+        if self.label_smoothing and not self.uses_hard_loss:
             raise ConfigError(
                 "--label-smoothing is only read with a hard loss, but --hard-weight is 0: give it "
                 "a weight or leave this one out"
@@ -373,6 +372,11 @@ class TrainConfig:
     def uses_soft_loss(self) -> bool:
         """Whether it has a weight at any step."""
         return max(self.soft_weight, self.soft_weight_end or 0) > 0
+
+    @property
+    def uses_hard_loss(self) -> bool:
+        """Whether it has a weight at any step."""
+        return max(self.hard_weight, self.hard_weight_end or 0) > 0
 
     @property
     def uses_hidden_loss(self) -> bool:

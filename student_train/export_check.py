@@ -151,7 +151,7 @@ def labels_of(cache: Cache, config: PretrainedConfig) -> Labels | None:
     manifest = cache.manifest
     task = TASKS[manifest.task]
     of_tokens = task.target_space in ("tokens", "states")
-    if of_tokens or (config.is_encoder_decoder and task.layout != "pair"):
+    if of_tokens or not manifest.labelled or (config.is_encoder_decoder and task.layout != "pair"):
         return None
     return Labels(manifest.layout in ("row", "outputs"), manifest.labels)
 

@@ -157,8 +157,18 @@ def _some(labels: list[str]) -> str:
     return ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
 
 
+def check_labelled(cache: Cache, option: str = "") -> None:
+    """Refuses to judge a student by rows of which nobody knows what would be right."""
+    if not cache.manifest.labelled:
+        raise CacheMismatch(
+            f"{option}{cache.path}: its rows have no hard labels, and every metric needs them. "
+            "Name a cache of labelled rows; a student may well train on this one."
+        )
+
+
 def check_same_labels(cache: Cache, held_out: Cache) -> None:
     """Refuses a held-out cache whose classes are not those that the student learns."""
+    check_labelled(held_out, "--validation-cache ")
     ours, theirs = cache.manifest, held_out.manifest
     advice = "Hold out rows of the same kind, with cache-teacher run --like."
     if ours.task != theirs.task:
@@ -255,10 +265,10 @@ def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cach
             f"{cache.path}: holds hard labels only (--targets none). Train with --soft-weight 0 "
             "--hard-weight 1, or cache a teacher."
         )
-    if config.uses_hidden_loss and TASKS[manifest.task].target_space in ("labels", "tokens"):
+    if config.uses_hidden_loss and manifest.layout in ("row", "outputs", "window"):
         raise CacheMismatch(
-            f"--hidden-weight: {cache.path} is of {manifest.task}, and the hidden-state loss is "
-            "there for language models only. Leave it out."
+            f"--hidden-weight: {cache.path} is of {manifest.task}, whose targets are of a row as a "
+            "whole; the hidden-state loss is there for tokens only. Leave it out."
         )
     if config.uses_soft_loss and manifest.targets.kind == "sample":
         _check_sample(config, cache)
@@ -285,24 +295,45 @@ def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cach
                 f"--hidden-map: {cache.path} holds hidden layers {there}, not {layer}. Cache again "
                 f"with --hidden-layers {layer}."
             )
+    if not (manifest.labelled or config.uses_soft_loss):
+        raise CacheMismatch(
+            f"--soft-weight 0: {cache.path} has no hard labels, so nothing of it would be learnt. "
+            "Leave --soft-weight out, or the cache."
+        )
     if cache.num_rows == 0:
         raise CacheMismatch(f"{cache.path}: its committed shards hold no row to train on")
 
 
-def resolved_weights(config: TrainConfig, task: TaskName) -> TrainConfig:
-    """The options with the weights that are the default of a task: of states, theirs alone."""
-    if TASKS[task].target_space != "states":
+def resolved_weights(config: TrainConfig, task: TaskName, *, labelled: bool) -> TrainConfig:
+    """The options with the weights that are the default where a term has nothing to work on.
+
+    Of states there is their own loss alone; where no cache is `labelled` there is no hard loss.
+    """
+    if TASKS[task].target_space == "states":
+        reason = (
+            f"a cache of --task {task} holds hidden states and neither targets nor labels. Leave "
+            "it out; the loss is that of --hidden-loss."
+        )
+        _check_weights(config, ("soft_weight", "hard_weight"), reason)
+        hidden_weight = config.hidden_weight or 1.0
+        return replace(config, soft_weight=0, hard_weight=0, hidden_weight=hidden_weight)
+    if labelled:
         return config
+    reason = (
+        "no row of these caches has a hard label. Leave it out, or add a cache of labelled rows "
+        "with another --cache."
+    )
+    _check_weights(config, ("hard_weight",), reason)
+    return replace(config, hard_weight=0)
+
+
+def _check_weights(config: TrainConfig, names: Sequence[str], reason: str) -> None:
+    """Refuses a weight that was asked for: another than none and the default."""
     defaults = {field.name: field.default for field in fields(TrainConfig)}
-    for name in ("soft_weight", "hard_weight"):
+    for name in names:
         value = getattr(config, name)
         if value not in (0, defaults[name]) or getattr(config, f"{name}_end"):
-            raise ConfigError(
-                f"--{name.replace('_', '-')} {value:g}: a cache of --task {task} holds hidden "
-                "states and neither targets nor labels. Leave it out; the loss is that of "
-                "--hidden-loss."
-            )
-    return replace(config, soft_weight=0, hard_weight=0, hidden_weight=config.hidden_weight or 1.0)
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: {reason}")
 
 
 def warn_of_same_rows(config: TrainConfig, caches: Sequence[Cache]) -> None:

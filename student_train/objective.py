@@ -106,11 +106,8 @@ class Attachment:
         _refuse_shards(student)
         self.student, self.objective = student, objective
         self.head_module: Any = student.get_output_embeddings()
-        if objective.states_only:
+        if objective.states_only or self.head_module is None:
             self.head = Head(linear=False)
-        elif self.head_module is None:
-            self.head = Head(linear=False)
-            _refuse_hidden(student, objective)
         else:
             self.head = probe_head(student, self.head_module, objective.num_classes)
         self._of_labels = self.head_module is None and not objective.states_only
@@ -237,9 +234,8 @@ class Attachment:
                 name = "soft_cross_entropy"
             sums |= {name: soft, "agreement": result.agreement}
         if objective.layer_pairs:
-            assert states is not None
-            # A trunk that the model does not call itself (OPT) ends in front of the head.
-            layers.setdefault(-1, states)
+            if states is not None:  # a trunk that no model calls (OPT) ends in front of the head
+                layers.setdefault(-1, states)
             hidden, count = self._hidden_sum(layers, targets), self._hidden_count(targets)
             # A mean times all positions, as the other sums are: those are what it is divided by.
             sums["hidden"] = hidden.detach() * (_count(targets) / count)
@@ -284,7 +280,9 @@ class Attachment:
         """Squared errors, of the teacher's numbers and of the corpus's; `logits` is [N, 1]."""
         objective, count = self.objective, _count(targets)
         numbers_N1 = output.logits.reshape(-1, 1).index_select(0, targets["position_index"]).float()
-        hard = squared_error(numbers_N1[:, 0], targets["labels"])
+        labels_N, answers_N = targets["labels"], numbers_N1[:, 0]
+        # NaN is no label; an answer is 0 away from itself.
+        hard = squared_error(answers_N, torch.where(labels_N.isnan(), answers_N, labels_N))
         loss, sums = hard * (objective.hard_weight / count), {"hard": hard.detach()}
         if "target_values" in targets:
             soft = squared_error(numbers_N1[:, 0], targets["target_values"])
@@ -431,14 +429,6 @@ def reads_token_types(student: Any) -> bool:
     model = _whole_model(student)
     types = getattr(model.config.get_text_config(), "type_vocab_size", 0)
     return types > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
-
-
-def _refuse_hidden(student: nn.Module, objective: Objective) -> None:
-    if objective.layer_pairs:
-        raise Refused(
-            f"--hidden-weight: the hidden-state loss is there for language models only, not for "
-            f"{type(student).__name__}, whose logits are over labels. Leave it out."
-        )
 
 
 def _refuse_shards(student: nn.Module) -> None:

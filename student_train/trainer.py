@@ -204,9 +204,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 def with_numbers(config: TrainConfig) -> TrainConfig:
     """The config of this run: what was left to the task is decided by the first cache's."""
-    manifest, _ = manifests.read(Storage(config.cache_paths[0]))
+    read = [manifests.read(Storage(path))[0] for path in config.cache_paths]
+    manifest, labelled = read[0], any(each.labelled for each in read)
     start: Start = "scratch" if is_from_scratch(config.student) else "pretrained"
-    config = resolved_weights(config, manifest.task)
+    config = resolved_weights(config, manifest.task, labelled=labelled)
     chosen = config.by_task(manifest.task, "adapters" if config.adapters else start)
     if chosen != config:
         log.info("%s: %s", config.out, chosen.recipe)

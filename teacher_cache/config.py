@@ -60,6 +60,14 @@ class CaptureConfig:
             read_when={"task": ("token-classification", "sequence-classification")},
         ),
     ] = None
+    unlabelled: Annotated[
+        bool,
+        Option(
+            help="Take no labels from the corpus: students learn from what the teacher says of its "
+            "rows alone. So it is anyhow where no column of labels is found.",
+            read_when={"task": ("token-classification", "sequence-classification")},
+        ),
+    ] = False
     problem_type: Annotated[
         ProblemType | Literal["auto"],
         Option(
@@ -285,6 +293,11 @@ class CaptureConfig:
                 raise ConfigError(f"--columns {pair}: expected ROLE=COLUMN, such as text=body")
 
     def _check_label_space(self) -> None:
+        if self.unlabelled and self.targets == "none":
+            raise ConfigError(
+                "--unlabelled with --targets none: nothing would be left to learn from. Give a "
+                "--teacher, or leave one of the two out."
+            )
         if self.targets not in ("auto", "dense", "none"):
             raise ConfigError(
                 f"--targets {self.targets}: --task {self.task} keeps every class, which is dense, "
@@ -295,8 +308,13 @@ class CaptureConfig:
                 "--targets dense and --temperature are of probabilities: --problem-type regression "
                 "keeps the teacher's numbers. Leave them out"
             )
-        if self.pack or self.hidden_layers:
-            raise ConfigError(f"--pack and --hidden-layers are not there for --task {self.task}")
+        if self.pack:
+            raise ConfigError(f"--pack is not there for --task {self.task}")
+        if self.hidden_layers and TASKS[self.task].layout != "tokens":
+            raise ConfigError(
+                f"--hidden-layers is not there for --task {self.task}, whose targets are of a row "
+                "as a whole: leave it out"
+            )
 
     def _check_states(self) -> None:
         if self.targets not in ("auto", "none") or self.temperature or self.top_k is not None:

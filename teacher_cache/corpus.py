@@ -70,6 +70,8 @@ _DOCUMENTS: dict[tuple[str, ...], Callable[..., Any]] = {
     ("tokens", "tags"): Tagged,
     ("text", "text_pair", "label"): Labelled,
     ("text", "label"): lambda text, label: Labelled(text, None, label),
+    ("tokens",): lambda tokens: Tagged(tokens, (None,) * len(tokens)),
+    ("text", "text_pair"): lambda text, text_pair: Labelled(text, text_pair, None),
     ("question", "context", "answers"): Asked,
 }
 
@@ -111,6 +113,8 @@ class Corpus:
     @cached_property
     def problem_type(self) -> ProblemType:
         """By the type of the column of labels: a list of several, a number, or one class."""
+        if "label" not in self.columns:
+            return "single_label"
         feature = self.documents.features[self.columns["label"]]
         if isinstance(feature, datasets.List | datasets.LargeList):
             return "multi_label"
@@ -229,7 +233,7 @@ def open_corpus(config: CaptureConfig) -> Corpus:
             f"{config.corpus}: no document in {config.split}. Check --split and the file."
         )
     columns = (
-        conll.columns_of(config.column_of, files[0].suffix).names
+        _of_column_file(config, files[0].suffix)
         if files and _kind(files[0]) == "conll"
         else _columns(documents, config)
     )
@@ -402,10 +406,24 @@ def _open_hub(config: CaptureConfig) -> tuple[datasets.Dataset, str]:
     return documents, xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
 
+def _of_column_file(config: CaptureConfig, suffix: str) -> dict[str, str]:
+    names = conll.columns_of(config.column_of, suffix).names
+    return {role: name for role, name in names.items() if role != "tags" or not config.unlabelled}
+
+
+def _ways(config: CaptureConfig) -> tuple[tuple[str, ...], ...]:
+    """The roles a document may consist of; those without labels last, and where a teacher is."""
+    task = TASKS[config.task]
+    if config.unlabelled:
+        return task.unlabelled
+    ways = _WAYS_OF_SOURCES[config.task] if config.generate else task.ways
+    return ways + task.unlabelled if config.uses_teacher else ways
+
+
 def _columns(documents: datasets.Dataset, config: CaptureConfig) -> dict[str, str]:
     """The column of each role: as asked, else by its usual names."""
     names, asked = list(documents.column_names), config.column_of
-    task_ways = _WAYS_OF_SOURCES[config.task] if config.generate else TASKS[config.task].ways
+    task_ways = _ways(config)
     roles = list(dict.fromkeys(role for way in task_ways for role in way))
     unknown = sorted(set(asked) - set(roles))
     if unknown:
@@ -428,12 +446,25 @@ def _columns(documents: datasets.Dataset, config: CaptureConfig) -> dict[str, st
         found = {role: asked.get(role) or _usual(role, free) for role in way}
         chosen = {role: column for role, column in found.items() if column is not None}
         if len(chosen) == len(way):
+            if way in TASKS[config.task].unlabelled and not config.unlabelled:
+                _say_unlabelled(config, [name for name in names if name not in chosen.values()])
             return chosen
     wanted = " or ".join(" and ".join(way) for way in task_ways)
     example = "text" if "text" in roles else roles[0]
     raise CorpusError(
         f"{config.corpus}: --task {config.task} reads {wanted}, and there are the columns "
         f"{_listed(names)}. Say which is which: --columns {example}={names[0]}"
+    )
+
+
+def _say_unlabelled(config: CaptureConfig, others: list[str]) -> None:
+    """A column of labels may only have a name that nobody guesses."""
+    role = "tags" if config.task == "token-classification" else "label"
+    advice = f" If it is one of {_listed(others)}: --columns {role}={others[0]}." if others else ""
+    log.warning(
+        "%s: no column of labels, so students learn from what the teacher says alone.%s",
+        config.corpus,
+        advice,
     )
 
 

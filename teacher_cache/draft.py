@@ -70,6 +70,12 @@ class Draft:
     problem_type: ProblemType = "single_label"
     learnt: bytes | None = None  # of the cache given by --like
 
+    @property
+    def labelled(self) -> bool:
+        """Whether rows have hard labels, where their task stores some."""
+        has = {"label", "tags"} & self.corpus.columns.keys()
+        return bool(has) or not TASKS[self.config.task].unlabelled
+
     def build_rows(
         self, documents: Iterable[tuple[int, Any]], counters: Counter[str]
     ) -> Iterator[Row]:
@@ -82,6 +88,7 @@ class Draft:
             self.config.seed,
             self.problem_type,
             self.hidden.pooling,
+            self.labelled,
         )
         return build_rows(documents, context, counters)
 
@@ -99,6 +106,7 @@ class Draft:
             "task": self.config.task,
             "labels": self.labels,
             "problem_type": self.problem_type,
+            "labelled": self.labelled,
             "teacher": None if self.teacher_info is None else asdict(self.teacher_info),
             "tokenizer": asdict(self.tokenizer_info),
             "corpus": asdict(self.corpus.info),

@@ -95,7 +95,9 @@ def summary(cache: Cache) -> dict[str, Any]:
         "teacher_mse": statistics["sum_value_squared_error"] * per_position
         if manifest.targets.kind == "values"
         else None,
-        "teacher_loss": -statistics["sum_label_logprob"] * per_position,
+        "teacher_loss": -statistics["sum_label_logprob"] * per_position
+        if manifest.labelled
+        else None,
         "counters": {
             name: int(value)
             for name, value in statistics.items()
@@ -172,6 +174,8 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
     if targets.counts is not None:
         sizes = targets.counts.tolist()
     ids, logprobs = targets.ids.flatten().split(sizes), targets.logprobs.flatten().split(sizes)
+    names, manifest = cache.manifest.labels, cache.manifest
+    name_of = names.__getitem__ if names else lambda token: str(tokenizer.decode([token]))
     shown["positions"] = []
     for place in range(min(_PLACES_SHOWN, len(row.positions))):
         best = logprobs[place].argsort(descending=True, stable=True)
@@ -180,10 +184,10 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
         shown["positions"].append(
             {
                 **_context(cache, tokenizer, row, int(row.positions[place]), begin),
-                "hard_label": tokenizer.decode([int(row.labels[place])]),
+                "hard_label": name_of(int(row.labels[place])) if manifest.labelled else None,
                 "teacher": [
                     {
-                        "token": tokenizer.decode([int(ids[place][slot])]),
+                        "token": name_of(int(ids[place][slot])),
                         "p": round(float(logprobs[place][slot].exp()), 4),
                         "drawn": not bool(as_they_are[slot]),
                     }
@@ -202,8 +206,11 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
 
 def _context(cache: Cache, tokenizer: Any, row: Row, position: int, begin: int) -> dict[str, str]:
     """The tokens near a position that its prediction is made from; its sequence starts there."""
+    around = tokenizer.decode(row.input_ids[max(0, position - 5) : position + 4])
+    if cache.manifest.labels:
+        return {"of": tokenizer.decode([int(row.input_ids[position])]), "around": around}
     if cache.manifest.task == "masked-lm":
-        return {"around": tokenizer.decode(row.input_ids[max(0, position - 5) : position + 4])}
+        return {"around": around}
     return {"after": tokenizer.decode(row.input_ids[begin : position + 1][-8:])}
 
 

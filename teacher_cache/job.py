@@ -246,6 +246,8 @@ def assemble(
         block.num_segments = np.array([len(row.segments) for row in chosen], np.int32)
     if targets is not None:
         targets.fill(block, kept)
+    if "label_logprob" not in columns:  # of no label there is none
+        block.label_logprob = None
     return block
 
 

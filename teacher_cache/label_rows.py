@@ -1,7 +1,8 @@
 """Documents of label spaces to rows: tagged tokens; texts or pairs of texts with their labels.
 
 Special tokens stand where the tokenizer puts them and have no target. Of a word that becomes
-several tokens the first one has its tag; a word is never cut between two rows.
+several tokens the first one has its tag; a word is never cut between two rows. Documents without
+labels have their positions all the same.
 
 T tokens of a row, P of them with a target.
 """
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Label = str | int | None  # by name or by number; None: no label
 RowLabel = Label | float | tuple[Label | float, ...]  # of a text
 
+NO_LABEL = -1
 _SHOWN_LABELS = 8
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -46,7 +48,7 @@ class Labelled:
     label: RowLabel
 
 
-LabelDocument = Tagged | Labelled
+LabelDocument = Tagged | Labelled | str  # a text alone has no label
 
 
 def build(
@@ -56,19 +58,39 @@ def build(
     labels: Sequence[str],
     counters: Counter[str],
     problem_type: ProblemType = "single_label",
+    *,
+    labelled: bool = True,
 ) -> Iterator[Row]:
-    """Rows of the given (index, document) pairs, in order; what is left out is counted."""
+    """Rows of the given (index, document) pairs, in order; what is left out is counted.
+
+    Without `labelled` every row has negative labels, or NaN where they would be numbers.
+    """
+    unknown = None if labelled else _unknown(problem_type, len(labels))
     numbers = {name: number for number, name in enumerate(labels)}
     for index, document in documents:
         counters["documents"] += 1
         where = f"document {index}"
+        if isinstance(document, str):
+            document = Labelled(document, None, None)
         if isinstance(document, Tagged):
-            yield from _tagged_rows(index, document, tokenizer, max_length, numbers, counters)
-        elif (answer := _answer(document.label, numbers, problem_type, where)) is None:
+            known = numbers if labelled else None
+            yield from _tagged_rows(index, document, tokenizer, max_length, known, counters)
+            continue
+        answer = unknown
+        if labelled:
+            answer = _answer(document.label, numbers, problem_type, where)
+        if answer is None:
             counters["unlabelled_documents"] += 1
         else:
             row = _labelled_row(index, document, answer, tokenizer, max_length, counters)
             yield replace(row, of_outputs=problem_type != "single_label")
+
+
+def _unknown(problem_type: ProblemType, outputs: int) -> np.ndarray:
+    """What stands for the labels of a row, as `_answer` has them, where none is known."""
+    if problem_type == "regression":
+        return np.full(outputs, np.nan, np.float32)
+    return np.full(1 if problem_type == "single_label" else outputs, NO_LABEL, np.int32)
 
 
 def _answer(
@@ -118,10 +140,10 @@ def _tagged_rows(
     document: Tagged,
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
-    numbers: Mapping[str, int],
+    numbers: Mapping[str, int] | None,
     counters: Counter[str],
 ) -> Iterator[Row]:
-    """As many rows as the words need, cut between two words."""
+    """As many rows as the words need, cut between two words. Without `numbers` no tag is read."""
     where = f"document {index}"
     if len(document.tokens) != len(document.tags):
         raise CorpusError(
@@ -136,7 +158,9 @@ def _tagged_rows(
     for some in _cut(words, room, counters):
         ids, supervised, labels = list(before), [], []
         for word, pieces in some:
-            number = class_number(document.tags[word], numbers, f"{where}, token {word}")
+            number: int | None = NO_LABEL
+            if numbers is not None:
+                number = class_number(document.tags[word], numbers, f"{where}, token {word}")
             if number is not None:
                 supervised.append(len(ids))
                 labels.append(number)

@@ -205,8 +205,10 @@ def _inspection_tiles(numbers: dict[str, Any]) -> list[tuple[str, str]]:
         tiles += [
             (f"{numbers['kept_mass']['1']:.1%}", "kept mass at T = 1"),
             (f"{numbers['entropy']:.2f} nats", "entropy of the teacher"),
-            (f"{numbers['teacher_loss']:.2f} nats", "its loss on the hard labels"),
         ]
+        if numbers["teacher_loss"] is not None:
+            loss = f"{numbers['teacher_loss']:.2f} nats"
+            tiles.append((loss, "its loss on the hard labels"))
     return tiles
 
 

@@ -160,14 +160,16 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
 
 def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Manifest:
     its_labels, layout = TASKS[draft.config.task].labels, TASKS[draft.config.task].layout
+    stored = its_labels == "stored" and draft.labelled
     windows, pairs = layout == "window", layout == "pair"
     columns = optional_columns(
         segments=draft.preprocessing.pack or windows or pairs,
         references=windows or pairs or draft.preprocessing.generation is not None,
         positions=(draft.corpus.supervised or its_labels != "next")
         and draft.problem_type == "single_label",
-        labels=its_labels == "stored" and draft.problem_type != "regression",
-        label_values=draft.problem_type == "regression",
+        labels=stored and draft.problem_type != "regression",
+        label_values=stored and draft.problem_type == "regression",
+        label_logprob=draft.labelled,
         targets=draft.targets.kind not in ("values", "none"),
         token_types="text_pair" in draft.corpus.columns or windows,
     )
@@ -189,6 +191,7 @@ def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> 
         side_files={name: xxhash.xxh3_128_hexdigest(data) for name, data in side_files.items()},
         labels=draft.labels,
         problem_type=draft.problem_type,
+        labelled=draft.labelled,
     )
 
 

@@ -154,8 +154,7 @@ def inspect_text(numbers: dict[str, Any]) -> str:
     elif teacher is not None and numbers["targets"]["kind"] != "none":
         lines += [
             f"kept mass   {kept_text(numbers)}",
-            f"entropy     {numbers['entropy']:.3f} nats; loss on the hard labels "
-            f"{numbers['teacher_loss']:.3f} nats",
+            f"entropy     {numbers['entropy']:.3f} nats; {loss_text(numbers)}",
         ]
     lines += [_hidden(layer, numbers) for layer in numbers["hidden"]["layers"]]
     lines.append("bytes for each position, by column:")
@@ -164,6 +163,13 @@ def inspect_text(numbers: dict[str, Any]) -> str:
     for row in numbers.get("rows_shown", []):
         lines += _row_text(row)
     return "\n".join(lines)
+
+
+def loss_text(numbers: dict[str, Any]) -> str:
+    """The teacher's loss, where its rows have labels."""
+    if numbers["teacher_loss"] is None:
+        return "no hard labels"
+    return f"loss on the hard labels {numbers['teacher_loss']:.3f} nats"
 
 
 def teacher_text(teacher: dict[str, Any] | None) -> str:
@@ -257,16 +263,21 @@ def _row_text(row: dict[str, Any]) -> list[str]:
             f"{entry['token']!r} {entry['p']:.3f}{' (drawn)' if entry['drawn'] else ''}"
             for entry in position["teacher"][:4]
         )
-        label = repr(position["hard_label"])
-        where = (
-            f"after {position['after']!r} comes {label}"
-            if "after" in position
-            else f"in {position['around']!r} stood {label}"
-        )
         lines.append(
-            f"  {where}; the teacher says {best}  {position['rest']} {position['tail_mass']:.3f}"
+            f"  {_place(position)}; the teacher says {best}  "
+            f"{position['rest']} {position['tail_mass']:.3f}"
         )
     return lines
+
+
+def _place(position: dict[str, Any]) -> str:
+    """Where a position is, and what is right there."""
+    label = position["hard_label"]
+    if "after" in position:
+        return f"after {position['after']!r} comes {label!r}"
+    if "of" in position:
+        return f"{position['of']!r} in {position['around']!r} is {label or 'not known'}"
+    return f"in {position['around']!r} stood {label!r}"
 
 
 def verify_text(found: Verification) -> str:

@@ -25,6 +25,7 @@ class RowContext:
     seed: int
     problem_type: ProblemType = "single_label"
     pooling: Pooling = "none"
+    labelled: bool = True
 
 
 def build_rows(
@@ -45,7 +46,13 @@ def build_rows(
         case "token-classification" | "sequence-classification":
             length, problem_type = preprocessing.max_length, context.problem_type
             return label_rows.build(
-                documents, tokenizer, length, context.labels, counters, problem_type
+                documents,
+                tokenizer,
+                length,
+                context.labels,
+                counters,
+                problem_type,
+                labelled=context.labelled,
             )
         case "question-answering":
             length, stride = preprocessing.max_length, preprocessing.stride

@@ -1,5 +1,6 @@
 """What corpus and teacher say of a row as a whole, in words: for `inspect`."""
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -16,11 +17,11 @@ def said_of_row(row: Row, manifest: Manifest) -> list[str]:
     if manifest.problem_type == "regression":
         return _numbers(row, names)
     if manifest.problem_type == "multi_label":
-        there = [names[place] for place in row.labels.nonzero()[:, 0].tolist()]
-        line = f"labels: {_listed(there)}"
+        there = [names[place] for place in (row.labels == 1).nonzero()[:, 0].tolist()]
+        line = f"labels: {_listed(there)}" if manifest.labelled else "labels: not known"
         probs_C = None if row.targets is None else row.targets.logprobs[:, 1].exp()
     else:
-        line = f"label: {names[int(row.labels[0])]}"
+        line = f"label: {names[int(row.labels[0])] if manifest.labelled else 'not known'}"
         probs_C = None if row.targets is None else row.targets.logprobs[0].exp()
     return [line if probs_C is None else f"{line}; the teacher says {_likeliest(probs_C, names)}"]
 
@@ -30,7 +31,7 @@ def _numbers(row: Row, names: Sequence[str]) -> list[str]:
     if row.target_values is not None:
         said = [f"; the teacher says {value:.4g}" for value in row.target_values.tolist()]
     lines = [
-        f"{name}: {label:.4g}{teacher}"
+        f"{name}: {'not known' if math.isnan(label) else f'{label:.4g}'}{teacher}"
         for name, label, teacher in zip(names, row.labels.tolist(), said, strict=True)
     ]
     return lines[:_SHOWN]

@@ -33,19 +33,22 @@ def block_sums(block: Block, spec: TargetSpec) -> dict[str, float]:
     squared error of the teacher's numbers.
     """
     if block.target_values is not None and block.label_values is not None:
+        if np.isnan(block.label_values).all():  # no labels
+            return {}
         error_P = block.target_values.astype(np.float64) - block.label_values
         return {"sum_value_squared_error": float(np.square(error_P).sum())}
     target = block.target
-    if target is None or block.entropy is None or block.label_logprob is None:
+    if target is None or block.entropy is None:
         return {}
     sums = {
         "sum_entropy": block.entropy,
-        "sum_label_logprob": block.label_logprob,
         **{
             f"sum_kept_mass.{t:g}" if t != 1 else "sum_kept_mass": mass_P
             for t, mass_P in kept_masses(target, spec, block.log_partition_ratio).items()
         },
     }
+    if block.label_logprob is not None:
+        sums["sum_label_logprob"] = block.label_logprob
     if target.counts is not None:
         sums["sum_entries"] = target.counts
     return {name: float(values.sum(dtype=np.float64)) for name, values in sums.items()}

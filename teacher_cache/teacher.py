@@ -179,7 +179,7 @@ class Teacher:
             tokenizer=tokenizer,
             num_classes=classes,
             logit_width=classes,
-            trunk=None,
+            trunk=model.base_model if TASKS[task].layout == "tokens" else None,
             blocks=_find_blocks(model),
             streamed=None,
             labels=tuple(str(names[number]) for number in range(count)),

@@ -12,13 +12,12 @@ import numpy as np
 
 from shared.schema import ROW_CHUNK_BITS
 from shared.tasks import Pooling
+from teacher_cache.label_rows import NO_LABEL
 from teacher_cache.masked_rows import chunks
 from teacher_cache.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-NO_LABEL = -1
 
 
 def build(

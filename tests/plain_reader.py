@@ -179,6 +179,9 @@ def rows(
         labels = cut(float32(values["label_values"]), counts)
     elif "labels" in values:
         labels = cut(values["labels"], counts)
+    elif not manifest.get("labelled", True):
+        none = np.nan if manifest["problem_type"] == "regression" else -1
+        labels = [np.full(count, none) for count in counts]
     else:
         labels = [ids[places + 1] for ids, places in zip(input_ids, positions, strict=True)]
 
@@ -195,7 +198,8 @@ def rows(
             of_entries, of_positions["target_counts"] = entries, values["target_counts"]
             sizes = np.array([part.sum() for part in cut(values["target_counts"], counts)])
         of_positions["target_tail"] = tail
-        of_positions["label_logprob"] = half(values["label_logprob"])
+        if "label_logprob" in values:
+            of_positions["label_logprob"] = half(values["label_logprob"])
         of_positions["entropy"] = values["entropy"] * np.log(targets["num_classes"]) / 255
     for T in targets["temperatures"]:
         ratio = values[f"log_partition_ratio.{T:g}"] / 65535

@@ -468,15 +468,10 @@ def test_what_a_student_cannot_read_is_refused(caches, tmp_path):
     assert "transformers has no model of type clip for token-classification" in found
 
 
-def test_hidden_states_are_refused(caches, train):
-    expected = "is of sequence-classification, and the hidden-state loss is there for language"
+def test_hidden_states_of_whole_rows_are_refused(train):
+    expected = "is of sequence-classification, whose targets are of a row as a whole"
     with pytest.raises(CacheMismatch, match=expected):
         train("sequence-classification", hidden_weight=1.0)
-    cache = open_cache(caches["token-classification"])
-    student = fresh(bert_config(), "token-classification")
-    wanted = objective(cache, layer_pairs=((-1, -1),), deviations={-1: torch.ones(32)})
-    with pytest.raises(Refused, match="for language models only, not for BertForTokenClass"):
-        attach(student, wanted)
 
 
 def test_a_held_out_cache_of_other_labels_is_refused(train, caches, tmp_path, tokenizer_dir):

@@ -354,5 +354,5 @@ def test_a_student_that_does_not_fit_is_refused(caches, tmp_path):
 
 
 def test_hidden_states_are_refused(caches, config_dir, tmp_path):
-    with pytest.raises(CacheMismatch, match="is of question-answering, and the hidden-state loss"):
+    with pytest.raises(CacheMismatch, match="is of question-answering, whose targets are of a row"):
         train(caches["dense"], config_dir, tmp_path / "run", hidden_weight=1.0, max_steps=2)

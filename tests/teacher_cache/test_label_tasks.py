@@ -18,12 +18,19 @@ from transformers import (
 
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError
+from student_train.config import TrainConfig
+from student_train.loss_spec import LossSpec
+from student_train.objective import Objective, attach
+from student_train.trainer import run as train
 from teacher_cache.check import check
-from teacher_cache.config import CaptureConfig, CheckConfig
+from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig
 from teacher_cache.corpus import open_corpus
+from teacher_cache.inspection import inspect
 from teacher_cache.job import run
 from teacher_cache.label_rows import Labelled, Tagged, build
+from teacher_cache.report import inspect_text
 from tests.conftest import WORDS
+from tests.student_train.test_objective import batches
 
 TAGS = ("O", "B-thing", "I-thing")
 CLASSES = ("calm", "loud", "odd", "plain")
@@ -131,6 +138,117 @@ def test_tagged_words_have_the_model_s_outputs_at_their_first_tokens(files, tmp_
     assert check(
         CheckConfig(cache=tmp_path / "c", teacher=str(files / "tagger"), device="cpu")
     ).sound
+
+
+@pytest.fixture(scope="module")
+def with_states(files, tmp_path_factory) -> Path:
+    """Tagged words with the states after block 0 and after the last one."""
+    out, teacher = tmp_path_factory.mktemp("states") / "c", str(files / "tagger")
+    options = {"task": "token-classification", "teacher": teacher, "hidden_layers": (-1, 0)}
+    capture(files, out, "tagged", **options)
+    return out
+
+
+def test_states_are_the_model_s_at_the_first_tokens_of_words(files, with_states):
+    model = BertForTokenClassification.from_pretrained(files / "tagger").eval()
+    found = check(CheckConfig(cache=with_states, teacher=str(files / "tagger"), device="cpu"))
+    assert found.sound
+    for row in open_cache(with_states):
+        with torch.no_grad():
+            live = model.bert(row.input_ids[None], output_hidden_states=True)
+        for layer, states_TD in ((-1, live.last_hidden_state[0]), (0, live.hidden_states[1][0])):
+            cached = row.hidden[layer].float()
+            torch.testing.assert_close(cached, states_TD[row.positions], rtol=1e-2, atol=1e-2)
+
+
+def test_the_loss_of_states_equals_a_dense_reference(files, with_states):
+    """A narrower student, by a projection for each pair of layers."""
+    cache = open_cache(with_states)
+    torch.manual_seed(5)
+    teacher = BertForTokenClassification.from_pretrained(files / "tagger").eval()
+    config = BertConfig.from_pretrained(files / "tagger", hidden_size=16, num_hidden_layers=2)
+    student = BertForTokenClassification(config).eval()
+    pairs = ((-1, -1), (0, 0))
+    attachment = attach(
+        student,
+        Objective(
+            spec=LossSpec(),
+            num_classes=3,
+            target_kind="dense",
+            soft_weight=0.7,
+            hard_weight=0.4,
+            hidden_weight=0.25,
+            layer_pairs=pairs,
+            deviations={layer: cache.channel_deviation(layer) for layer, _ in pairs},
+        ),
+    )
+    batch = batches(cache, 300, hidden_layers=(-1, 0))[1]
+    output = student(**batch)
+    output["loss"].backward()
+    found = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+    attachment.detach()
+    student.zero_grad()
+
+    at, labels = batch["position_index"], batch["labels"]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    own = student(**inputs, output_hidden_states=True)
+    with torch.no_grad():
+        its = teacher(**inputs, output_hidden_states=True)
+        logp = its.logits.flatten(0, 1)[at].log_softmax(-1)
+    logq = own.logits.flatten(0, 1)[at].log_softmax(-1)
+    soft = (logp.exp() * (logp - logq)).sum()
+    hard = torch.nn.functional.cross_entropy(logq, labels, reduction="sum")
+    hidden = torch.zeros(())
+    for layer, name in ((-1, "m1_m1"), (0, "0_0")):
+        place = -1 if layer == -1 else layer + 1
+        mine, theirs = (each.hidden_states[place].flatten(0, 1)[at] for each in (own, its))
+        error = student.distillation_projections[name](mine) - theirs
+        hidden = hidden + (error / cache.channel_deviation(layer)).square().mean(1).sum()
+    loss = (0.7 * soft + 0.4 * hard + 0.25 * hidden) / len(labels)
+    loss.backward()
+    # Log-probabilities are float16 and states bfloat16.
+    torch.testing.assert_close(output["loss"], loss.detach(), rtol=5e-3, atol=0)
+    for name, parameter in student.named_parameters():
+        largest = float(parameter.grad.abs().max())
+        torch.testing.assert_close(found[name], parameter.grad, rtol=0, atol=2e-2 * largest + 1e-7)
+
+
+def test_a_tagger_learns_from_states_through_the_command(files, with_states, tmp_path):
+    BertConfig.from_pretrained(files / "tagger", hidden_size=16).save_pretrained(tmp_path / "s")
+    options = {"student": str(tmp_path / "s"), "cache": (with_states,), "device": "cpu"}
+    result = train(
+        TrainConfig(
+            out=tmp_path / "run",
+            max_steps=30,
+            batch_tokens=300,
+            learning_rate=3e-3,
+            log_every=5,
+            hidden_weight=0.5,
+            hidden_map=("-1:-1", "0:0"),
+            validation_cache=with_states,
+            **options,
+        )
+    )
+    assert "entity_f1" in result["validation"]
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    states = [line["hidden"] for line in lines if "hidden" in line]
+    assert states[-1] < 0.9 * states[0]
+
+
+def test_inspection_names_the_tags_of_words(files, tmp_path):
+    path, teacher = tmp_path / "c", str(files / "tagger")
+    cache = capture(files, path, "tagged", task="token-classification", teacher=teacher)
+    numbers = inspect(InspectConfig(cache=path, rows=1))
+    (shown,) = numbers["rows_shown"]
+    row = next(row for row in cache if row.row_id == shown["row_id"])
+    position, targets = shown["positions"][0], row.targets.logprobs[0]
+    assert position["hard_label"] == TAGS[int(row.labels[0])]
+    assert {e["token"]: e["p"] for e in position["teacher"]} == {
+        name: pytest.approx(float(p.exp()), abs=1e-4) for name, p in zip(TAGS, targets, strict=True)
+    }
+    word = AutoTokenizer.from_pretrained(path / "tokenizer").decode([int(row.input_ids[1])])
+    assert f"{word!r} in " in inspect_text(numbers)
+    assert f"is {position['hard_label']}; the teacher says" in inspect_text(numbers)
 
 
 @pytest.mark.parametrize("corpus", ["classified", "pairs"])
@@ -242,7 +360,8 @@ def test_columns_of_a_task_are_guessed_or_asked_for(files, tmp_path):
     ("options", "message"),
     [
         ({"targets": "topk"}, "--targets topk: --task .* keeps every class, which is dense"),
-        ({"pack": True}, "--pack and --hidden-layers are not there"),
+        ({"pack": True}, "--pack is not there"),
+        ({"hidden_layers": (-1,)}, "--hidden-layers is not there for --task sequence-class"),
         ({"task": "causal-lm", "labels": Path("x")}, "--labels is only read with --task"),
     ],
 )
