@@ -23,6 +23,14 @@ class Recipe:
     weight_decay: float
     warmup_ratio: float
 
+    @property
+    def text(self) -> str:
+        """For a line of the log."""
+        return (
+            f"learning rate {self.learning_rate:g}, {self.epochs} epochs, {self.batch_tokens:,} "
+            f"tokens a step, weight decay {self.weight_decay:g}, warm-up {self.warmup_ratio:.0%}"
+        )
+
 
 # Of both: pretrained weights.
 #

@@ -210,7 +210,7 @@ def with_numbers(config: TrainConfig) -> TrainConfig:
     config = resolved_weights(config, manifest.task, labelled=labelled)
     chosen = config.by_task(manifest.task, "adapters" if config.adapters else start)
     if chosen != config:
-        log.info("%s: %s", config.out, chosen.recipe)
+        log.info("%s: %s", config.out, chosen.recipe.text)
     return chosen
 
 

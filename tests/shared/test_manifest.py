@@ -164,7 +164,7 @@ def paths_of(value, path=()):
 EVERY_FIELD = list(paths_of(json.loads(make_manifest().to_json())))
 ADDED = [
     *(("targets", "mean_entries"), ("targets", "threshold"), ("labels",), ("problem_type",)),
-    *(("hidden", "every"), ("hidden", "pooling")),
+    *(("hidden", "every"), ("hidden", "pooling"), ("labelled",)),
     *(("preprocessing", name) for name in ("mask_copies", "mask_share", "mask_seed", "stride")),
     *(("preprocessing", name) for name in ("max_target_length", "decoder_start", "generation")),
 ]
@@ -194,8 +194,8 @@ def test_a_field_that_was_added_later_has_its_default(tmp_path, path):
 
 @pytest.mark.parametrize("path", EVERY_FIELD, ids=".".join)
 def test_a_field_of_another_type_is_named(tmp_path, path):
-    """true is of no field's type but `pack`'s, although Python takes it for a number."""
-    wrong = "yes" if path[-1] == "pack" else True
+    """true is of no field's type but of yes or no, although Python takes it for a number."""
+    wrong = "yes" if path[-1] in ("pack", "labelled") else True
     storage = forged(tmp_path, lambda raw: at(raw, path[:-1]).__setitem__(path[-1], wrong))
     with pytest.raises(CorruptCache, match=f"manifest.json: .*{path[-1]}: found .*expected"):
         manifests.read(storage)

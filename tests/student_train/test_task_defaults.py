@@ -83,7 +83,7 @@ def test_the_trainer_gets_them_and_the_run_folder_says_which(
     config = config_of(students["scratch"], classes_dir, tmp_path / "run")
     with caplog.at_level(logging.INFO):
         result = run(config)
-    assert "Recipe(learning_rate=0.0005, epochs=10, batch_tokens=2048" in caplog.text
+    assert "learning rate 0.0005, 10 epochs, 2,048 tokens a step" in caplog.text
     (arguments,) = seen
     assert (arguments.learning_rate, arguments.weight_decay) == (5e-4, 0.01)
     assert arguments.warmup_steps == round(0.1 * result["steps"])
