@@ -295,7 +295,7 @@ def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cach
                 f"--hidden-map: {cache.path} holds hidden layers {there}, not {layer}. Cache again "
                 f"with --hidden-layers {layer}."
             )
-    if not (manifest.labelled or config.uses_soft_loss):
+    if not (manifest.labelled or config.uses_soft_loss or config.uses_hidden_loss):
         raise CacheMismatch(
             f"--soft-weight 0: {cache.path} has no hard labels, so nothing of it would be learnt. "
             "Leave --soft-weight out, or the cache."
