@@ -525,7 +525,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     header = ("set", "metric", "teacher", *ARMS, "gain", "B/token")
     rows = [header]
     for line in lines:
-        hard, best = line.get("hard"), line.get("more-text", line["distilled"])
+        hard, distilled = line.get("hard"), line["distilled"]
         sign = -1 if line["metric"] in LOWER_IS_BETTER else 1
         rows.append(
             (
@@ -533,7 +533,7 @@ def table(lines: list[dict[str, Any]]) -> str:
                 line["metric"],
                 "" if line["teacher"] is None else f"{line['teacher']:.4f}",
                 *(spread(line[arm]) if arm in line else "" for arm in ARMS),
-                "" if hard is None else f"{sign * (best['mean'] - hard['mean']):+.4f}",
+                "" if hard is None else f"{sign * (distilled['mean'] - hard['mean']):+.4f}",
                 f"{line['bytes_per_token']}",
             )
         )
