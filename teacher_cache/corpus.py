@@ -233,7 +233,7 @@ def open_corpus(config: CaptureConfig) -> Corpus:
             f"{config.corpus}: no document in {config.split}. Check --split and the file."
         )
     columns = (
-        _of_column_file(config, files[0].suffix)
+        _of_column_file(config, files[0].suffix).names
         if files and _kind(files[0]) == "conll"
         else _columns(documents, config)
     )
@@ -372,7 +372,7 @@ def _open_conll(
                 f"{path}: its columns may have other meanings than those of {files[0].name}. Name "
                 f"files of one kind with a pattern, such as '*{files[0].suffix}'."
             )
-    columns = conll.columns_of(config.column_of, files[0].suffix)
+    columns = _of_column_file(config, files[0].suffix)
     return conll.open_sentences(files, columns, config.encoding_errors, split, cache_dir)
 
 
@@ -406,9 +406,8 @@ def _open_hub(config: CaptureConfig) -> tuple[datasets.Dataset, str]:
     return documents, xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
 
-def _of_column_file(config: CaptureConfig, suffix: str) -> dict[str, str]:
-    names = conll.columns_of(config.column_of, suffix).names
-    return {role: name for role, name in names.items() if role != "tags" or not config.unlabelled}
+def _of_column_file(config: CaptureConfig, suffix: str) -> conll.Columns:
+    return conll.columns_of(config.column_of, suffix, unlabelled=config.unlabelled)
 
 
 def _ways(config: CaptureConfig) -> tuple[tuple[str, ...], ...]:
