@@ -177,7 +177,7 @@ class Corpus:
                 texts = value if isinstance(value, list) else [value]
                 return tuple(self._text(index, text, role) for text in texts if text is not None)
             case "tokens":
-                return tuple(value or ())
+                return self._words(index, value)
             case "tags":
                 return tuple(self._named(label) for label in value or ())
             case "label" if isinstance(value, list):
@@ -194,6 +194,16 @@ class Corpus:
         if not names or not isinstance(label, int):
             return label
         return names[label] if label >= 0 else None  # `datasets` has -1 where none is known
+
+    def _words(self, index: int, value: Any) -> tuple[str, ...]:
+        words = value or ()
+        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+            raise CorpusError(
+                f"{self.info.source}: document {index} has {str(value)[:80]!r} in column "
+                f"{self.columns['tokens']!r} where a list of words is expected. Cut texts into "
+                "words first, or name another column with --columns."
+            )
+        return tuple(words)
 
     def _text(self, index: int, value: Any, role: str) -> str:
         if value is not None and not isinstance(value, str):

@@ -150,6 +150,15 @@ def test_a_column_that_nobody_took_for_labels_is_named(folder, tmp_path, caplog)
     ).manifest.labelled
 
 
+@pytest.mark.parametrize("tokens", ["the way", ["the", None], [1, 2]])
+def test_words_that_are_none_are_refused(tokens, folder, tmp_path):
+    """A text would be cut into its letters: without tags nothing says how many words there are."""
+    (tmp_path / "c.jsonl").write_text(json.dumps({"tokens": tokens}) + "\n")
+    options = {"teacher": str(folder / "tags-teacher"), "task": "token-classification"}
+    with pytest.raises(CorpusError, match=r"document 0 has .* where a list of words is expected"):
+        capture(tmp_path / "d", tmp_path / "c.jsonl", unlabelled=True, **options)
+
+
 def test_without_labels_and_teacher_nothing_is_left(folder, tmp_path):
     plain, tokenizer = folder / "tags-plain.jsonl", str(folder / "tags-teacher")
     options = {"targets": "none", "tokenizer": tokenizer, "task": "token-classification"}
