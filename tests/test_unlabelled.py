@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import BertForTokenClassification
 
 from shared.cache import Cache, open_cache
@@ -157,6 +158,27 @@ def test_words_that_are_none_are_refused(tokens, folder, tmp_path):
     options = {"teacher": str(folder / "tags-teacher"), "task": "token-classification"}
     with pytest.raises(CorpusError, match=r"document 0 has .* where a list of words is expected"):
         capture(tmp_path / "d", tmp_path / "c.jsonl", unlabelled=True, **options)
+
+
+def test_a_teacher_without_names_has_those_of_the_first_cache(folder, tmp_path):
+    """The corpus gave them there, and this one has none; other names would not train together."""
+    teacher = save_teacher(tmp_path / "t", tuple(f"LABEL_{i}" for i in range(8)))
+    features = {"text": Value("string"), "label": ClassLabel(names=list(TOPICS))}
+    rows = [row | {"label": TOPICS.index(row["label"])} for row in rows_of("single_label")]
+    named = Dataset.from_list(rows, features=Features(features))
+    named.to_parquet(tmp_path / "c.parquet")
+    options = {"teacher": teacher, "unlabelled": True}
+    first = capture(tmp_path / "a", tmp_path / "c.parquet", teacher=teacher)
+    like = {"max_length": 1024}  # the default: with --like it is not read
+    more = capture(tmp_path / "b", tmp_path / "c.parquet", like=tmp_path / "a", **options, **like)
+    assert first.manifest.labels == more.manifest.labels == TOPICS
+    CacheSet([first, more])
+    alone = capture(tmp_path / "d", tmp_path / "c.parquet", **options)
+    assert alone.manifest.labels[0] == "LABEL_0"
+    with pytest.raises(CacheMismatch, match=r"--like .*labels: the cache has .*'LABEL_0'"):
+        capture(
+            tmp_path / "e", tmp_path / "c.parquet", teacher=teacher, like=tmp_path / "d", **like
+        )
 
 
 def test_without_labels_and_teacher_nothing_is_left(folder, tmp_path):
