@@ -201,7 +201,7 @@ def _inspection_tiles(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if numbers["teacher_mse"] is not None:
         tiles.append((f"{numbers['teacher_mse']:.4g}", "mean squared error of the teacher"))
-    elif numbers["targets"]["kind"] != "none":
+    elif numbers["targets"]["kind"] not in ("values", "none"):
         tiles += [
             (f"{numbers['kept_mass']['1']:.1%}", "kept mass at T = 1"),
             (f"{numbers['entropy']:.2f} nats", "entropy of the teacher"),
