@@ -26,8 +26,10 @@ from student_train.objective import Objective, attach
 from student_train.student import build_student
 from student_train.trainer import run as train
 from teacher_cache.check import check
-from teacher_cache.config import CheckConfig, InspectConfig
+from teacher_cache.config import CheckConfig, InspectConfig, PlanConfig
+from teacher_cache.estimate import estimate
 from teacher_cache.inspection import inspect
+from teacher_cache.pages import write_plan
 from teacher_cache.report import inspect_text
 from tests import plain_reader
 from tests.conftest import WORDS
@@ -179,6 +181,19 @@ def test_a_teacher_without_names_has_those_of_the_first_cache(folder, tmp_path):
         capture(
             tmp_path / "e", tmp_path / "c.parquet", teacher=teacher, like=tmp_path / "d", **like
         )
+
+
+def test_the_page_of_a_plan_has_no_chart_of_errors_that_are_none(folder, tmp_path):
+    """Of few classes every one is kept."""
+    options = {"teacher": str(folder / "tags-teacher"), "task": "token-classification"}
+    corpus, page = folder / "tags-plain.jsonl", tmp_path / "plan.html"
+    config = PlanConfig(
+        corpus=str(corpus), out=tmp_path / "c", calibrate=True, html=page, device="cpu", **options
+    )
+    write_plan(estimate(config), page)
+    text = page.read_text()
+    assert "Entropy of the teacher" in text
+    assert "Gradient error, student" not in text
 
 
 def test_without_labels_and_teacher_nothing_is_left(folder, tmp_path):
