@@ -331,6 +331,12 @@ def test_what_needs_labels_is_refused(folder, tmp_path):
     }
     with pytest.raises(ConfigError, match=r"--hard-weight 0.7: no row of these caches has"):
         train(TrainConfig(cache=(plain,), hard_weight=0.7, **options))
+    with pytest.raises(ConfigError, match=r"--label-smoothing 0.1: no row of these caches has"):
+        train(TrainConfig(cache=(plain,), label_smoothing=0.1, **options))
+    with pytest.raises(ConfigError, match=r"--soft-weight 0: no row of these caches has"):
+        train(TrainConfig(cache=(plain,), soft_weight=0.0, **options))
+    with pytest.raises(CacheMismatch, match=r"whether rows have hard labels is True in the first"):
+        train(TrainConfig(cache=(labelled, plain), ensemble=True, **options))
     with pytest.raises(CacheMismatch, match=r"--soft-weight 0: .*plain has no hard labels"):
         train(TrainConfig(cache=(labelled, plain), soft_weight=0.0, hard_weight=1.0, **options))
     with pytest.raises(CacheMismatch, match="no hard labels, and every metric needs them"):
