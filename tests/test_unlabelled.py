@@ -34,7 +34,7 @@ from teacher_cache.report import inspect_text
 from tests import plain_reader
 from tests.conftest import WORDS
 from tests.output_caches import HF, SCORES, TOPICS, bert, capture, make_tokenizer, save_teacher
-from tests.student_train.test_objective import batches
+from tests.student_train.test_objective import batches, sequences
 
 TAGS = ("O", "B-thing", "I-thing")
 KINDS = ("single_label", "multi_label", "regression", "tags")
@@ -319,6 +319,19 @@ def test_a_student_trains_on_them_as_they_are(kind, folder, tmp_path):
         )
     )
     assert report["files"][0]["check"]["student"]["metric"] is None
+
+
+def test_pairs_are_read_beside_texts_in_any_order(folder, tmp_path):
+    """Of a text alone all tokens are of the first one."""
+    rows = [without_labels(row) | {"text_pair": "the way"} for row in rows_of("single_label")]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    teacher = str(folder / "single_label-teacher")
+    pairs = capture(tmp_path / "c", tmp_path / "p.jsonl", teacher=teacher)
+    texts = open_cache(folder / "single_label-labelled")
+    expected = sorted(sequences(pairs, layout="row") + sequences(texts, layout="row"))
+    assert any(1 in types for _, types in expected)
+    for caches in ([pairs, texts], [texts, pairs]):
+        assert sequences(CacheSet(caches), layout="row") == expected
 
 
 def test_what_needs_labels_is_refused(folder, tmp_path):
