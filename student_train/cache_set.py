@@ -5,6 +5,7 @@ rows. Rows and blocks of a set are numbered through, in the order in which the c
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -33,6 +34,7 @@ class CacheSet:
         self.row_tokens = np.concatenate([cache.row_tokens for cache in self.caches])
         self.row_positions = np.concatenate([cache.row_positions for cache in self.caches])
         self._starts = np.cumsum([0, *(cache.num_blocks for cache in self.caches)])
+        self._columns = {name for cache in self.caches for name in cache.manifest.columns}
 
     @property
     def first(self) -> Cache:
@@ -64,13 +66,24 @@ class CacheSet:
         """One decoded block, by its number in the set; as `Cache.read_block`."""
         index = int(np.searchsorted(self._starts, block, "right")) - 1
         number = block - int(self._starts[index])
-        return self.caches[index].read_block(
+        found = self.caches[index].read_block(
             number, hidden_layers=hidden_layers, targets=targets, skip=skip
         )
+        return self._filled(found)
 
     def empty_block(self, *, hidden_layers: Sequence[int] = (), targets: bool = True) -> Block:
         """A block of no rows, as `Cache.empty_block`."""
-        return self.first.empty_block(hidden_layers=hidden_layers, targets=targets)
+        return self._filled(self.first.empty_block(hidden_layers=hidden_layers, targets=targets))
+
+    def _filled(self, block: Block) -> Block:
+        """With what other caches of the set store: where it is missing a row is one segment, and
+        of one text."""
+        if "segments" in self._columns and block.segments is None:
+            ones = np.ones(len(block.num_tokens), np.int32)
+            block = replace(block, segments=block.num_tokens, num_segments=ones)
+        if "token_type_ids" in self._columns and block.token_type_ids is None:
+            block = replace(block, token_type_ids=np.zeros(len(block.input_ids), np.int32))
+        return block
 
     def channel_deviation(self, layer: int) -> torch.Tensor:
         """Standard deviation of each channel of a stored layer, float32 [D]."""

@@ -257,6 +257,7 @@ def _check_same_rows(one: Cache, other: Cache) -> None:
 _EQUAL = {
     "the task": lambda m: m.task,
     "the tokenizer's content hash": lambda m: m.tokenizer.hash,
+    "whether rows have hard labels": lambda m: m.labelled,
     "rows_id (corpus, tokenizer and preprocessing)": lambda m: m.rows_id,
     "the problem type": lambda m: m.problem_type,
     "the number of classes": lambda m: m.targets.num_classes,

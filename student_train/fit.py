@@ -324,6 +324,13 @@ def resolved_weights(config: TrainConfig, task: TaskName, *, labelled: bool) -> 
         "with another --cache."
     )
     _check_weights(config, ("hard_weight",), reason)
+    if config.label_smoothing:
+        raise ConfigError(f"--label-smoothing {config.label_smoothing:g}: {reason}")
+    if not (config.uses_soft_loss or config.uses_hidden_loss):
+        raise ConfigError(
+            "--soft-weight 0: no row of these caches has a hard label, so nothing would be learnt. "
+            "Leave it out, or add a cache of labelled rows with another --cache."
+        )
     return replace(config, hard_weight=0)
 
 

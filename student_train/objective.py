@@ -487,4 +487,7 @@ def _blocks(student: nn.Module) -> nn.ModuleList:
     for module in (trunk.get_decoder() if decoders else trunk).modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
-    raise ValueError(f"no list of {wanted} blocks in {type(student).__name__}")
+    raise Refused(
+        f"--hidden-map: no list of {wanted} blocks was found in {type(student).__name__}, which "
+        "may run one block several times. Learn from the final state alone: --hidden-map -1:-1."
+    )

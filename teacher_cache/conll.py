@@ -31,36 +31,47 @@ class Columns:
     """Which column holds what, counted from 0, or from the end by a negative number."""
 
     tokens: int
-    tags: int
+    tags: int | None  # None: no tags are read
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The column of each role there is."""
+        return {"tokens": self.tokens} | ({} if self.tags is None else {"tags": self.tags})
 
     @property
     def names(self) -> dict[str, str]:
         """Role -> name of the column of the data set, which is its number."""
-        return {"tokens": str(self.tokens), "tags": str(self.tags)}
+        return {role: str(number) for role, number in self.numbers.items()}
 
 
-def columns_of(asked: Mapping[str, str], suffix: str) -> Columns:
+def columns_of(asked: Mapping[str, str], suffix: str, *, unlabelled: bool = False) -> Columns:
     """The columns that --columns asks for, else the usual ones."""
     tokens, tags = (1, 3) if suffix == ".conllu" else (0, -1)
-    numbers = {"tokens": tokens, "tags": tags}
+    numbers: dict[str, int | None] = {"tokens": tokens, "tags": None if unlabelled else tags}
     for role, number in asked.items():
         if role not in ROLES or not re.fullmatch(r"-?\d+", number):
             raise ConfigError(
                 f"--columns {role}={number}: a column file has no names. Expected tokens=N or "
                 "tags=N, the number of a column, counted from 0 or, if negative, from the end"
             )
+        if role == "tags" and unlabelled:
+            raise ConfigError(
+                f"--columns tags={number}: with --unlabelled no tags are read. Leave one of the "
+                "two out"
+            )
         numbers[role] = int(number)
     if numbers["tokens"] == numbers["tags"]:
         raise ConfigError(
             f"--columns: words and tags are both column {numbers['tags']}; expected two columns"
         )
-    return Columns(**numbers)
+    assert numbers["tokens"] is not None  # of words there always is a column
+    return Columns(numbers["tokens"], numbers["tags"])
 
 
 def read_sentences(
     path: Path, columns: Columns, encoding_errors: EncodingErrors = "strict"
 ) -> Iterator[tuple[list[str], list[str]]]:
-    """Words and tags of one sentence after the other."""
+    """Words and tags of one sentence after the other; no tags where none are read."""
     tabbed = _is_tabbed(path)
     words: list[str] = []
     tags: list[str] = []
@@ -85,7 +96,8 @@ def read_sentences(
                 f"{width} as in line {first}. Mend the line, or put a blank one between sentences."
             )
         words.append(_cell(path, number, cells, columns.tokens))
-        tags.append(_cell(path, number, cells, columns.tags))
+        if columns.tags is not None:
+            tags.append(_cell(path, number, cells, columns.tags))
     if words:
         yield words, tags
     if not width:
@@ -100,7 +112,7 @@ def open_sentences(
     cache_dir: Path,
 ) -> datasets.Dataset:
     """The sentences of all files as one memory-mapped data set, or a slice of it."""
-    names = list(columns.names.values())
+    names = columns.names.values()
     texts = datasets.Features({name: datasets.List(datasets.Value("string")) for name in names})
     given = {"files": list(files), "columns": columns, "encoding_errors": encoding_errors}
     try:
@@ -119,10 +131,11 @@ def open_sentences(
 def _rows(
     files: Sequence[Path], columns: Columns, encoding_errors: EncodingErrors
 ) -> Iterator[dict[str, list[str]]]:
-    tokens, tags = columns.names.values()
+    names = columns.names
     for path in files:
-        for sentence in read_sentences(path, columns, encoding_errors):
-            yield dict(zip((tokens, tags), sentence, strict=True))
+        for words, tags in read_sentences(path, columns, encoding_errors):
+            sentence = {"tokens": words, "tags": tags}
+            yield {name: sentence[role] for role, name in names.items()}
 
 
 def _lines(path: Path, encoding_errors: EncodingErrors) -> Iterator[tuple[int, str]]:
@@ -161,17 +174,18 @@ def _cells(line: str, tabbed: bool) -> list[str]:
 
 
 def _check_columns(path: Path, number: int, width: int, columns: Columns) -> None:
-    if width < 2:
+    if width < 2 and columns.tags is not None:
         raise CorpusError(
-            f"{path}, line {number}: found one column, expected at least two, a word and its tag"
+            f"{path}, line {number}: found one column, expected at least two, a word and its tag. "
+            "Where words have no tags, say --unlabelled"
         )
-    for role, column in (("tokens", columns.tokens), ("tags", columns.tags)):
+    for role, column in columns.numbers.items():
         if not -width <= column < width:
             raise CorpusError(
                 f"{path}, line {number}: found {width} columns, but {role} are expected in column "
                 f"{column}. Name another one with --columns {role}=N, counted from 0."
             )
-    if columns.tokens % width == columns.tags % width:
+    if columns.tags is not None and columns.tokens % width == columns.tags % width:
         raise CorpusError(
             f"{path}, line {number}: found {width} columns, of which {columns.tokens} and "
             f"{columns.tags} are the same one. Name two different ones with --columns."

@@ -177,7 +177,7 @@ class Corpus:
                 texts = value if isinstance(value, list) else [value]
                 return tuple(self._text(index, text, role) for text in texts if text is not None)
             case "tokens":
-                return tuple(value or ())
+                return self._words(index, value)
             case "tags":
                 return tuple(self._named(label) for label in value or ())
             case "label" if isinstance(value, list):
@@ -194,6 +194,16 @@ class Corpus:
         if not names or not isinstance(label, int):
             return label
         return names[label] if label >= 0 else None  # `datasets` has -1 where none is known
+
+    def _words(self, index: int, value: Any) -> tuple[str, ...]:
+        words = value or ()
+        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+            raise CorpusError(
+                f"{self.info.source}: document {index} has {str(value)[:80]!r} in column "
+                f"{self.columns['tokens']!r} where a list of words is expected. Cut texts into "
+                "words first, or name another column with --columns."
+            )
+        return tuple(words)
 
     def _text(self, index: int, value: Any, role: str) -> str:
         if value is not None and not isinstance(value, str):
@@ -233,7 +243,7 @@ def open_corpus(config: CaptureConfig) -> Corpus:
             f"{config.corpus}: no document in {config.split}. Check --split and the file."
         )
     columns = (
-        _of_column_file(config, files[0].suffix)
+        _of_column_file(config, files[0].suffix).names
         if files and _kind(files[0]) == "conll"
         else _columns(documents, config)
     )
@@ -372,7 +382,7 @@ def _open_conll(
                 f"{path}: its columns may have other meanings than those of {files[0].name}. Name "
                 f"files of one kind with a pattern, such as '*{files[0].suffix}'."
             )
-    columns = conll.columns_of(config.column_of, files[0].suffix)
+    columns = _of_column_file(config, files[0].suffix)
     return conll.open_sentences(files, columns, config.encoding_errors, split, cache_dir)
 
 
@@ -406,9 +416,8 @@ def _open_hub(config: CaptureConfig) -> tuple[datasets.Dataset, str]:
     return documents, xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
 
-def _of_column_file(config: CaptureConfig, suffix: str) -> dict[str, str]:
-    names = conll.columns_of(config.column_of, suffix).names
-    return {role: name for role, name in names.items() if role != "tags" or not config.unlabelled}
+def _of_column_file(config: CaptureConfig, suffix: str) -> conll.Columns:
+    return conll.columns_of(config.column_of, suffix, unlabelled=config.unlabelled)
 
 
 def _ways(config: CaptureConfig) -> tuple[tuple[str, ...], ...]:

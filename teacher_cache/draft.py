@@ -141,7 +141,8 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
     assert name is not None  # CaptureConfig refuses a job without either
     tokenizer = load_tokenizer(name, revision=None if config.tokenizer else config.revision)
     info = describe(tokenizer)
-    labels = _labels(config, corpus, teacher, problem_type)
+    known = () if old is None else manifests.read(old)[0].labels
+    labels = _labels(config, corpus, teacher, problem_type, known)
     num_classes = len(labels) or _num_classes(config, teacher, info)
     draft = Draft(
         config=config,
@@ -194,7 +195,7 @@ def _like(draft: Draft, old: Storage) -> Draft:
     manifest, _ = manifests.read(old)
     fields = asdict(manifest)
     fields["targets"] = asked_targets(fields["targets"])
-    names = {"teacher", "tokenizer", "targets", "hidden", "problem_type"}
+    names = {"teacher", "tokenizer", "targets", "hidden", "problem_type", "labels"}
     if draft.teacher is None:  # of a plan that reads no weights nobody can say whose they are
         names.remove("teacher")
     asked = {name: value for name, value in draft.asked().items() if name in names}
@@ -283,9 +284,17 @@ def _num_classes(config: CaptureConfig, teacher: Teacher | None, info: Tokenizer
 
 
 def _labels(
-    config: CaptureConfig, corpus: Corpus, teacher: Teacher | None, problem_type: ProblemType
+    config: CaptureConfig,
+    corpus: Corpus,
+    teacher: Teacher | None,
+    problem_type: ProblemType,
+    known: tuple[str, ...] = (),
 ) -> tuple[str, ...]:
-    """The names of the classes: as asked, else the teacher's, else those in the corpus."""
+    """The names of the classes: as asked, else the teacher's, else those in the corpus.
+
+    Where the teacher has none, those `known` from the cache of --like come before the corpus's,
+    which may lack some, or all.
+    """
     if TASKS[config.task].target_space != "labels":
         return ()
     asked = () if config.labels is None else read_labels(config.labels)
@@ -301,9 +310,11 @@ def _labels(
             + (f"; the first that differ are {first[0]!r} and {first[1]!r}" if first else "")
             + ". Classes are the teacher's: leave --labels out, or set its id2label."
         )
-    if its == tuple(f"LABEL_{number}" for number in range(len(corpus.class_names))):
-        its = corpus.class_names  # the teacher was given no names, the corpus was
-    labels = asked or its or corpus.labels(problem_type)
+    if its == tuple(f"LABEL_{number}" for number in range(len(its))):
+        # The teacher was given no names, the corpus was.
+        named = (known, corpus.class_names)
+        its = next((names for names in named if len(names) == len(its) and names != its), its)
+    labels = asked or its or known or corpus.labels(problem_type)
     fewest = 2 if problem_type == "single_label" else 1
     if len(labels) < fewest:
         raise CorpusError(

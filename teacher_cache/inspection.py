@@ -93,7 +93,7 @@ def summary(cache: Cache) -> dict[str, Any]:
         "entropy": statistics["sum_entropy"] * per_position,
         # Of a regression, which has no entropy and no log-probability.
         "teacher_mse": statistics["sum_value_squared_error"] * per_position
-        if manifest.targets.kind == "values"
+        if manifest.targets.kind == "values" and manifest.labelled
         else None,
         "teacher_loss": -statistics["sum_label_logprob"] * per_position
         if manifest.labelled

@@ -77,14 +77,17 @@ def _plan_charts(numbers: dict[str, Any]) -> list[Chart]:
         for student in numbers["choices"][0]["gradient_error"]
     ]
     return [
-        *charts,
+        *(chart for chart in charts if chart is not None),
         _kept_chart(numbers),
         drawing.histogram("Entropy of the teacher", "nats", numbers["entropy_histogram"]),
     ]
 
 
-def _gradient_chart(choices: Sequence[dict[str, Any]], student: str) -> Chart:
-    """Bytes against gradient error, a line for each kind; now, and with a much larger batch."""
+def _gradient_chart(choices: Sequence[dict[str, Any]], student: str) -> Chart | None:
+    """Bytes against gradient error, a line for each kind; now, and with a much larger batch.
+
+    None where there is no error to draw: of few classes all are kept.
+    """
     series: list[Series] = []
     marked = []
     for kind, colour in _COLOURS.items():
@@ -104,6 +107,8 @@ def _gradient_chart(choices: Sequence[dict[str, Any]], student: str) -> Chart:
             series.append(Series(kind, now, colour, titles=titles))
             series.append(Series(f"{kind}, larger batch", later, colour, dashed=True))
     points = [point for one in series for point in one.points]
+    if not points:
+        return None
     kl = choices[0]["gradient_error"][student]["student_kl"]
     chart = drawing.lines(
         f"Gradient error, student at KL {kl:.1f}",
@@ -201,7 +206,7 @@ def _inspection_tiles(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if numbers["teacher_mse"] is not None:
         tiles.append((f"{numbers['teacher_mse']:.4g}", "mean squared error of the teacher"))
-    elif numbers["targets"]["kind"] != "none":
+    elif numbers["targets"]["kind"] not in ("values", "none"):
         tiles += [
             (f"{numbers['kept_mass']['1']:.1%}", "kept mass at T = 1"),
             (f"{numbers['entropy']:.2f} nats", "entropy of the teacher"),

@@ -151,6 +151,8 @@ def inspect_text(numbers: dict[str, Any]) -> str:
         lines.append("counted     " + _counted(numbers["counters"]))
     if numbers["teacher_mse"] is not None:
         lines.append(f"error       mean squared, of the teacher: {numbers['teacher_mse']:.4g}")
+    elif numbers["targets"]["kind"] == "values":
+        lines.append("error       no hard labels to compare the teacher with")
     elif teacher is not None and numbers["targets"]["kind"] != "none":
         lines += [
             f"kept mass   {kept_text(numbers)}",

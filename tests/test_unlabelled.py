@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import BertForTokenClassification
 
 from shared.cache import Cache, open_cache
@@ -25,13 +26,15 @@ from student_train.objective import Objective, attach
 from student_train.student import build_student
 from student_train.trainer import run as train
 from teacher_cache.check import check
-from teacher_cache.config import CheckConfig, InspectConfig
+from teacher_cache.config import CheckConfig, InspectConfig, PlanConfig
+from teacher_cache.estimate import estimate
 from teacher_cache.inspection import inspect
+from teacher_cache.pages import write_plan
 from teacher_cache.report import inspect_text
 from tests import plain_reader
 from tests.conftest import WORDS
 from tests.output_caches import HF, SCORES, TOPICS, bert, capture, make_tokenizer, save_teacher
-from tests.student_train.test_objective import batches
+from tests.student_train.test_objective import batches, sequences
 
 TAGS = ("O", "B-thing", "I-thing")
 KINDS = ("single_label", "multi_label", "regression", "tags")
@@ -150,6 +153,49 @@ def test_a_column_that_nobody_took_for_labels_is_named(folder, tmp_path, caplog)
     ).manifest.labelled
 
 
+@pytest.mark.parametrize("tokens", ["the way", ["the", None], [1, 2]])
+def test_words_that_are_none_are_refused(tokens, folder, tmp_path):
+    """A text would be cut into its letters: without tags nothing says how many words there are."""
+    (tmp_path / "c.jsonl").write_text(json.dumps({"tokens": tokens}) + "\n")
+    options = {"teacher": str(folder / "tags-teacher"), "task": "token-classification"}
+    with pytest.raises(CorpusError, match=r"document 0 has .* where a list of words is expected"):
+        capture(tmp_path / "d", tmp_path / "c.jsonl", unlabelled=True, **options)
+
+
+def test_a_teacher_without_names_has_those_of_the_first_cache(folder, tmp_path):
+    """The corpus gave them there, and this one has none; other names would not train together."""
+    teacher = save_teacher(tmp_path / "t", tuple(f"LABEL_{i}" for i in range(8)))
+    features = {"text": Value("string"), "label": ClassLabel(names=list(TOPICS))}
+    rows = [row | {"label": TOPICS.index(row["label"])} for row in rows_of("single_label")]
+    named = Dataset.from_list(rows, features=Features(features))
+    named.to_parquet(tmp_path / "c.parquet")
+    options = {"teacher": teacher, "unlabelled": True}
+    first = capture(tmp_path / "a", tmp_path / "c.parquet", teacher=teacher)
+    like = {"max_length": 1024}  # the default: with --like it is not read
+    more = capture(tmp_path / "b", tmp_path / "c.parquet", like=tmp_path / "a", **options, **like)
+    assert first.manifest.labels == more.manifest.labels == TOPICS
+    CacheSet([first, more])
+    alone = capture(tmp_path / "d", tmp_path / "c.parquet", **options)
+    assert alone.manifest.labels[0] == "LABEL_0"
+    with pytest.raises(CacheMismatch, match=r"--like .*labels: the cache has .*'LABEL_0'"):
+        capture(
+            tmp_path / "e", tmp_path / "c.parquet", teacher=teacher, like=tmp_path / "d", **like
+        )
+
+
+def test_the_page_of_a_plan_has_no_chart_of_errors_that_are_none(folder, tmp_path):
+    """Of few classes every one is kept."""
+    options = {"teacher": str(folder / "tags-teacher"), "task": "token-classification"}
+    corpus, page = folder / "tags-plain.jsonl", tmp_path / "plan.html"
+    config = PlanConfig(
+        corpus=str(corpus), out=tmp_path / "c", calibrate=True, html=page, device="cpu", **options
+    )
+    write_plan(estimate(config), page)
+    text = page.read_text()
+    assert "Entropy of the teacher" in text
+    assert "Gradient error, student" not in text
+
+
 def test_without_labels_and_teacher_nothing_is_left(folder, tmp_path):
     plain, tokenizer = folder / "tags-plain.jsonl", str(folder / "tags-teacher")
     options = {"targets": "none", "tokenizer": tokenizer, "task": "token-classification"}
@@ -165,10 +211,10 @@ def test_it_is_checked_and_shown_like_any_other(kind, folder):
     assert check(CheckConfig(cache=path, teacher=teacher, device="cpu")).sound
     numbers = inspect(InspectConfig(cache=path, rows=1))
     assert numbers["teacher_loss"] is None
+    assert numbers["teacher_mse"] is None
     text = inspect_text(numbers)
     assert "nan" not in text.lower()
-    if kind not in ("regression",):
-        assert "no hard labels" in text
+    assert "no hard labels" in text
     assert "not known" in text
     assert any(name in text for name in NAMES[kind])
 
@@ -275,6 +321,19 @@ def test_a_student_trains_on_them_as_they_are(kind, folder, tmp_path):
     assert report["files"][0]["check"]["student"]["metric"] is None
 
 
+def test_pairs_are_read_beside_texts_in_any_order(folder, tmp_path):
+    """Of a text alone all tokens are of the first one."""
+    rows = [without_labels(row) | {"text_pair": "the way"} for row in rows_of("single_label")]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    teacher = str(folder / "single_label-teacher")
+    pairs = capture(tmp_path / "c", tmp_path / "p.jsonl", teacher=teacher)
+    texts = open_cache(folder / "single_label-labelled")
+    expected = sorted(sequences(pairs, layout="row") + sequences(texts, layout="row"))
+    assert any(1 in types for _, types in expected)
+    for caches in ([pairs, texts], [texts, pairs]):
+        assert sequences(CacheSet(caches), layout="row") == expected
+
+
 def test_what_needs_labels_is_refused(folder, tmp_path):
     plain, labelled = folder / "single_label-plain", folder / "single_label-labelled"
     options: dict[str, Any] = {
@@ -285,6 +344,12 @@ def test_what_needs_labels_is_refused(folder, tmp_path):
     }
     with pytest.raises(ConfigError, match=r"--hard-weight 0.7: no row of these caches has"):
         train(TrainConfig(cache=(plain,), hard_weight=0.7, **options))
+    with pytest.raises(ConfigError, match=r"--label-smoothing 0.1: no row of these caches has"):
+        train(TrainConfig(cache=(plain,), label_smoothing=0.1, **options))
+    with pytest.raises(ConfigError, match=r"--soft-weight 0: no row of these caches has"):
+        train(TrainConfig(cache=(plain,), soft_weight=0.0, **options))
+    with pytest.raises(CacheMismatch, match=r"whether rows have hard labels is True in the first"):
+        train(TrainConfig(cache=(labelled, plain), ensemble=True, **options))
     with pytest.raises(CacheMismatch, match=r"--soft-weight 0: .*plain has no hard labels"):
         train(TrainConfig(cache=(labelled, plain), soft_weight=0.0, hard_weight=1.0, **options))
     with pytest.raises(CacheMismatch, match="no hard labels, and every metric needs them"):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AlbertConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -472,6 +473,17 @@ def test_hidden_states_of_whole_rows_are_refused(train):
     expected = "is of sequence-classification, whose targets are of a row as a whole"
     with pytest.raises(CacheMismatch, match=expected):
         train("sequence-classification", hidden_weight=1.0)
+
+
+def test_states_of_blocks_that_are_one_block_are_refused(caches):
+    """An ALBERT runs one block several times."""
+    task = "token-classification"
+    config = AlbertConfig(
+        vocab_size=300, embedding_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    options = {"layer_pairs": ((0, 0),), "deviations": {0: torch.ones(32)}}
+    with pytest.raises(Refused, match="no list of 2 blocks was found in AlbertForTokenClass"):
+        attach(fresh(config, task), objective(open_cache(caches[task]), **options))
 
 
 def test_a_held_out_cache_of_other_labels_is_refused(train, caches, tmp_path, tokenizer_dir):

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from shared.cache import Cache, open_cache
+from student_train.cache_set import CacheSet
 from student_train.evaluate import evaluate
 from student_train.loss_spec import LossSpec
 from student_train.objective import Objective, attach, probe_head
@@ -31,6 +32,29 @@ def objective(**changes: Any) -> Objective:
         "hard_weight": 0.5,
     }
     return Objective(**options | changes)
+
+
+def sequences(cache: Any, **spec: Any) -> list[tuple[list[int], list[int]]]:
+    """Tokens, and which of two texts they are of, of every sequence of a run; sorted."""
+    found = []
+    for batch in batches(cache, **spec):
+        types = batch.get("token_type_ids", torch.zeros_like(batch["input_ids"]))
+        for ids, kinds, mask in zip(
+            batch["input_ids"], types, batch["attention_mask"] == 1, strict=True
+        ):
+            found.append((ids[mask].tolist(), kinds[mask].tolist()))
+    return sorted(found)
+
+
+def test_packed_rows_are_read_beside_others_in_any_order(capture):
+    """A document of a packed row is a sequence of its own: its targets know no other."""
+    packed, plain = (
+        open_cache(capture(**options))
+        for options in ({"pack": True, "limit_documents": 40}, {"limit_documents": 60})
+    )
+    expected = sorted(sequences(packed) + sequences(plain))
+    for caches in ([packed, plain], [plain, packed]):
+        assert sequences(CacheSet(caches)) == expected
 
 
 def live_logits(model: Any, row: Any) -> torch.Tensor:

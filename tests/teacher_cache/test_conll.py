@@ -55,6 +55,19 @@ def test_first_and_last_column_are_word_and_tag(text, suffix, tmp_path):
     assert sentences_of(written(tmp_path / f"c{suffix}", text)) == SENTENCES
 
 
+@pytest.mark.parametrize("text", ["the\nway\n\nso\n", "X\tthe\nX\tway\n\nX\tso\n"])
+def test_without_tags_a_column_of_words_is_enough(text, tmp_path):
+    """It may be the only one, or the last one, where the tags usually are."""
+    path = written(tmp_path / "c.conll", text)
+    columns = ("tokens=1",) if "\t" in text else ()
+    options = {"unlabelled": True, "targets": "auto", "teacher": "t", "tokenizer": None}
+    corpus = opened(path, columns=columns, **options)
+    assert [d.tokens for d in corpus.read(range(len(corpus)))] == [("the", "way"), ("so",)]
+    assert set(corpus.columns) == {"tokens"}
+    with pytest.raises(ConfigError, match="--columns tags=0: with --unlabelled no tags are read"):
+        opened(path, columns=("tags=0",), **options)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -155,7 +168,7 @@ def test_bad_utf8_can_be_replaced(tmp_path):
         ("a X O\nb O\n", "line 2: found 2 columns ('b O'), expected 3 as in line 1. Mend the line"),
         ("a O\n\nb X O\n", "line 3: found 3 columns ('b X O'), expected 2 as in line 1."),
         ("a\tX\tO\n# b\n", "line 2: found 1 columns ('# b'), expected 3 as in line 1."),
-        ("\na\nb\n", "line 2: found one column, expected at least two, a word and its tag"),
+        ("\na\nb\n", "line 2: found one column, expected at least two, a word and its tag. Where"),
         ("a\tO\nb\t\n", "line 2: column -1 is empty, expected a text"),
         ("a\tO\n\tO\n", "line 2: column 0 is empty, expected a text"),
         ("a O\nb \xff\n".encode("latin-1"), "line 2: not UTF-8 (invalid start byte at byte 2)."),
