@@ -382,8 +382,8 @@ def make_tokenizer(folder: Path, lines: list[str], classes: int) -> None:
 def make_config(folder: Path, recipe: Recipe, size: Size, tokenizer: Path) -> None:
     """A model of the task's kind, from scratch.
 
-    All have their norms before the blocks: of others, as BERT and Marian, small ones sit on a
-    plateau for hundreds of steps whose end is a matter of the seed.
+    Those that learn in minutes: a BERT or Marian of this size sits on a plateau for hundreds of
+    steps whose end is a matter of the seed.
     """
     from transformers import AutoTokenizer, LlamaConfig, ModernBertConfig, T5Config
 
