@@ -27,8 +27,9 @@ class Recipe:
     def text(self) -> str:
         """For a line of the log."""
         return (
-            f"learning rate {self.learning_rate:g}, {self.epochs} epochs, {self.batch_tokens:,} "
-            f"tokens a step, weight decay {self.weight_decay:g}, warm-up {self.warmup_ratio:.0%}"
+            f"learning rate {self.learning_rate:g}, {self.epochs} epoch{'s'[: self.epochs != 1]}, "
+            f"{self.batch_tokens:,} tokens a step, weight decay {self.weight_decay:g}, "
+            f"warm-up {self.warmup_ratio:.0%}"
         )
 
 
