@@ -4,6 +4,7 @@ OUT/run.yaml        the resolved config; a valid --config
 OUT/snapshot.json   cache ids and the hash of every shard this run was started on
 OUT/metrics.jsonl   one line per step, evaluation and speed reading
 OUT/checkpoint-N/   state to go on from; `checkpoints.py` says when it is whole
+OUT/status.json     of a run that is not finished: how its last start ended; `outcome.py`
 OUT/result.json     numbers of the finished run; beside it the model itself
 """
 
