@@ -115,7 +115,8 @@ def status(run: Path) -> Status:
     result = read_result(storage) if storage.exists(RESULT) else None
     # A finished run that was asked for more steps is finished up to the old ones only.
     if result is not None and (record is None or record.max_steps <= result["max_steps"]):
-        return Status("finished", f"{run}: finished for {result['max_steps']} steps.")
+        reached = f"--max-steps {result['max_steps']} or an early stop"
+        return Status("finished", f"{run}: this run is finished, up to {reached}.")
     if record is None or record.message is None:
         return Status(
             "stopped, run again",

