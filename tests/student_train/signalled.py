@@ -17,7 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from student_train import callbacks, cli, trainer  # what a run imports
+from student_train import cli
+from student_train.run import (
+    callbacks,
+    trainer,  # what a run imports
+)
 
 
 def wait_for(path: Path) -> None:

@@ -6,10 +6,10 @@ import pytest
 
 from shared.errors import CorruptRun, IncompleteCache, Refused, Stopped, TeacherCacheError
 from shared.options import main
-from student_train import trainer
 from student_train.cli import app
 from student_train.outcome import status
-from student_train.run_folder import RunFolder
+from student_train.run import trainer
+from student_train.run.folder import RunFolder
 from tests.student_train.test_trainer import SignalAt
 
 
