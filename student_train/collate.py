@@ -168,6 +168,7 @@ class Counts:
     """What the terms of the loss are divided by: counts of a whole step, over all processes."""
 
     positions: int
+    labels: int  # positions with a hard label
     states: int = 0  # positions with hidden states
     rows: int = 0  # rows with a position
 
@@ -238,6 +239,7 @@ def _assemble(columns: Columns, shape: Shape, counts: Counts) -> MicroBatch:
     arrays["labels"] = labels if labels.dtype == np.float32 else labels.astype(np.int64)
     arrays["row_ids"] = columns.pop("row_ids")[row_of_sequence]
     arrays["num_positions"] = np.array(counts.positions)
+    arrays["num_labels"] = np.array(counts.labels)
     if any(name.startswith("hidden.") for name in columns):
         at = state_positions(row_positions, shape.hidden_every)
         arrays["hidden_index"] = arrays["position_index"][at]

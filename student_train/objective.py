@@ -48,6 +48,7 @@ TARGET_KEYS = (
     "entropy",
     "label_logprob",
     "num_positions",
+    "num_labels",
     "num_rows",
     "num_states",
     "hidden_index",
@@ -59,7 +60,11 @@ PROJECTIONS = "distillation_projections"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What the student is trained on; weights are multiplied by sums over positions."""
+    """What the student is trained on; each weight multiplies the mean of its term.
+
+    The mean is over the positions of the whole step that have what the term is about: targets, a
+    hard label, hidden states.
+    """
 
     spec: LossSpec
     num_classes: int
@@ -283,7 +288,7 @@ class Attachment:
         labels_N, answers_N = targets["labels"], numbers_N1[:, 0]
         # NaN is no label; an answer is 0 away from itself.
         hard = squared_error(answers_N, torch.where(labels_N.isnan(), answers_N, labels_N))
-        loss, sums = hard * (objective.hard_weight / count), {"hard": hard.detach()}
+        loss, sums = hard * (objective.hard_weight / _labels(targets)), {"hard": hard.detach()}
         if "target_values" in targets:
             soft = squared_error(numbers_N1[:, 0], targets["target_values"])
             loss, sums["soft"] = loss + soft * (objective.soft_weight / count), soft.detach()
@@ -308,7 +313,7 @@ class Attachment:
             "spec": objective.spec,
             "num_classes": objective.num_classes,
             "soft_scale": objective.soft_weight / count,
-            "hard_scale": objective.hard_weight / count,
+            "hard_scale": objective.hard_weight / _labels(targets),
             "with_entropy": objective.with_entropy,
         }
 
@@ -390,6 +395,11 @@ def projection_name(teacher_layer: int, student_layer: int) -> str:
 def _count(targets: dict[str, Tensor]) -> Tensor:
     """Positions of the whole optimiser step, at least 1: a step without any has loss 0."""
     return targets["num_positions"].clamp_min(1).to(torch.float32)
+
+
+def _labels(targets: dict[str, Tensor]) -> Tensor:
+    """Positions with a hard label of the whole optimiser step, at least 1."""
+    return targets["num_labels"].clamp_min(1).to(torch.float32)
 
 
 def probe_head(student: nn.Module, head: nn.Module | None, num_classes: int) -> Head:

@@ -157,6 +157,7 @@ class _Reader:
 
     def __init__(self, cache: "Cache | Source", order: Order, spec: StreamSpec) -> None:
         self.cache, self.order, self.spec = cache, order, spec
+        self._row_labels = cache.row_labels
         self._pool = ThreadPoolExecutor(spec.threads, thread_name_prefix="batch-stream-decode")
         self._windows: dict[int, Window] = {}
         self._unused_memory: list[Columns] = []
@@ -190,6 +191,7 @@ class _Reader:
         positions = self.cache.row_positions[step.rows]
         return Counts(
             positions=int(positions.sum()),
+            labels=int(self._row_labels[step.rows].sum()),
             states=int(num_states(positions, self.spec.hidden_every).sum()),
             rows=int(np.count_nonzero(positions)),
         )

@@ -60,7 +60,7 @@ _EVAL_TOKENS = 8192
 class DistillTrainer(Trainer):
     """A Trainer whose batches come from a `BatchStream` and whose model returns its own loss.
 
-    The loss of a micro-batch is already divided by the positions of the whole step over all
+    Each term of a micro-batch is already divided by its own count in the whole step over all
     processes; DDP and FSDP average gradients, hence the multiplication by the number of processes.
     """
 

@@ -45,6 +45,7 @@ class FakeCache:
         ]
         self.row_tokens = np.array([x.sum() for x in self.segments], np.int32)
         self.row_positions = np.array([len(x) for x in self.positions], np.int32)
+        self.row_labels = np.where(np.arange(rows) % 3, 0, self.row_positions)  # one row in three
         self.packed, self.labels, self.targets, self.ragged = packed, labels, targets, ragged
         self.hidden_every = hidden_every
         self.reads: list[int] = []
@@ -293,6 +294,7 @@ def test_types_and_shapes_of_a_micro_batch():
         "labels": (torch.int64, (count,)),
         "row_ids": (torch.int64, (rows,)),
         "num_positions": (torch.int64, ()),
+        "num_labels": (torch.int64, ()),
         "target_ids": (torch.int32, (count, K)),
         "target_logprobs": (torch.float32, (count, K)),
         "target_log_tail": (torch.float32, (count,)),
@@ -364,7 +366,7 @@ def test_a_rank_without_rows_gets_one_token_and_no_position(packed):
         assert batch["num_positions"] > 0
         for name in alone.keys() - {"input_ids", "attention_mask", "position_ids", "row_ids"}:
             assert batch[name].dtype == alone[name].dtype
-            count = name in ("num_positions", "num_states", "num_rows")
+            count = name in ("num_positions", "num_labels", "num_states", "num_rows")
             assert count or batch[name].shape == (0, *alone[name].shape[1:])
 
 
@@ -376,8 +378,11 @@ def test_counts_are_those_of_the_whole_step():
         steps = stream.order.steps()
         for index, batch in enumerate(stream):
             if index % 3 == 0:
-                counts = cache.row_positions[next(steps).rows].tolist()
+                rows = next(steps).rows.tolist()
+                counts = cache.row_positions[rows].tolist()
+                labelled = [count for row, count in zip(rows, counts, strict=True) if row % 3 == 0]
             assert batch["num_positions"].item() == sum(counts)
+            assert batch["num_labels"].item() == sum(labelled)
             assert batch["num_states"].item() == sum(-(-count // 4) for count in counts)
             assert batch["num_rows"].item() == len(counts)
 
@@ -393,6 +398,7 @@ def test_a_stream_of_hard_labels_has_no_target(read):
         "labels",
         "row_ids",
         "num_positions",
+        "num_labels",
     }
 
 
