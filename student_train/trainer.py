@@ -42,13 +42,14 @@ from student_train.fit import (
 from student_train.metrics_log import MetricsLog
 from student_train.objective import PROJECTIONS, Attachment, Objective, attach
 from student_train.order import Order, OrderSpec, accumulation_for
-from student_train.run_folder import RunFolder, is_main_process, kl_of
+from student_train.run_files import kl_of
+from student_train.run_folder import RunFolder, is_main_process
 from student_train.schedule import LossSchedule, ScheduledLoss
 from student_train.stream import BatchStream, StreamSpec
 from student_train.student import build_student, is_from_scratch, load_config
 from student_train.task_defaults import Start
 from student_train.text_metrics import require_metrics
-from student_train.vectors import projection_of
+from student_train.vectors import projection_of, saved_parameters
 from student_train.vectors import save as save_vectors
 from student_train.writing import Writing, check_writes, written_numbers
 
@@ -326,7 +327,7 @@ def _finish(
     numbers: dict[str, Any] = {
         "student": config.student,
         "out": str(config.out),
-        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "parameters": saved_parameters(student, caches.first),
         "task": caches.manifest.task,
         "cache_ids": caches.cache_ids,
         "targets": [cache.manifest.targets.text for cache in caches.caches],
