@@ -77,7 +77,6 @@ class Objective:
     contrastive_temperature: float = 0.05
     layer_pairs: tuple[tuple[int, int], ...] = ()  # (teacher layer, student layer)
     deviations: Mapping[int, Tensor] = field(default_factory=dict)  # teacher layer -> [D]
-    with_entropy: bool = True
     with_answers: bool = False  # also `answers.*`, of every position (positions.py)
     states_only: bool = False  # the student has no head, and no loss but that of hidden states
     pooling: Pooling = "none"  # a row's states become one
@@ -228,8 +227,7 @@ class Attachment:
                 sums["logits"] = logits_NV[:, : objective.num_classes].detach()
         loss = result.loss
         sums["hard"] = result.hard_sum
-        if objective.with_entropy:
-            sums["student_entropy"] = result.student_entropy_sum
+        sums["student_entropy"] = result.student_entropy_sum
         if "target_ids" in targets:
             name, soft = "soft", result.soft_sum
             if objective.target_kind == "sample" and "entropy" in targets:  # cross-entropy to KL
@@ -314,7 +312,7 @@ class Attachment:
             "num_classes": objective.num_classes,
             "soft_scale": objective.soft_weight / count,
             "hard_scale": objective.hard_weight / _labels(targets),
-            "with_entropy": objective.with_entropy,
+            "with_entropy": True,
         }
 
     def _head_loss(self, states_ND: Tensor, common: dict[str, Any]) -> LinearLossOutput:

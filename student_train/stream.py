@@ -54,7 +54,6 @@ class StreamSpec:
     hidden_layers: tuple[int, ...] = ()
     hidden_every: int = 1  # the cache has states of every n-th position of a row
     layout: Layout = "tokens"  # of a row, by its task
-    packed: bool = False  # the student keeps the segments of a row apart by position_ids alone
 
 
 class BatchStream:
@@ -231,7 +230,7 @@ class _Reader:
             window.fill(first, last - first, columns)
 
     def _collate(self, plans: list[_Plan]) -> Iterator[MicroBatch]:
-        shape = Shape(self.spec.layout, self.spec.packed, self.spec.hidden_every)
+        shape = Shape(self.spec.layout, self.spec.hidden_every)
         for plan in plans:
             counts = plan.counts
             for rows, windows in plan.micro_batches:
