@@ -106,7 +106,12 @@ def test_a_cli_imports_nothing_heavy_at_the_top(path):
     )
 
 
-LIGHT = ["shared.options", "shared.manifest", "student_train.report", "teacher_cache.report"]
+LIGHT = [
+    "shared.options",
+    "shared.format.manifest",
+    "student_train.compare.report",
+    "teacher_cache.tools.report",
+]
 
 
 @pytest.mark.parametrize("name", [*LIGHT, *map(name_of, CLIS)])
