@@ -10,7 +10,8 @@
     @command(app, "run", CaptureConfig)
     def run(config: CaptureConfig) -> None: ...
 
-A flag beats the --config file, which beats the default. A field may be str, int, float, bool, Path,
+A flag beats the --config file, which beats the default; a leading ~/ is the home folder in both. A
+field may be str, int, float, bool, Path,
 a Literal, a union of these (`int | Literal["auto"]`, `str | None`) or a tuple[X, ...] of these,
 whose flag is repeatable. A field without a default is required.
 """
@@ -126,7 +127,7 @@ def load(
 ) -> ConfigT:
     """Builds the config from what was given by flag, then by file, then from the defaults."""
     fields = _fields(config_class)
-    from_file = {} if config_file is None else _read(config_file, fields)
+    from_file = {} if config_file is None else _read(Path(_at_home(str(config_file))), fields)
     values = from_file | dict(given)
     missing = [each.flag for each in fields.values() if each.required and each.name not in values]
     if missing:
@@ -243,6 +244,10 @@ class _Field:
         return tuple(map(self._from_text, given)) if self.repeated else self._from_text(given)
 
     def _from_text(self, given: Any) -> Any:
+        if isinstance(given, str):
+            given = _at_home(given)
+        elif isinstance(given, Path):
+            given = Path(_at_home(str(given)))
         if self.is_plain:
             return given
         for choice in self.choices:
@@ -266,8 +271,9 @@ class _Field:
         return tuple(map(self._from_file_item, items))
 
     def _from_file_item(self, value: Any) -> Any:
-        if Path in self.types and type(value) is str and value not in self.choices:
-            return Path(value)
+        if type(value) is str and value not in self.choices:
+            value = _at_home(value)
+            return Path(value) if Path in self.types else value
         if float in self.types and int not in self.types and type(value) is int:
             return float(value)
         return value
@@ -395,6 +401,14 @@ def _why_unread(
         if reason:
             return f"{only}, and {reason}"
     return None
+
+
+def _at_home(given: str) -> str:
+    """A leading ~/ as the home folder, as a shell has it where nothing is quoted.
+
+    Many an option takes a Hub id or a folder as text, so this cannot go by the type of a field.
+    """
+    return os.path.expanduser(given) if given.startswith("~/") else given
 
 
 def _plain(value: Any) -> Any:

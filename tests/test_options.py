@@ -1,5 +1,6 @@
 """shared/options.py on toy configs: flags, files, bounds, errors, help, and the round trip."""
 
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from shared import options
 from shared.errors import ConfigError, CorruptCache, Stopped
 from shared.options import SET, Option, check_bounds, command, load, resolved, write_resolved
+from student_train.config import TrainConfig
+from teacher_cache.config import CaptureConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -338,7 +341,7 @@ def test_resolved_holds_what_this_config_reads_as_plain_values():
 ODD = ["1e4", "12", "null", "no", "1_0", "~", "0x1", "1:30", "=", "a\udc80", "\x85", "a\n b", " a "]
 TEXT = st.one_of(
     st.text(), st.sampled_from(ODD), st.text("\n\r\t #:-'\\\"{[&*!|>%@,?\u2028\ufeff\x00é")
-)
+).filter(lambda text: not text.startswith("~/"))  # is the home folder when read
 CONFIGS = st.builds(
     Toy,
     teacher=TEXT,
@@ -403,3 +406,50 @@ def test_the_help_needs_no_torch():
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert found.stdout.strip() == ""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_a_leading_tilde_is_the_home_folder(home, tmp_path, by_flag):
+    """Also of what may be a Hub id, and of a folder with a weight; nothing else changes."""
+    given = {
+        "student": "~/student",
+        "cache": ["~/one=2", "other/~/two=1"],
+        "validation_cache": "~/held-out",
+        "out": "~/o",
+    }
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({} if by_flag else given))
+    flags = {name: list(map(Path, v)) if name == "cache" else v for name, v in given.items()}
+    flags = {n: Path(v) if n in ("validation_cache", "out") else v for n, v in flags.items()}
+    fields = options._fields(TrainConfig)
+    flags = {name: fields[name].from_flag(value) for name, value in flags.items()}
+    config = options.load(TrainConfig, flags if by_flag else {}, file)
+    assert config.student == str(home / "student")
+    assert config.cache_paths == (home / "one", Path("other/~/two"))
+    assert config.cache_weights == (2.0, 1.0)
+    assert config.validation_cache == home / "held-out"
+    assert config.out == home / "o"
+
+
+def test_a_tilde_before_a_name_that_nobody_has_stays(tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"student": "~no-such-user/x", "cache": "c", "out": "o"}))
+    assert options.load(TrainConfig, {}, file).student == "~no-such-user/x"
+
+
+def test_teachers_tokenizers_and_corpora_may_be_at_home_too(home, tmp_path):
+    given = {"teacher": "~/t", "tokenizer": "~/k", "corpus": "~/*.txt", "out": "~/c", "like": "~/l"}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(given))
+    config = options.load(CaptureConfig, {}, file)
+    found = (config.teacher, config.tokenizer, config.corpus, config.out, config.like)
+    assert found == (
+        *(str(home / name) for name in ("t", "k", "*.txt")),
+        *(home / name for name in ("c", "l")),
+    )
