@@ -122,7 +122,11 @@ def run_local_processes(
     Each is a process of its own with its own log lines; a signal to this one is passed on. The
     worst exit code wins: a failure (1, 2) before a stop (75) before success.
     """
-    command = [sys.executable, "-m", "teacher_cache.cli", "run", "--config", str(config_file)]
+    # Without -P, -m would look into the current folder first, where another `shared` may stand.
+    home = Path(__file__).resolve().parents[1]
+    safe = [] if Path.cwd().resolve() == home else ["-P"]
+    command = [sys.executable, *safe, "-m", "teacher_cache.cli", "run", "--config"]
+    command.append(str(config_file))
     processes = []
     for rank in range(count):
         environment = dict(os.environ)
