@@ -32,7 +32,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from shared import hidden, open_cache
 from shared.cache import Cache
-from shared.hidden import ChannelStatistics, HiddenCodec, int8_scale, without_massive
+from shared.hidden import ChannelStatistics, int8_scale, without_massive
+from shared.tasks import HiddenCodec
 from student_train.config import TrainConfig
 from student_train.trainer import run as train
 from teacher_cache.config import CaptureConfig

@@ -11,7 +11,7 @@ would wake its threads.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,11 @@ import torch
 
 from shared.errors import CorruptCache, NonFiniteTargets
 from shared.frames import Plane, join_planes, split_planes
+from shared.tasks import HiddenCodec
 
 Bits: TypeAlias = npt.NDArray[np.uint16]
 Floats: TypeAlias = npt.NDArray[np.float32]
 Doubles: TypeAlias = npt.NDArray[np.float64]
-HiddenCodec = Literal["bf16", "fp8", "int8"]
 
 SCALE_BYTES: dict[HiddenCodec, int] = {"bf16": 0, "fp8": 1, "int8": 2}  # for each state
 _PIECE = 1 << 15  # numbers of one piece

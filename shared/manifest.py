@@ -20,10 +20,9 @@ from typing import Any, TypeVar
 import xxhash
 
 from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCache
-from shared.hidden import HiddenCodec
 from shared.storage import Storage
 from shared.target import TargetKind, TargetSpec
-from shared.tasks import TASKS, Labels, Layout, Pooling, ProblemType, TaskName
+from shared.tasks import TASKS, HiddenCodec, Labels, Layout, Pooling, ProblemType, TaskName
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shared.cache import Cache
-from shared.hidden import HiddenCodec
+from shared.tasks import HiddenCodec
 from teacher_cache.batches import forward_batches
 from teacher_cache.rows import Row
 from teacher_cache.teacher import Teacher

@@ -106,8 +106,8 @@ def test_a_cli_imports_nothing_heavy_at_the_top(path):
     )
 
 
-@pytest.mark.parametrize("name", ["shared.options", *map(name_of, CLIS)])
-def test_importing_a_cli_loads_nothing_heavy(name):
+@pytest.mark.parametrize("name", ["shared.options", "shared.manifest", *map(name_of, CLIS)])
+def test_importing_a_cli_or_the_manifest_loads_nothing_heavy(name):
     code = f"import sys, {name}; print(*sorted({HEAVY} & set(sys.modules)))"
     found = subprocess.run(
         [sys.executable, "-c", code],
