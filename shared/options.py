@@ -1,14 +1,21 @@
 """A frozen config dataclass is a command: name, type, default, bound and help are written once.
 
-    @dataclass(frozen=True, kw_only=True, slots=True)
-    class CaptureConfig:
+    @group("What is kept")
+    @dataclass(frozen=True, kw_only=True)
+    class TargetOptions:
         top_k: Annotated[int, Option(help="Entries kept per position.", min=1)] = 32
 
+    @dataclass(frozen=True, kw_only=True)
+    class CaptureConfig(JobOptions, TargetOptions):
         def __post_init__(self) -> None:
             check_bounds(self)
 
     @command(app, "run", CaptureConfig)
     def run(config: CaptureConfig) -> None: ...
+
+A config may inherit its fields from dataclasses that each hold one concern. `group` names the
+heading in --help that the fields of one such class stand under; headings come in the order of the
+bases, after the config's own fields. (Bases with slots cannot be inherited side by side.)
 
 A flag beats the --config file, which beats the default. A field may be str, int, float, bool, Path,
 a Literal, a union of these (`int | Literal["auto"]`, `str | None`) or a tuple[X, ...] of these,
@@ -32,6 +39,7 @@ import types
 import typing
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import MISSING, dataclass
 from functools import cache
 from pathlib import Path
@@ -39,6 +47,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn, Type
 
 import typer
 import yaml
+from typer.core import TyperCommand
 from typer.main import get_command
 
 from shared.errors import ConfigError, TeacherCacheError
@@ -75,8 +84,19 @@ class Option:
     """Other field -> its values for which this option is read; all must hold, see also SET."""
     show_default: str | None = None
     """Shown in --help for a default that means little as it stands."""
-    group: str = "Options"
-    """Heading in --help."""
+
+
+_HEADINGS: dict[type, str] = {}
+
+
+def group(heading: str) -> Callable[[type[ConfigT]], type[ConfigT]]:
+    """Puts the options that a dataclass declares itself under one heading of --help."""
+
+    def register(config_class: type[ConfigT]) -> type[ConfigT]:
+        _HEADINGS[config_class] = heading
+        return config_class
+
+    return register
 
 
 def command(
@@ -99,8 +119,12 @@ def command(
         parameters = [_parameter(each, fields, app) for each in fields.values()]
         run.__signature__ = inspect.Signature(parameters + _common_parameters())  # type: ignore[attr-defined]
         paragraphs = (inspect.getdoc(function) or "").split("\n\n")
-        unwrapped = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-        app.command(name, help=_unmarked(unwrapped, app))(run)
+        # An indented paragraph is an example, whose lines stay as they are.
+        unwrapped = "\n\n".join(
+            paragraph if paragraph.startswith("    ") else " ".join(paragraph.split())
+            for paragraph in paragraphs
+        )
+        app.command(name, cls=_Command, help=_unmarked(unwrapped, app))(run)
         return function
 
     return register
@@ -178,6 +202,7 @@ def write_resolved(config: "DataclassInstance", path: Path) -> None:
 class _Field:
     name: str
     option: Option
+    heading: str
     default: Any
     types: tuple[type, ...]  # of one item where repeated, in the order of _SCALARS
     choices: tuple[Any, ...]  # the values of a Literal
@@ -216,7 +241,7 @@ class _Field:
     def metavar(self) -> str | None:
         """What --help calls the value, where typer does not know."""
         if self.is_plain:
-            return None
+            return "" if self.is_switch else None
         names = [kind.__name__.lower() for kind in self.types]
         return f"<{'|'.join([*names, *map(str, self.choices)] if names else ['choice'])}>"
 
@@ -336,8 +361,10 @@ class _Field:
 @cache
 def _fields(config_class: type) -> dict[str, _Field]:
     hints = typing.get_type_hints(config_class, include_extras=True)
+    declared = {each.name: each for each in dataclasses.fields(config_class)}
     fields = {
-        each.name: _field(each, hints[each.name]) for each in dataclasses.fields(config_class)
+        name: _field(declared[name], hints[name], heading)
+        for name, heading in _names_and_headings(config_class).items()
     }
     for each in fields.values():
         unknown = each.option.read_when.keys() - fields.keys()
@@ -350,7 +377,18 @@ def _fields(config_class: type) -> dict[str, _Field]:
     return fields
 
 
-def _field(declared: "dataclasses.Field[Any]", hint: Any) -> _Field:
+def _names_and_headings(config_class: type) -> dict[str, str]:
+    """The heading of each field: those of the class itself first, then those of its bases."""
+    names = {each.name for each in dataclasses.fields(config_class)}
+    headings: dict[str, str] = {}
+    for each in config_class.__mro__:
+        heading = _HEADINGS.get(each, "Options")
+        own = (name for name in inspect.get_annotations(each) if name in names)
+        headings |= {name: heading for name in own if name not in headings}
+    return headings
+
+
+def _field(declared: "dataclasses.Field[Any]", hint: Any, heading: str) -> _Field:
     kind, option = typing.get_args(hint)  # Annotated[kind, Option(...)]
     repeated = typing.get_origin(kind) is tuple
     if repeated:
@@ -370,6 +408,7 @@ def _field(declared: "dataclasses.Field[Any]", hint: Any) -> _Field:
     return _Field(
         name=declared.name,
         option=option,
+        heading=heading,
         default=declared.default if made is MISSING else made(),
         types=scalars,
         choices=choices,
@@ -405,6 +444,28 @@ def _plain(value: Any) -> Any:
 
 # ---- The command line
 
+_COMMON = "Every command"
+
+
+class _Command(TyperCommand):
+    """A command whose --help shows what every command has last, and a switch in one column.
+
+    The name that turns a switch off is its default; a column of these names leaves the rest of the
+    table too narrow to read.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        shown = copy(self)
+        shown.params = [copy(each) for each in self.params]
+        for each in shown.params:
+            each.secondary_opts = []
+        TyperCommand.format_help(shown, ctx, formatter)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option: Any = super().get_help_option(ctx)
+        option.rich_help_panel, option.metavar = _COMMON, ""
+        return option
+
 
 def _parameter(field: _Field, fields: Mapping[str, _Field], app: typer.Typer) -> inspect.Parameter:
     shown: dict[str, Any] = {"help": _unmarked(field.help(fields), app), "show_default": False}
@@ -417,16 +478,20 @@ def _parameter(field: _Field, fields: Mapping[str, _Field], app: typer.Typer) ->
     flags = field.option.flag or field.flag
     if field.is_switch and not field.option.flag:
         flags = f"{field.flag}/{field.opposite}"
-    shown |= {"rich_help_panel": field.option.group, "metavar": field.metavar}
+    shown |= {"rich_help_panel": field.heading, "metavar": field.metavar}
     return _optional(field.name, kind, typer.Option(flags, **shown))
 
 
 def _common_parameters() -> list[inspect.Parameter]:
-    file = "Options from a .yaml, .toml or .json file; a flag beats the file."
+    file = (
+        "Options from a .yaml, .toml or .json file; a flag beats the file, as --no-NAME does for "
+        "a switch that is on there."
+    )
     trace = "Show where in the code an error arose."
+    shown: dict[str, Any] = {"rich_help_panel": _COMMON}
     return [
-        _optional("config", Path, typer.Option("--config", metavar="FILE", help=file)),
-        _optional("traceback", bool, typer.Option("--traceback", help=trace)),
+        _optional("config", Path, typer.Option("--config", metavar="FILE", help=file, **shown)),
+        _optional("traceback", bool, typer.Option("--traceback", metavar="", help=trace, **shown)),
     ]
 
 
