@@ -327,18 +327,20 @@ class _Field:
         unquoted = {str, Path} & set(self.types) and isinstance(value, int | float | datetime.date)
         return f"{text}; write it in quotes" if unquoted else text
 
-    def condition(self, values: tuple[Any, ...]) -> str:
+    def condition(self, values: tuple[Any, ...], between: str = "|") -> str:
         """This option with the values for which another one is read, as a user would write it."""
         if self.is_switch or SET in values:
             return self.flag if SET in values or values[0] else self.opposite
         if values == (None,):
             return f"no {self.flag}"
-        return f"{self.flag} {'|'.join(map(str, values))}"
+        return f"{self.flag} {between.join(map(str, values))}"
 
     def help(self, fields: "Mapping[str, _Field]") -> str:
         """The option's help with choices, bounds, when it is read, and its default."""
         allowed = self.bounds if self.is_plain else self.expected
-        reads = [fields[name].condition(values) for name, values in self.option.read_when.items()]
+        conditions = self.option.read_when.items()
+        # Long names joined by a bar could not be wrapped.
+        reads = [fields[name].condition(values, " or ") for name, values in conditions]
         parts = [
             self.option.help,
             f"{allowed[0].upper()}{allowed[1:]}." if allowed else "",
@@ -473,8 +475,7 @@ def _parameter(field: _Field, fields: Mapping[str, _Field], app: typer.Typer) ->
     if field.repeated:
         kind = types.GenericAlias(list, (kind,))
     if field.option.argument:
-        name = f"{field.flag}..." if field.repeated else field.flag
-        return _optional(field.name, kind, typer.Argument(metavar=name, **shown))
+        return _optional(field.name, kind, typer.Argument(metavar=field.flag, **shown))
     flags = field.option.flag or field.flag
     if field.is_switch and not field.option.flag:
         flags = f"{field.flag}/{field.opposite}"
@@ -484,8 +485,8 @@ def _parameter(field: _Field, fields: Mapping[str, _Field], app: typer.Typer) ->
 
 def _common_parameters() -> list[inspect.Parameter]:
     file = (
-        "Options from a .yaml, .toml or .json file; a flag beats the file, as --no-NAME does for "
-        "a switch that is on there."
+        "Options from a .yaml, .toml or .json file; a flag beats the file (--no-... turns a switch "
+        "off)."
     )
     trace = "Show where in the code an error arose."
     shown: dict[str, Any] = {"rich_help_panel": _COMMON}

@@ -24,7 +24,14 @@ app = typer.Typer(
 
 @command(app, "run", TrainConfig)
 def run_command(config: TrainConfig) -> None:
-    """Trains one student from a cache. Run again to resume."""
+    """Trains one student from a cache. Run again to resume.
+
+    A run names a student, a cache and a folder. What else matters most: --validation-cache (what it
+    is measured on), --hard-weight (how much labels count beside the teacher), --lora-rank (adapters
+    in place of all weights). Learning rate, epochs and batch follow from the task unless given:
+
+        train-student run --student Qwen/Qwen3-0.6B --cache cache --out distilled
+    """
     from student_train.trainer import run
 
     result = run(config)
