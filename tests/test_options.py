@@ -1,4 +1,4 @@
-"""shared/options.py on toy configs: flags, files, bounds, errors, help, and the round trip."""
+"""shared/options on toy configs: flags, files, bounds, errors, help, and the round trip."""
 
 import os
 import re
