@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shared.cache import open_cache
-    from student_train.objective import Objective, attach
-    from student_train.stream import BatchStream
-    from student_train.trainer import DistillTrainer
+    from student_train.data.stream import BatchStream
+    from student_train.loss.objective import Objective, attach
+    from student_train.run.trainer import DistillTrainer
 
 __all__ = ["BatchStream", "DistillTrainer", "Objective", "attach", "open_cache"]
 
 _HOMES = {
-    "BatchStream": "student_train.stream",
-    "DistillTrainer": "student_train.trainer",
-    "Objective": "student_train.objective",
-    "attach": "student_train.objective",
+    "BatchStream": "student_train.data.stream",
+    "DistillTrainer": "student_train.run.trainer",
+    "Objective": "student_train.loss.objective",
+    "attach": "student_train.loss.objective",
     "open_cache": "shared.cache",
 }
 

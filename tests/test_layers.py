@@ -106,7 +106,7 @@ def test_a_cli_imports_nothing_heavy_at_the_top(path):
     )
 
 
-@pytest.mark.parametrize("name", ["shared.options", "shared.manifest", *map(name_of, CLIS)])
+@pytest.mark.parametrize("name", ["shared.options", "shared.format.manifest", *map(name_of, CLIS)])
 def test_importing_a_cli_or_the_manifest_loads_nothing_heavy(name):
     code = f"import sys, {name}; print(*sorted({HEAVY} & set(sys.modules)))"
     found = subprocess.run(

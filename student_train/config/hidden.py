@@ -5,7 +5,7 @@ from typing import Annotated
 
 from shared.errors import ConfigError
 from shared.options import Option, group
-from student_train.loss_spec import HiddenLoss
+from student_train.loss.spec import HiddenLoss
 
 
 @group("Hidden states")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from shared.options import Option, group
-from student_train.loss_spec import LossSpec, SoftLoss, Tail
+from student_train.loss.spec import LossSpec, SoftLoss, Tail
 
 
 @group("What it learns from")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from shared.options import Option, group
-from student_train.schedule import ScheduleKind
+from student_train.loss.schedule import ScheduleKind
 
 _SCHEDULED: dict[str, tuple[ScheduleKind, ...]] = {"loss_schedule": ("linear", "cosine")}
 

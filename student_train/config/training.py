@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from shared.options import Option, group
 from shared.tasks import TaskName
-from student_train.task_defaults import Recipe, Start, recipe_for
+from student_train.tasks.defaults import Recipe, Start, recipe_for
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 
