@@ -348,7 +348,7 @@ def read_commits(storage: Storage, manifest: Manifest, cache_id: str) -> list[Co
 
 def committed_shards(storage: Storage) -> list[int]:
     """Numbers of the shards with a commit, from the file names alone."""
-    names = storage.list("commits")
+    names = set(storage.list("commits"))
     stems = [name.removeprefix("commits/").removesuffix(".json") for name in names]
     numbers = {int(stem) for stem in stems if stem.isdecimal()}
     return sorted(number for number in numbers if commit_name(number) in names)

@@ -369,6 +369,17 @@ def test_files_that_are_no_commits_are_not_counted(cache, cache_copy, name):
     assert len(open_cache(cache_copy)) == len(cache)
 
 
+def test_no_commit_is_looked_for_in_a_list_of_all_commits(cache_copy, monkeypatch):
+    class Names(list):
+        def __contains__(self, name):
+            raise AssertionError(f"{name} is compared with up to {len(self)} names")
+
+    storage = Storage(cache_copy)
+    names = Names(storage.list("commits"))
+    monkeypatch.setattr(storage, "list", lambda prefix: names)
+    assert committed_shards(storage) == list(range(13))
+
+
 def test_commits_in_the_wrong_place_are_refused(cache, cache_copy, labels_dir):
     there = cache_copy / commit_name(2)
     shutil.copy(cache_copy / commit_name(1), there)

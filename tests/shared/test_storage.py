@@ -118,6 +118,21 @@ def test_a_linked_folder_that_leaves_the_cache_is_refused_as_well(tmp_path):
         storage.read("shards/secret")
 
 
+@pytest.mark.parametrize("link", ["root", "above", "none"])
+def test_a_path_is_checked_with_a_look_at_each_of_its_own_parts(tmp_path, monkeypatch, link):
+    """However deep the folder lies, and whether or not it is a link: a commit is two parts."""
+    real = tmp_path / "a" / "b" / "c" / "cache"
+    Storage(real).put("commits/00000.json", b"{}")
+    (tmp_path / "above").symlink_to(tmp_path / "a")
+    (tmp_path / "root").symlink_to(real)
+    places = {"root": tmp_path / "root", "above": tmp_path / "above/b/c/cache", "none": real}
+    storage, looks = Storage(places[link]), []
+    original = os.lstat
+    monkeypatch.setattr(os, "lstat", lambda *place, **o: looks.append(place) or original(*place))
+    assert storage.path("commits/00000.json").read_bytes() == b"{}"
+    assert len(looks) == 2
+
+
 def test_the_cache_folder_itself_may_be_a_link(tmp_path):
     Storage(tmp_path / "real").put("a/x", b"1")
     (tmp_path / "link").symlink_to(tmp_path / "real")
