@@ -50,12 +50,12 @@ class Storage:
         return path
 
     def _check_link(self, path: Path) -> None:
-        """Refuses a path that a link leads out of the folder."""
+        """Refuses a path that a link leads out of the folder, but into its own Hub store."""
         try:
-            inside = path.resolve().is_relative_to(self.root.resolve())
+            target, root = path.resolve(), self.root.resolve()
         except (OSError, RuntimeError) as error:  # links in a circle
             raise CorruptCache(f"{path}: {error}") from None
-        if not inside:
+        if not any(map(target.is_relative_to, (root, *_hub_blobs(root)))):
             raise CorruptCache(f"{path}: this link leaves the folder {self.root}")
 
     def exists(self, name: str) -> bool:
@@ -158,6 +158,19 @@ class Storage:
             file.flush()
             crash_point("before-fsync")
             os.fsync(file.fileno())
+
+
+def _hub_blobs(root: Path) -> Iterator[Path]:
+    """Where the files of a Hugging Face snapshot lie; nothing where `root` is in none.
+
+    `huggingface_hub` keeps a repository as `datasets--owner--name/blobs` and a commit of it as
+    `datasets--owner--name/snapshots/<commit>`, whose files are links to those blobs.
+    """
+    for snapshot in (root, *root.parents):
+        store = snapshot.parent.parent
+        of_hub = store.name.startswith(("models--", "datasets--"))
+        if of_hub and snapshot.parent.name == "snapshots":
+            yield store / "blobs"
 
 
 def temporary_files(root: Path) -> Iterator[Path]:

@@ -4,6 +4,7 @@ P positions of a row, C classes, K entries, D channels.
 """
 
 import json
+import os
 import random
 import shutil
 import threading
@@ -22,7 +23,10 @@ from shared.cache import class_ranks, committed_shards
 from shared.errors import CacheMismatch, CorruptCache, IncompleteCache
 from shared.shards import commit_name, file_hash, parse_commit
 from shared.storage import Storage
+from shared.tokenizer import load_cached_tokenizer
 from teacher_cache.batches import forward_batches
+from teacher_cache.config import VerifyConfig
+from teacher_cache.inspection import verify
 from teacher_cache.rows import Row
 from teacher_cache.teacher import Teacher
 from tests.shared.test_shards import assert_same
@@ -358,6 +362,22 @@ def test_a_cache_can_be_moved_and_is_never_written_to(cache, cache_copy, tmp_pat
     before = {name: (moved / name).stat().st_mtime_ns for name in tree(moved)}
     assert open_cache(str(moved))[7].row_id == cache[7].row_id
     assert {name: (moved / name).stat().st_mtime_ns for name in tree(moved)} == before
+
+
+def test_a_cache_in_a_snapshot_of_the_hub_opens(cache, cache_copy, tmp_path):
+    """Every file is a link to a blob, named by its hash, of the same repository."""
+    store = tmp_path / "datasets--owner--name"
+    (store / "blobs").mkdir(parents=True)
+    snapshot = store / "snapshots" / "0123abcd"
+    for name in tree(cache_copy):
+        blob = store / "blobs" / file_hash(cache_copy / name)
+        shutil.copy(cache_copy / name, blob)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(os.path.relpath(blob, (snapshot / name).parent))
+    found = open_cache(snapshot)
+    assert [row.row_id for row in found] == [row.row_id for row in cache]
+    assert len(load_cached_tokenizer(found.storage)) == 300
+    assert verify(VerifyConfig(cache=snapshot)).sound
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,70 @@ def test_links_that_leave_the_folder_are_refused_and_those_inside_are_not(tmp_pa
     assert (tmp_path / "secret").read_text() == "2"
 
 
+@pytest.mark.parametrize("kind", ["models", "datasets"])
+@pytest.mark.parametrize("place", ["", "caches/of a teacher"])
+def test_a_snapshot_of_the_hub_links_into_its_own_store(tmp_path, kind, place):
+    """As `huggingface_hub` lays a repository out; the cache may be a folder of it."""
+    store = tmp_path / f"{kind}--owner--name"
+    (store / "blobs").mkdir(parents=True)
+    (store / "blobs" / "ab12").write_text("1")
+    root = store / "snapshots" / "c0ffee" / place
+    (root / "commits").mkdir(parents=True)
+    blob = os.path.relpath(store / "blobs" / "ab12", root / "commits")
+    (root / "commits" / "x").symlink_to(blob)
+    (tmp_path / "hub").symlink_to(root)
+    for folder in (root, tmp_path / "hub"):
+        storage = Storage(folder)
+        assert storage.read("commits/x") == b"1"
+        assert storage.list("commits") == ["commits/x"]
+
+
+def test_a_snapshot_links_nowhere_else(tmp_path):
+    for name in ("models--a--b", "models--c--d"):
+        (tmp_path / name / "blobs").mkdir(parents=True)
+        (tmp_path / name / "blobs" / "ab12").write_text("secret")
+        (tmp_path / name / "refs").mkdir()
+        (tmp_path / name / "refs" / "main").write_text("secret")
+    root = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    elsewhere = root.parent / "beef"
+    for folder in (root, elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "x").symlink_to("../../blobs/ab12")
+    outside = [
+        tmp_path / "models--c--d" / "blobs" / "ab12",
+        tmp_path / "models--a--b" / "refs" / "main",
+        elsewhere / "real",
+        tmp_path / "models--a--b" / "blobs" / "out",
+    ]
+    (elsewhere / "real").write_text("secret")
+    (tmp_path / "models--a--b" / "blobs" / "out").symlink_to(tmp_path / "models--c--d/refs/main")
+    for number, place in enumerate(outside):
+        (root / f"link{number}").symlink_to(place)
+        with pytest.raises(CorruptCache, match=f"link{number}: this link leaves the folder"):
+            Storage(root).read(f"link{number}")
+    (tmp_path / "models--c--d" / "blobs" / "ab12").unlink()
+    (tmp_path / "models--c--d" / "blobs").rmdir()
+    (tmp_path / "models--c--d" / "blobs").symlink_to(tmp_path / "models--a--b" / "blobs")
+    other = tmp_path / "models--c--d" / "snapshots" / "c0ffee"
+    other.mkdir(parents=True)
+    (other / "x").symlink_to("../../blobs/ab12")
+    with pytest.raises(CorruptCache, match="x: this link leaves the folder"):
+        Storage(other).read("x")
+
+
+@pytest.mark.parametrize(
+    "place", ["snapshots/c0ffee", "models--a--b/c0ffee", "models--a--b/old/c0ffee", "m--a/s/c"]
+)
+def test_a_folder_that_is_no_snapshot_has_no_store(tmp_path, place):
+    root = tmp_path / place
+    root.mkdir(parents=True)
+    (root.parent.parent / "blobs").mkdir()
+    (root.parent.parent / "blobs" / "ab12").write_text("secret")
+    (root / "x").symlink_to("../../blobs/ab12")
+    with pytest.raises(CorruptCache, match="x: this link leaves the folder"):
+        Storage(root).read("x")
+
+
 def test_a_linked_folder_that_leaves_the_cache_is_refused_as_well(tmp_path):
     storage = Storage(tmp_path / "cache")
     storage.put("x", b"1")
