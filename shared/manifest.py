@@ -446,12 +446,12 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind):
         if not isinstance(value, dict):
             raise _wrong(where, value, "an object")
-        hints = _types_of(kind)
+        make: Any = kind
+        hints = _types_of(make)
         added = {field.name for field in fields(kind) if field.metadata.get("added")}
         missing = {field.name for field in fields(kind)} - value.keys() - added
         if missing:
             raise CorruptCache(f"{where}: the field {min(missing)!r} is missing")
-        make: Any = kind
         values = {
             f.name: _build(hints[f.name], value[f.name], f"{where}: {f.name}")
             for f in fields(kind)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.cache import Cache, references
+from shared.cache import Cache
+from shared.rows import references
 from shared.schema import ROW_CHUNK_BITS
 from shared.tasks import TASKS
 from shared.windows import PLACES, Spans, WindowReference, best_spans, bounds_of, reference_of

@@ -14,7 +14,8 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from shared.cache import Cache, Row
+from shared.cache import Cache
+from shared.rows import Row
 from shared.schema import layout
 from shared.tasks import TASKS
 from shared.tokenizer import load_cached_tokenizer

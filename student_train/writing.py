@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.cache import Cache, references
+from shared.cache import Cache
 from shared.decoding import caches_all_blocks
 from shared.errors import CacheMismatch
+from shared.rows import references
 from shared.tokenizer import end_of_text, load_cached_tokenizer
 from student_train.text_metrics import chrf, sentence_chrf, text_numbers
 

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.cache import Cache, RowTargets, open_cache
+from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch
 from shared.manifest import differences
 from shared.ragged import drawn_logprob
+from shared.rows import RowTargets
 from shared.target import MAX_ENTRIES, TargetSpec
 from shared.tasks import TASKS
 from shared.tokenizer import describe

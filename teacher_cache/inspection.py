@@ -16,7 +16,6 @@ import numpy as np
 from shared import manifest as manifests
 from shared.cache import (
     Cache,
-    Row,
     channel_scales,
     check_side_files,
     class_ranks,
@@ -28,6 +27,7 @@ from shared.errors import CorruptCache, TeacherCacheError
 from shared.manifest import Manifest
 from shared.progress import Progress
 from shared.ragged import drawn_logprob
+from shared.rows import Row
 from shared.schema import layout
 from shared.shards import Commit, ShardReader, commit_name, file_hash
 from shared.storage import Storage, temporary_files, temporary_writer

@@ -83,6 +83,19 @@ def test_rows_have_their_references(cache):
     assert verify(VerifyConfig(cache=cache)).sound
 
 
+def test_one_row_parses_its_own_reference_only(cache, monkeypatch):
+    opened, parsed, original = open_cache(cache), [], manifests.parse_json
+
+    def parse_json(data, where, **limits):
+        parsed.append(where)
+        return original(data, where, **limits)
+
+    monkeypatch.setattr(manifests, "parse_json", parse_json)
+    row = opened[ROWS + 2]
+    assert row.reference == values_of(1)[2]
+    assert parsed == [f"reference of row {row.row_id}"]
+
+
 @pytest.mark.parametrize("rows", [0, 1, ROWS])
 def test_planes_hold_the_references(manifest, rows):
     block = reference_block(manifest, 0)
