@@ -51,7 +51,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     cache = open_cache(config.cache, allow_partial=True)
     numbers = {
         **summary(cache),
-        "rows_shown": [_decoded(cache, index) for index in _spread(cache, config.rows)],
+        "rows_shown": _rows_shown(cache, config.rows),
     }
     if config.html is not None and cache.has_targets and cache.manifest.targets.kind != "values":
         numbers["histograms"] = histograms(cache)
@@ -144,10 +144,17 @@ def _spread(cache: Cache, count: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, cache.num_rows - 1, count)}) if count else []
 
 
-def _decoded(cache: Cache, index: int) -> dict[str, Any]:
-    """One row as text, with the teacher's best classes at its first positions."""
+def _rows_shown(cache: Cache, count: int) -> list[dict[str, Any]]:
+    """Some rows as text; the tokenizer, which may take a second to load, is loaded once."""
+    rows = cache[_spread(cache, count)]
+    if not rows:
+        return []
     tokenizer = load_cached_tokenizer(cache.storage)
-    row = cache[index]
+    return [_decoded(cache, row, tokenizer) for row in rows]
+
+
+def _decoded(cache: Cache, row: Row, tokenizer: Any) -> dict[str, Any]:
+    """One row as text, with the teacher's best classes at its first positions."""
     shown: dict[str, Any] = {
         "row_id": row.row_id,
         "document": row.row_id >> 24,

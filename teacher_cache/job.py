@@ -31,6 +31,7 @@ from shared.target import ClassRanks
 from teacher_cache.capture import WindowTargets, capture_window
 from teacher_cache.config import CaptureConfig
 from teacher_cache.draft import Draft, resolve
+from teacher_cache.finished import finished_as_asked
 from teacher_cache.plan import publish_or_adopt
 from teacher_cache.rows import Row
 from teacher_cache.statistics import add, block_sums, encode_and_measure
@@ -94,6 +95,12 @@ def run(config: CaptureConfig) -> None:
         _run_many(config, share, count)
         return
     storage = Storage(config.out)
+    if (finished := finished_as_asked(config, storage)) is not None:
+        publish_or_adopt(finished, storage)
+        _record(config, storage, share)
+        shards = len(committed_shards(storage))
+        log.info("%s: %d of %d shards done", storage.root, shards, shards)
+        return
     with stop_on_signals() as stop:
         draft = resolve(config)
         manifest, cache_id = publish_or_adopt(draft, storage)
