@@ -26,13 +26,13 @@ from shared import manifest as manifests
 from shared.cache import open_cache, read_commit
 from shared.schema import MIN_BLOCK_POSITIONS
 from shared.shards import ShardWriter, commit_name, encode_block, shard_name
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from shared.target import ClassRanks
 
 
 def write_cache(folder: Path, args: argparse.Namespace, *, shards: int, blocks: int) -> None:
     """A cache whose shard 0 has `blocks` blocks and whose other shards have a commit only."""
-    storage, ranks = Storage(folder), ClassRanks.from_classes(np.arange(CLASSES))
+    storage, ranks = LocalStorage(folder), ClassRanks.from_classes(np.arange(CLASSES))
     manifest = synthetic_manifest(args, shards)
     manifests.publish(storage, manifest)
     rows = -(-MIN_BLOCK_POSITIONS // (args.row_tokens - 1))

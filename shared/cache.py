@@ -29,7 +29,7 @@ from shared.shards import (
     parse_commit,
     shard_name,
 )
-from shared.storage import Storage
+from shared.storage import LocalStorage, Storage
 from shared.target import ClassRanks
 
 _OPEN_SHARDS = 64  # memory maps kept; a map costs address space and little else
@@ -51,8 +51,7 @@ class Cache(Sequence[Row]):
         self.ranks = class_ranks(storage, manifest)
         self.scales = channel_scales(storage, manifest)
         lengths = [
-            c.lengths(str(storage.path(commit_name(c.shard))), manifest.num_outputs)
-            for c in commits
+            c.lengths(storage.where(commit_name(c.shard)), manifest.num_outputs) for c in commits
         ]
         empty = np.zeros(0, np.int32)
         self.row_tokens = np.concatenate([*(tokens for tokens, _ in lengths), empty])
@@ -231,31 +230,34 @@ class Cache(Sequence[Row]):
             reader = self._readers.pop(index, None)
             if reader is None:
                 commit = self.commits[index]
-                reader = ShardReader(self.storage.path(commit.file), self.manifest, commit)
+                path, where = self.storage.local(commit.file), self.storage.where(commit.file)
+                reader = ShardReader(path, self.manifest, commit, where)
             self._readers[index] = reader
             while len(self._readers) > _OPEN_SHARDS:
                 self._readers.popitem(last=False)
         return reader
 
 
-def open_cache(path: Path | str, *, allow_partial: bool = False) -> Cache:
-    """Opens a cache folder. Missing shards are an error unless `allow_partial`; no shard at all,
-    a manifest or side file that was changed, or a newer format always is."""
-    storage = Storage(path)
+def open_cache(path: Path | str | Storage, *, allow_partial: bool = False) -> Cache:
+    """Opens a cache in a folder, or in another store.
+
+    Missing shards are an error unless `allow_partial`; no shard at all, a manifest or side file
+    that was changed, or a newer format always is.
+    """
+    storage = LocalStorage(path) if isinstance(path, Path | str) else path
     manifest, cache_id = manifests.read(storage)
     check_side_files(storage, manifest)
     cache = Cache(storage, manifest, cache_id, read_commits(storage, manifest, cache_id))
     missing, shards = cache.missing_shards, manifest.plan.num_shards
     if not cache.commits:
         raise IncompleteCache(
-            f"{path}: none of {shards} shards is done. Run cache-teacher run again."
+            f"{storage.root}: none of {shards} shards is done. Run cache-teacher run again."
         )
     if missing and not allow_partial:
         raise IncompleteCache(
-            f"{path}: {shards - len(missing)} of {shards} shards are done (shard {missing[0]} is "
-            "the "
-            "first missing one). Run the same cache-teacher run command again to finish it, or "
-            "train on what is there with --allow-partial."
+            f"{storage.root}: {shards - len(missing)} of {shards} shards are done (shard "
+            f"{missing[0]} is the first missing one). Run the same cache-teacher run command again "
+            "to finish it, or train on what is there with --allow-partial."
         )
     return cache
 
@@ -263,13 +265,12 @@ def open_cache(path: Path | str, *, allow_partial: bool = False) -> Cache:
 def check_side_files(storage: Storage, manifest: Manifest) -> None:
     """Every side file is there and is the one that the manifest names."""
     for name, digest in manifest.side_files.items():
-        side_file = storage.path(name)
-        if not side_file.is_file():
-            raise CorruptCache(f"{side_file}: this file is missing; restore it from a copy.")
-        size = side_file.stat().st_size
-        if size > _MAX_SIDE_FILE_BYTES or file_hash(side_file) != digest:
+        where, size = storage.where(name), storage.size(name)
+        if size is None:
+            raise CorruptCache(f"{where}: this file is missing; restore it from a copy.")
+        if size > _MAX_SIDE_FILE_BYTES or file_hash(storage.local(name)) != digest:
             raise CorruptCache(
-                f"{side_file}: its hash is not the one in the manifest ({size:,} bytes); restore "
+                f"{where}: its hash is not the one in the manifest ({size:,} bytes); restore "
                 "it from a copy."
             )
 
@@ -285,7 +286,7 @@ def class_ranks(storage: Storage, manifest: Manifest) -> ClassRanks:
     fits = classes.dtype == np.uint32 and classes.shape == (count,)
     if not fits or not np.array_equal(np.sort(classes), np.arange(count)):
         raise CorruptCache(
-            f"{storage.path(_learnt_name(manifest))}: class_by_rank is no order of the "
+            f"{storage.where(_learnt_name(manifest))}: class_by_rank is no order of the "
             f"{count} classes; restore it from a copy."
         )
     return ClassRanks.from_classes(classes)
@@ -302,7 +303,7 @@ def channel_scales(storage: Storage, manifest: Manifest) -> ChannelScales:
         centre, unit = (_of_channels(storage, manifest, arrays, layer, name) for name in names)
         if not (np.isfinite(centre).all() and np.isfinite(unit).all() and unit.min() > 0):
             raise CorruptCache(
-                f"{storage.path(_learnt_name(manifest))}: hidden.{layer}.centre or .unit holds "
+                f"{storage.where(_learnt_name(manifest))}: hidden.{layer}.centre or .unit holds "
                 "NaN, infinity or a unit that is not above 0; restore it from a copy."
             )
         return ChannelScale(centre, unit)
@@ -318,8 +319,8 @@ def _of_channels(
     found = arrays.get(f"hidden.{layer}.{name}", np.zeros(0))
     if found.dtype != np.float32 or found.shape != (width,):
         raise CorruptCache(
-            f"{storage.path(_learnt_name(manifest))}: hidden.{layer}.{name} is not {width} numbers "
-            "of type float32; restore it from a copy."
+            f"{storage.where(_learnt_name(manifest))}: hidden.{layer}.{name} is not {width} "
+            "numbers of type float32; restore it from a copy."
         )
     return found
 
@@ -332,7 +333,7 @@ def learnt(storage: Storage, manifest: Manifest) -> dict[str, np.ndarray]:
     try:
         return load_safetensors(storage.read(name, max_bytes=_MAX_SIDE_FILE_BYTES))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CorruptCache(f"{storage.path(name)}: {error!r}; restore it from a copy.") from None
+        raise CorruptCache(f"{storage.where(name)}: {error!r}; restore it from a copy.") from None
 
 
 def _learnt_name(manifest: Manifest) -> str:
@@ -341,8 +342,8 @@ def _learnt_name(manifest: Manifest) -> str:
 
 def read_commit(storage: Storage, manifest: Manifest, cache_id: str, shard: int) -> Commit:
     """The commit of one shard; of another cache, or out of place, is an error."""
-    path = storage.path(commit_name(shard))
-    commit = parse_commit(storage.read(commit_name(shard), max_bytes=MAX_COMMIT_BYTES), str(path))
+    path = storage.where(commit_name(shard))
+    commit = parse_commit(storage.read(commit_name(shard), max_bytes=MAX_COMMIT_BYTES), path)
     if commit.cache_id != cache_id or commit.shard != shard:
         raise CorruptCache(
             f"{path}: belongs to shard {commit.shard} of cache {commit.cache_id[:12]}, expected "
@@ -380,8 +381,7 @@ def _check_rows(storage: Storage, commits: list[Commit]) -> None:
     rows = sum(min(max(0, commit.rows), MAX_SHARD_ROWS) for commit in commits)
     if rows <= _ROWS_ON_TRUST:
         return
-    paths = [storage.path(commit.file) for commit in commits]
-    size = sum(path.stat().st_size for path in paths if path.is_file())
+    size = sum(storage.size(commit.file) or 0 for commit in commits)
     if rows > size:
         raise CorruptCache(
             f"{storage.root}: its commits claim {rows:,} rows, but all shards together have "

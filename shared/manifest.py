@@ -252,7 +252,7 @@ def write_hash(storage: Storage) -> None:
 
 def read(storage: Storage) -> tuple[Manifest, str]:
     """The manifest and the cache id; every byte is checked against manifest.sha256."""
-    path = storage.path(MANIFEST)
+    path = storage.where(MANIFEST)
     if not storage.exists(MANIFEST):
         raise IncompleteCache(
             f"{storage.root}: no cache here ({MANIFEST} is missing). "
@@ -274,7 +274,7 @@ def read(storage: Storage) -> tuple[Manifest, str]:
             f"{(recorded or ['nothing'])[0]}. "
             "One of the two files was changed; restore it from a copy."
         )
-    raw = parse_json(data, str(path))
+    raw = parse_json(data, path)
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if isinstance(version, int) and version < 1:
         raise CorruptCache(f"{path}: format {version}; the first one is 1")
@@ -283,7 +283,7 @@ def read(storage: Storage) -> tuple[Manifest, str]:
             f"{path}: format {version} needs a newer teacher-cache; this one reads up to format "
             f"{FORMAT_VERSION}. Run pip install --upgrade teacher-cache."
         )
-    manifest = build(Manifest, raw, str(path))
+    manifest = build(Manifest, raw, path)
     for problem in _beyond_limits(manifest):
         raise CorruptCache(f"{path}: {problem}. Restore it from a copy.")
     return manifest, digest

@@ -19,7 +19,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, CorruptCache, CorruptRun
 from shared.manifest import differences
 from shared.options import resolved, write_resolved
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from student_train.cache_set import CacheSet, Source
 from student_train.config import TrainConfig
 from student_train.ensemble import Ensemble
@@ -66,7 +66,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.storage = Storage(path)
+        self.storage = LocalStorage(path)
 
     def open_caches(self, config: TrainConfig) -> Source:
         """The caches of this run: as they are at the first start, later as they were then.

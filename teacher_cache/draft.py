@@ -23,7 +23,7 @@ from shared.manifest import (
     TeacherInfo,
     TokenizerInfo,
 )
-from shared.storage import Storage
+from shared.storage import LocalStorage, Storage
 from shared.target import RAGGED_KINDS, TargetKind, TargetSpec
 from shared.tasks import TASKS, ProblemType
 from shared.tokenizer import describe
@@ -130,7 +130,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
 
     Without `load_teacher` (for `plan`) only the teacher's config and tokenizer are read.
     """
-    old = None if config.like is None else Storage(config.like)
+    old = None if config.like is None else LocalStorage(config.like)
     if old is not None:
         config = _as_in(config, manifests.read(old)[0])
     corpus = open_corpus(config)

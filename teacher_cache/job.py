@@ -26,7 +26,7 @@ from shared.options import write_resolved
 from shared.progress import Progress, WaitClock
 from shared.schema import MIN_BLOCK_POSITIONS, ROW_CHUNK_BITS
 from shared.shards import EncodedBlock, ShardWriter, commit_name
-from shared.storage import Storage
+from shared.storage import LocalStorage, Storage
 from shared.target import ClassRanks
 from teacher_cache.capture import WindowTargets, capture_window
 from teacher_cache.config import CaptureConfig
@@ -94,7 +94,7 @@ def run(config: CaptureConfig) -> None:
     if count > 1:
         _run_many(config, share, count)
         return
-    storage = Storage(config.out)
+    storage = LocalStorage(config.out)
     if (finished := finished_as_asked(config, storage)) is not None:
         publish_or_adopt(finished, storage)
         _record(config, storage, share)
@@ -325,7 +325,7 @@ def _run_many(config: CaptureConfig, share: Share, count: int) -> None:
         )
 
 
-def _record(config: CaptureConfig, storage: Storage, share: Share) -> None:
+def _record(config: CaptureConfig, storage: LocalStorage, share: Share) -> None:
     """The resolved config of this process, for the user; never read by stage two."""
     folder = storage.root / "runs"
     folder.mkdir(exist_ok=True)

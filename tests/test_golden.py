@@ -25,7 +25,7 @@ from shared.blocks import to_planes
 from shared.errors import CacheMismatch, CorruptCache
 from shared.schema import COLUMNS, layout
 from shared.shards import EncodedBlock, ShardWriter, encode_block
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from shared.target import TargetSpec
 from teacher_cache import seal
 from teacher_cache.config import VerifyConfig
@@ -162,7 +162,7 @@ def test_the_plain_reader_agrees_on_columns_that_the_golden_caches_lack(
     manifest = cache_manifest(packed=packed, positions=labels, labels=labels, targets=spec)
     plan = replace(manifest.plan, num_shards=1)
     manifest = replace(manifest, side_files={learnt_name: digest}, plan=plan)
-    storage = Storage(tmp_path / "cache")
+    storage = LocalStorage(tmp_path / "cache")
     storage.put_new(learnt_name, learnt)
     manifests.publish(storage, manifest)
     with ShardWriter(storage, manifest, manifest.cache_id, 0) as writer:
@@ -241,7 +241,7 @@ def one_shard(path, spec, *, code_seed):
     manifest = cache_manifest(targets=spec, hidden=NO_HIDDEN)
     plan = replace(manifest.plan, num_shards=1)
     manifest = replace(manifest, side_files={name: digest}, plan=plan)
-    storage = Storage(path)
+    storage = LocalStorage(path)
     storage.put_new(name, learnt)
     manifests.publish(storage, manifest)
     with ShardWriter(storage, manifest, manifest.cache_id, 0) as writer:

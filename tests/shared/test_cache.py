@@ -22,7 +22,7 @@ from shared import open_cache
 from shared.cache import class_ranks, committed_shards
 from shared.errors import CacheMismatch, CorruptCache, IncompleteCache
 from shared.shards import commit_name, file_hash, parse_commit
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from shared.tokenizer import load_cached_tokenizer
 from teacher_cache.batches import forward_batches
 from teacher_cache.config import VerifyConfig
@@ -319,7 +319,7 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path):
 
 def test_a_newer_format_is_refused(cache_copy):
     raw = json.loads((cache_copy / "manifest.json").read_text())
-    storage = Storage(cache_copy)
+    storage = LocalStorage(cache_copy)
     storage.put(manifests.MANIFEST, json.dumps(raw | {"format_version": 2}).encode())
     storage.delete(manifests.MANIFEST_HASH)
     manifests.write_hash(storage)
@@ -385,7 +385,7 @@ def test_a_cache_in_a_snapshot_of_the_hub_opens(cache, cache_copy, tmp_path):
 )
 def test_files_that_are_no_commits_are_not_counted(cache, cache_copy, name):
     shutil.copy(cache_copy / commit_name(0), cache_copy / "commits" / name)
-    assert committed_shards(Storage(cache_copy)) == list(range(13))
+    assert committed_shards(LocalStorage(cache_copy)) == list(range(13))
     assert len(open_cache(cache_copy)) == len(cache)
 
 
@@ -394,7 +394,7 @@ def test_no_commit_is_looked_for_in_a_list_of_all_commits(cache_copy, monkeypatc
         def __contains__(self, name):
             raise AssertionError(f"{name} is compared with up to {len(self)} names")
 
-    storage = Storage(cache_copy)
+    storage = LocalStorage(cache_copy)
     names = Names(storage.list("commits"))
     monkeypatch.setattr(storage, "list", lambda prefix: names)
     assert committed_shards(storage) == list(range(13))
@@ -428,7 +428,7 @@ def test_commits_in_the_wrong_place_are_refused(cache, cache_copy, labels_dir):
 def test_a_commit_cannot_name_a_file_that_is_not_its_own(cache, cache_copy, file):
     """Forged with a right checksum."""
     commit = replace(cache.commits[0], file=file)
-    Storage(cache_copy).put(commit_name(0), commit.to_json())
+    LocalStorage(cache_copy).put(commit_name(0), commit.to_json())
     with pytest.raises(CorruptCache):
         open_cache(cache_copy)[0]
 
@@ -461,10 +461,10 @@ def test_the_side_files_are_checked_and_named(cache, cache_copy):
 )
 def test_a_learnt_file_that_is_none_is_refused_by_name(cache, tmp_path, data):
     """Even where a forged manifest has its hash."""
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     name = next(name for name in cache.manifest.side_files if name.startswith("learnt-"))
     storage.put(name, data)
-    forged = replace(cache.manifest, side_files={name: file_hash(storage.path(name))})
+    forged = replace(cache.manifest, side_files={name: file_hash(storage.local(name))})
     with pytest.raises(CorruptCache, match=name):
         class_ranks(storage, forged)
 
@@ -498,9 +498,9 @@ def test_the_shard_used_longest_ago_is_closed_first(cache_dir, monkeypatch):
     cache, opened = open_cache(cache_dir), []
     original = cache_module.ShardReader
 
-    def spy(path, manifest, commit):
+    def spy(path, manifest, commit, where):
         opened.append(commit.shard)
-        return original(path, manifest, commit)
+        return original(path, manifest, commit, where)
 
     monkeypatch.setattr(cache_module, "ShardReader", spy)
     first_block = np.cumsum([0, *(len(commit.block_rows) for commit in cache.commits)])

@@ -14,7 +14,7 @@ from shared.cache import open_cache
 from shared.errors import CorruptCache
 from shared.schema import optional_columns
 from shared.shards import ShardWriter, commit_name, encode_block
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from teacher_cache.config import RepackConfig, VerifyConfig
 from teacher_cache.inspection import verify
 from teacher_cache.repack import repack
@@ -62,7 +62,7 @@ def manifest():
 @pytest.fixture(scope="module")
 def cache(manifest, tmp_path_factory, tokenizer_dir) -> Path:
     """One shard of three blocks."""
-    storage = Storage(tmp_path_factory.mktemp("references") / "cache")
+    storage = LocalStorage(tmp_path_factory.mktemp("references") / "cache")
     manifests.publish(storage, manifest)
     with ShardWriter(storage, manifest, manifest.cache_id, 0) as writer:
         for number in range(BLOCKS):

@@ -18,7 +18,7 @@ from shared.blocks import Block
 from shared.manifest import HiddenSpec
 from shared.schema import optional_columns
 from shared.shards import ShardWriter, encode_block, file_hash
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from shared.target import ClassRanks, Target, TargetSpec
 from shared.tasks import TaskName
 from shared.tokenizer import describe
@@ -113,7 +113,7 @@ def write_cache(
     labels: tuple[str, ...] = (),
 ) -> Path:
     """Two shards of blocks of `ROWS_PER_BLOCK`; without a teacher hard labels only."""
-    storage, names = Storage(path), labels or LABELS[task]
+    storage, names = LocalStorage(path), labels or LABELS[task]
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.save_pretrained(path / "tokenizer")
     files = [file for file in (path / "tokenizer").iterdir() if file.is_file()]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from shared import open_cache
 from shared.errors import CacheMismatch
 from shared.shards import commit_name
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from teacher_cache import job
 from teacher_cache.config import CaptureConfig
 from teacher_cache.teacher import Teacher
@@ -143,7 +143,7 @@ def test_other_options_are_refused_as_of_an_unfinished_cache(options, change, me
     run(options)
     with pytest.raises(CacheMismatch, match=message) as of_finished:
         run(options, **change)
-    Storage(options["out"]).delete(commit_name(0))
+    LocalStorage(options["out"]).delete(commit_name(0))
     with pytest.raises(CacheMismatch) as of_unfinished:
         run(options, **change)
     assert str(of_finished.value) == str(of_unfinished.value)
