@@ -13,14 +13,13 @@ Prints one JSON line.
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from stream import CLASSES, block_of, environment, synthetic_manifest
+from stream import CLASSES, Clock, block_of, environment, measured, synthetic_manifest
 
 from shared import manifest as manifests
 from shared.cache import open_cache, read_commit
@@ -46,32 +45,33 @@ def write_cache(folder: Path, args: argparse.Namespace, *, shards: int, blocks: 
         (folder / commit_name(shard)).write_bytes(its.to_json())
 
 
-def best_of(repeats: int, work: Callable[[], object]) -> float:
-    """Seconds of the fastest of some runs: other work on the machine only ever slows one down."""
-    seconds = []
+def best_of(repeats: int, work: Callable[[], object]) -> Clock:
+    """The fastest of some runs: other work on the machine only ever slows one down."""
+    clocks = []
     for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        with measured() as clock:
+            work()
+        clocks.append(clock)
+    return Clock(min(c.wall_s for c in clocks), min(c.cpu_s for c in clocks))
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder), args, shards=args.shards, blocks=1)
-        open_s = best_of(args.repeats, lambda: open_cache(folder))
+        opened = best_of(args.repeats, lambda: open_cache(folder))
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder), args, shards=1, blocks=args.blocks)
         cache = open_cache(folder)
-        blocks_s = best_of(args.repeats, lambda: [*map(cache.read_block, range(args.blocks))])
-        rows_s = best_of(1, lambda: [row.row_id for row in open_cache(folder)])
+        blocks = best_of(args.repeats, lambda: [*map(cache.read_block, range(args.blocks))])
+        rows = best_of(args.repeats, lambda: [cache[i] for i in range(len(cache))])
     return {
-        "open_s": round(open_s, 3),
-        "open_us_per_shard": round(open_s / args.shards * 1e6, 1),
+        "open_s": round(opened.wall_s, 3),
+        "open_cpu_s": round(opened.cpu_s, 3),
+        "open_cpu_us_per_shard": round(opened.cpu_s / args.shards * 1e6, 1),
         "rows": len(cache),
-        "blocks_s": round(blocks_s, 3),
-        "rows_s": round(rows_s, 3),
-        "rows_over_blocks": round(rows_s / blocks_s, 2),
+        "blocks_cpu_s": round(blocks.cpu_s, 3),
+        "rows_cpu_s": round(rows.cpu_s, 3),
+        "rows_over_blocks": round(rows.cpu_s / blocks.cpu_s, 2),
     }
 
 
