@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from stream import CLASSES, Clock, block_of, environment, measured, synthetic_manifest
 
-from shared import manifest as manifests
 from shared.cache import open_cache, read_commit
-from shared.schema import MIN_BLOCK_POSITIONS
-from shared.shards import ShardWriter, commit_name, encode_block, shard_name
+from shared.format import manifest as manifests
+from shared.format.schema import MIN_BLOCK_POSITIONS
+from shared.format.shards import ShardWriter, commit_name, encode_block, shard_name
 from shared.storage import LocalStorage
-from shared.target import ClassRanks
+from shared.targets.spec import ClassRanks
 
 
 def write_cache(folder: Path, args: argparse.Namespace, *, shards: int, blocks: int) -> None:

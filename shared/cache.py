@@ -12,14 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from shared import manifest as manifests
-from shared.blocks import Block
 from shared.errors import CorruptCache, IncompleteCache
-from shared.hidden import ChannelScale, ChannelScales
-from shared.manifest import MAX_SHARD_ROWS, Manifest
-from shared.rows import BlockRows, Row
-from shared.schema import Plane
-from shared.shards import (
+from shared.format import manifest as manifests
+from shared.format.blocks import Block
+from shared.format.manifest import MAX_SHARD_ROWS, Manifest
+from shared.format.schema import Plane
+from shared.format.shards import (
     MAX_COMMIT_BYTES,
     Commit,
     ShardReader,
@@ -29,8 +27,10 @@ from shared.shards import (
     parse_commit,
     shard_name,
 )
+from shared.rows import BlockRows, Row
 from shared.storage import LocalStorage, Storage
-from shared.target import ClassRanks
+from shared.targets.hidden import ChannelScale, ChannelScales
+from shared.targets.spec import ClassRanks
 
 _OPEN_SHARDS = 64  # memory maps kept; a map costs address space and little else
 _KEPT_BLOCKS = 8  # decoded ones, of a few threads that read rows in order

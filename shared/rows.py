@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared import manifest as manifests
-from shared.blocks import Block
 from shared.errors import ConfigError
-from shared.hidden import num_states
-from shared.manifest import Manifest
+from shared.format import manifest as manifests
+from shared.format.blocks import Block
+from shared.format.manifest import Manifest
+from shared.targets.hidden import num_states
 
 
 @dataclass(frozen=True, slots=True)

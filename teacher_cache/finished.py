@@ -20,16 +20,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from shared import manifest as manifests
 from shared.cache import committed_shards
 from shared.errors import CacheMismatch
-from shared.manifest import Manifest, TeacherInfo
+from shared.format import manifest as manifests
+from shared.format.manifest import Manifest, TeacherInfo
 from shared.storage import Storage
 from shared.tasks import TASKS
 from teacher_cache.config import CaptureConfig
-from teacher_cache.draft import Draft, resolve, teacher_id
-from teacher_cache.plan import check_asked
-from teacher_cache.teacher import config_hash, digest_of, model_source
+from teacher_cache.engines.teacher import config_hash, digest_of, model_source
+from teacher_cache.job.calibrate import check_asked
+from teacher_cache.job.draft import Draft, resolve, teacher_id
 
 
 def finished_as_asked(config: CaptureConfig, storage: Storage) -> Draft | None:

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared import manifest as manifests
 from shared import open_cache
 from shared.cache import committed_shards
 from shared.errors import CorruptCache, IncompleteCache
-from shared.shards import ShardWriter, commit_name, encode_block
+from shared.format import manifest as manifests
+from shared.format.shards import ShardWriter, commit_name, encode_block
+from shared.models.tokenizer import load_cached_tokenizer
 from shared.storage import LocalStorage, Storage, check_name
-from shared.tokenizer import load_cached_tokenizer
 from tests.shared.test_storage import tree
 
 

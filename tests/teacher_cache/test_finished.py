@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+import teacher_cache.job.run as job
 from shared import open_cache
 from shared.errors import CacheMismatch
-from shared.shards import commit_name
+from shared.format.shards import commit_name
 from shared.storage import LocalStorage
-from teacher_cache import job
 from teacher_cache.config import CaptureConfig
-from teacher_cache.teacher import Teacher
+from teacher_cache.engines.teacher import Teacher
 from tests.conftest import llama_config
 from tests.shared.test_storage import tree
 

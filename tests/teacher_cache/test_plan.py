@@ -17,13 +17,13 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from shared import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
 from shared.storage import LocalStorage
-from teacher_cache import plan
 from teacher_cache.config import CaptureConfig, PlanConfig
-from teacher_cache.draft import Draft, resolve
-from teacher_cache.estimate import estimate
-from teacher_cache.job import run
-from teacher_cache.rows import build
-from teacher_cache.teacher import Teacher, TeacherBatch
+from teacher_cache.engines.teacher import Teacher, TeacherBatch
+from teacher_cache.job import calibrate as plan
+from teacher_cache.job.draft import Draft, resolve
+from teacher_cache.job.run import run
+from teacher_cache.tasks.rows import build
+from teacher_cache.tools.plan import estimate
 from tests.conftest import Capture, llama_config
 
 SMALL = {"limit_documents": 30, "shard_tokens": 600, "max_length": 64, "top_k": 8, "device": "cpu"}
