@@ -24,7 +24,7 @@ from shared.format.manifest import (
 )
 from shared.models.decoding import decoder_start_of
 from shared.models.tokenizer import describe
-from shared.storage import Storage
+from shared.storage import LocalStorage, Storage
 from shared.targets.spec import RAGGED_KINDS, TargetKind, TargetSpec
 from shared.tasks import TASKS, ProblemType
 from teacher_cache.config import CaptureConfig
@@ -130,7 +130,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
 
     Without `load_teacher` (for `plan`) only the teacher's config and tokenizer are read.
     """
-    old = None if config.like is None else Storage(config.like)
+    old = None if config.like is None else LocalStorage(config.like)
     if old is not None:
         config = _as_in(config, manifests.read(old)[0])
     corpus = open_corpus(config)
@@ -261,9 +261,8 @@ def _load_teacher(config: CaptureConfig, problem_type: ProblemType) -> Teacher:
 
 def teacher_info(name: str, teacher: Teacher) -> TeacherInfo:
     """What the manifest says of a teacher loaded as `name`."""
-    folder = Path(name)
     return TeacherInfo(
-        id=folder.resolve().name if folder.is_dir() else name,
+        id=teacher_id(name),
         revision=teacher.revision or "local",
         config_hash=config_hash(teacher.model),
         weights_digest=weights_digest(teacher.model),
@@ -271,6 +270,12 @@ def teacher_info(name: str, teacher: Teacher) -> TeacherInfo:
         attn_implementation=teacher.attn_implementation or "unknown",
         parameters=sum(parameter.numel() for parameter in teacher.model.parameters()),
     )
+
+
+def teacher_id(name: str) -> str:
+    """The Hub id, or the name of the folder without where it lies."""
+    folder = Path(name)
+    return folder.resolve().name if folder.is_dir() else name
 
 
 def _num_classes(config: CaptureConfig, teacher: Teacher | None, info: TokenizerInfo) -> int:

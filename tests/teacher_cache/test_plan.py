@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from shared import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from teacher_cache.config import CaptureConfig, PlanConfig
 from teacher_cache.engines.streamed_head import TeacherBatch
 from teacher_cache.engines.teacher import Teacher
@@ -295,7 +295,7 @@ def test_what_never_fits_is_refused_with_the_length(
     draft = resolve(CaptureConfig(**options | {"forward_tokens": forward_tokens}))
     monkeypatch.setattr(Teacher, "forward", out_of_memory)
     with pytest.raises(Refused, match=message):
-        plan.publish_or_adopt(draft, Storage(options["out"]))
+        plan.publish_or_adopt(draft, LocalStorage(options["out"]))
     assert tried == sizes
     assert not list(options["out"].glob("*"))
 
