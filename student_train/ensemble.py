@@ -15,7 +15,7 @@ from shared.arrays import ranges
 from shared.blocks import Block
 from shared.cache import Cache
 from shared.errors import CacheMismatch, ConfigError
-from shared.hidden import Bits, bf16_to_float32
+from shared.hidden import Bits, bf16_to_float32, num_states
 from shared.manifest import Manifest
 from shared.target import Floats, Target
 from student_train.mixtures import Voice, entropy_of, mixture
@@ -86,14 +86,14 @@ class Ensemble:
         own = options.read(self.first, block)
         first_row = int(self._row_starts[0][block])
         others = [self._said(n, first_row, own, options) for n in range(1, len(self.caches))]
-        return self._mixed(own, [_said(own, slice(None), self.temperature), *others])
+        return self._mixed(own, [self._of_rows(own, slice(None)), *others])
 
     def empty_block(self, *, hidden_layers: Sequence[int] = (), targets: bool = True) -> Block:
         """A block of no rows, as `Cache.empty_block`."""
         blocks = [
             cache.empty_block(hidden_layers=hidden_layers, targets=targets) for cache in self.caches
         ]
-        return self._mixed(blocks[0], [_said(b, slice(None), self.temperature) for b in blocks])
+        return self._mixed(blocks[0], [self._of_rows(block, slice(None)) for block in blocks])
 
     def channel_deviation(self, layer: int) -> torch.Tensor:
         """An upper bound of each channel's standard deviation in the mean state, float32 [D].
@@ -113,12 +113,27 @@ class Ensemble:
             block = int(np.searchsorted(starts, row, side="right")) - 1
             begin, end = int(starts[block]), min(int(starts[block + 1]), last_row)
             rows = slice(row - begin, end - begin)
-            pieces.append(_said(options.read(cache, block), rows, self.temperature))
+            pieces.append(self._of_rows(options.read(cache, block), rows))
             row = end
         found = _joined(pieces)
         if not np.array_equal(found.row_ids, own.row_ids):
             _refuse_rows(self.first, cache)
         return found
+
+    def _of_rows(self, block: Block, rows: slice) -> "_Said":
+        """What the teacher of a block says on some of its rows."""
+        ratio = block.log_partition_ratio.get(self.temperature)
+        if len(block.row_ids[rows]) == len(block.row_ids):  # the usual case: nothing is copied
+            return _Said(block.row_ids, block.target, ratio, block.hidden, block.target_values)
+        at = _items_of(rows, block.num_positions)
+        states_at = _items_of(rows, num_states(block.num_positions, self.manifest.hidden.every))
+        return _Said(
+            block.row_ids[rows],
+            None if block.target is None else block.target.at(at),
+            None if ratio is None else ratio[at],
+            {layer: states_SD[states_at] for layer, states_SD in block.hidden.items()},
+            None if block.target_values is None else block.target_values[at],
+        )
 
     def _mixed(self, own: Block, said: Sequence["_Said"]) -> Block:
         """The first cache's block with mixed targets and states; no label_logprob."""
@@ -153,11 +168,11 @@ class Ensemble:
         return np.sum(parts, axis=0, dtype=np.float32)
 
     def _mean(self, states: Sequence[Bits]) -> Bits:
-        """Weighted mean of bfloat16 states [P, D], in float32."""
-        mean_PD = np.zeros(states[0].shape, np.float32)
-        for weight, each_PD in zip(self.weights, states, strict=True):
-            mean_PD += np.float32(weight) * bf16_to_float32(each_PD)
-        bits: Bits = torch.from_numpy(mean_PD).to(torch.bfloat16).view(torch.uint16).numpy()
+        """Weighted mean of bfloat16 states [S, D], in float32."""
+        mean_SD = np.zeros(states[0].shape, np.float32)
+        for weight, each_SD in zip(self.weights, states, strict=True):
+            mean_SD += np.float32(weight) * bf16_to_float32(each_SD)
+        bits: Bits = torch.from_numpy(mean_SD).to(torch.bfloat16).view(torch.uint16).numpy()
         return bits
 
 
@@ -182,25 +197,15 @@ class _Said:
     row_ids: np.ndarray  # u64 [R]
     target: Target | None
     log_partition_ratio: Floats | None  # [P], at the temperature of the ensemble
-    hidden: dict[int, Bits]  # [P, D]
+    hidden: dict[int, Bits]  # [S, D]
     target_values: Floats | None = None  # [P], of a regression
 
 
-def _said(block: Block, rows: slice, temperature: float) -> _Said:
-    """Of some rows of a block."""
-    ratio = block.log_partition_ratio.get(temperature)
-    if len(block.row_ids[rows]) == len(block.row_ids):  # the usual case: nothing is copied
-        return _Said(block.row_ids, block.target, ratio, block.hidden, block.target_values)
-    ends = np.cumsum(block.num_positions)
-    starts = (ends - block.num_positions)[rows]
-    at = ranges(starts, block.num_positions[rows].astype(np.int64))
-    return _Said(
-        block.row_ids[rows],
-        None if block.target is None else block.target.at(at),
-        None if ratio is None else ratio[at],
-        {layer: states[at] for layer, states in block.hidden.items()},
-        None if block.target_values is None else block.target_values[at],
-    )
+def _items_of(rows: slice, counts_R: np.ndarray) -> np.ndarray:
+    """Where the items of some rows of a block lie, when each row has so many of them."""
+    counts_R = counts_R.astype(np.int64)
+    starts_R = np.cumsum(counts_R) - counts_R
+    return ranges(starts_R[rows], counts_R[rows])
 
 
 def _joined(pieces: Sequence[_Said]) -> _Said:
@@ -263,21 +268,26 @@ _EQUAL = {
     "the number of classes": lambda m: m.targets.num_classes,
     "the names of the classes": lambda m: m.labels,
     "the kind of targets": lambda m: m.targets.kind,
+    "how the states of a row become one, pooling,": lambda m: m.hidden.pooling,
 }
 
 
 def _check_same_layers(one: Cache, other: Cache, layers: Sequence[int]) -> None:
     for layer in layers:
-        left, right = (
-            dict(zip(m.hidden.layers, m.hidden.widths, strict=True)).get(layer, 0)
-            for m in (one.manifest, other.manifest)
-        )
+        left, right = (each.manifest.hidden.width_of(layer) for each in (one, other))
         if left != right:
             raise CacheMismatch(
                 f"--ensemble: hidden layer {layer} has {left} channels in {one.path} and {right} "
                 f"in {other.path} (0: not stored), and only states of equal width have a mean. "
                 "Leave --hidden-weight out, or cache the layer with teachers of equal width."
             )
+    every, other_every = one.manifest.hidden.every, other.manifest.hidden.every
+    if layers and every != other_every:
+        raise CacheMismatch(
+            f"--ensemble: which positions have hidden states, hidden_every, is {every} in "
+            f"{one.path} and {other_every} in {other.path}, and only states of the same positions "
+            "have a mean. Leave --hidden-weight out, or cache both with the same --hidden-every."
+        )
 
 
 def _refuse_rows(one: Cache, other: Cache) -> None:
