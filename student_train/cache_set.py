@@ -121,4 +121,5 @@ _JOINED = {
     "the stored temperatures": lambda m: m.targets.temperatures,
     "the hidden layers": lambda m: (m.hidden.layers, m.hidden.widths),
     "which positions have hidden states, hidden_every,": lambda m: m.hidden.every,
+    "how the states of a row become one, pooling,": lambda m: m.hidden.pooling,
 }

@@ -19,7 +19,7 @@ from student_train.answers import collector_for
 from student_train.config import EvaluateConfig
 from student_train.details import Details
 from student_train.evaluation_page import write_evaluation
-from student_train.fit import check_fit, check_labelled
+from student_train.fit import check_fit, check_judges
 from student_train.loss_spec import LossSpec
 from student_train.objective import Objective, attach
 from student_train.order import Order, OrderSpec
@@ -168,7 +168,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     cache = open_cache(config.cache, allow_partial=config.allow_partial)
     model_config = load_config(config.student)
     check_fit(config.student, model_config, cache)
-    check_labelled(cache)
+    check_judges(cache)
     if config.generate:
         check_writes(cache)
         require_metrics()

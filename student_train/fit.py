@@ -4,7 +4,7 @@ Every refusal names both sides and the way out.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from shared.cache import Cache
 from shared.errors import CacheMismatch, ConfigError
+from shared.manifest import Manifest
 from shared.positions import most_tokens
 from shared.tasks import TASKS, TaskName
 from shared.tokenizer import content_hash, load_cached_tokenizer
@@ -24,6 +25,7 @@ from student_train.encoder_decoder import (
     check_lengths,
     num_blocks,
 )
+from student_train.saved_student import find_run
 from student_train.student import PROBLEM_TYPES, has_head, is_from_scratch, is_unnamed
 
 log = logging.getLogger(__name__)
@@ -157,30 +159,32 @@ def _some(labels: list[str]) -> str:
     return ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")
 
 
-def check_labelled(cache: Cache, option: str = "") -> None:
-    """Refuses to judge a student by rows of which nobody knows what would be right."""
+def check_judges(cache: Cache, option: str = "") -> None:
+    """Refuses a cache that no student can be judged by: without labels, or without any row."""
     if not cache.manifest.labelled:
         raise CacheMismatch(
             f"{option}{cache.path}: its rows have no hard labels, and every metric needs them. "
             "Name a cache of labelled rows; a student may well train on this one."
         )
+    if not cache.row_positions.any():
+        raise CacheMismatch(
+            f"{option}{cache.path}: its {len(cache.commits):,} committed shards hold "
+            f"{cache.num_rows:,} rows and no position to evaluate a student on. Name a cache with "
+            "rows: of other documents, or of all shards where some are missing."
+        )
 
 
-def check_same_labels(cache: Cache, held_out: Cache) -> None:
-    """Refuses a held-out cache whose classes are not those that the student learns."""
-    check_labelled(held_out, "--validation-cache ")
+def check_held_out(cache: Cache, held_out: Cache) -> None:
+    """Refuses a held-out cache that asks of a student something else than it learns."""
+    check_judges(held_out, "--validation-cache ")
     ours, theirs = cache.manifest, held_out.manifest
     advice = "Hold out rows of the same kind, with cache-teacher run --like."
-    if ours.task != theirs.task:
-        raise CacheMismatch(
-            f"--validation-cache {held_out.path}: its task is {theirs.task}, but that of "
-            f"{cache.path} is {ours.task}. {advice}"
-        )
-    if ours.problem_type != theirs.problem_type:
-        raise CacheMismatch(
-            f"--validation-cache {held_out.path}: its problem type is {theirs.problem_type}, but "
-            f"that of {cache.path} is {ours.problem_type}. {advice}"
-        )
+    for name, one, other in _held_out_alike(ours, theirs):
+        if one != other:
+            raise CacheMismatch(
+                f"--validation-cache {held_out.path}: its {name} is {other}, but that of "
+                f"{cache.path} is {one}. {advice}"
+            )
     if len(ours.labels) != len(theirs.labels):
         raise CacheMismatch(
             f"--validation-cache {held_out.path}: it has {len(theirs.labels):,} labels, but "
@@ -191,6 +195,21 @@ def check_same_labels(cache: Cache, held_out: Cache) -> None:
             f"--validation-cache {held_out.path}: its label {index} is {other!r}, but that of "
             f"{cache.path} is {one!r}. {advice}"
         )
+
+
+def _held_out_alike(ours: Manifest, theirs: Manifest) -> Iterator[tuple[str, object, object]]:
+    """What two caches must have alike for one to judge a student of the other: name and both."""
+    yield "task", ours.task, theirs.task
+    yield "problem type", ours.problem_type, theirs.problem_type
+    yield "tokenizer's content hash", ours.tokenizer.hash, theirs.tokenizer.hash
+    start, other_start = ours.preprocessing.decoder_start, theirs.preprocessing.decoder_start
+    yield "token that decoders start from", start, other_start
+    if TASKS[ours.task].target_space == "states":  # elsewhere no held-out state is looked at
+        one, other = ours.hidden, theirs.hidden
+        yield "pooling", one.pooling, other.pooling
+        yield "hidden_every", one.every, other.every
+        yield "deepest hidden layer", one.deepest, other.deepest
+        yield "number of channels", one.width_of(one.deepest), other.width_of(other.deepest)
 
 
 def check_metric(config: TrainConfig, held_out: Cache) -> None:
@@ -216,14 +235,13 @@ def check_metric(config: TrainConfig, held_out: Cache) -> None:
 
 
 def _check_tokenizer(name: str, cache: Cache) -> None:
-    folder = Path(name)
-    if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
-        return  # a student without a tokenizer of its own takes the cache's
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = _own_tokenizer(name)
     except (OSError, ValueError):
         log.warning("%s: no tokenizer could be loaded, the cache's is used", name)
         return
+    if tokenizer is None:
+        return  # a student without a tokenizer of its own takes the cache's
     found, cached = content_hash(tokenizer), cache.manifest.tokenizer.hash
     if found == cached:
         return
@@ -233,6 +251,27 @@ def _check_tokenizer(name: str, cache: Cache) -> None:
         "The same ids would mean other tokens: use a student with the teacher's tokenizer, or "
         "remove the tokenizer files from a student that is to learn this one from scratch."
     )
+
+
+def _own_tokenizer(name: str) -> Any:
+    """The tokenizer a student was made with: beside its weights, or that of the run it is from.
+
+    A checkpoint has none beside it. None where nothing says what the student's ids mean.
+    """
+    folder = Path(name)
+    if not folder.is_dir() or _has_tokenizer(folder):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    run = None if is_from_scratch(name) else find_run(folder)
+    if run is None:
+        return None
+    if _has_tokenizer(run.folder):
+        return AutoTokenizer.from_pretrained(run.folder, trust_remote_code=False)
+    learnt = run.open_cache()
+    return None if learnt is None else load_cached_tokenizer(learnt.storage)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).exists() for file in _TOKENIZER_FILES)
 
 
 def _token_differences(vocabulary: dict[str, int], cache: Cache) -> str:
