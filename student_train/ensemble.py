@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from shared import compat
 from shared.arrays import ranges
 from shared.blocks import Block
 from shared.cache import Cache
 from shared.errors import CacheMismatch, ConfigError
+from shared.fit_rules import Side
 from shared.hidden import Bits, bf16_to_float32, num_states
 from shared.manifest import Manifest
 from shared.target import Floats, Target
@@ -47,8 +49,7 @@ class Ensemble:
         given = weights or [1.0] * len(caches)
         self.weights = tuple(weight / sum(given) for weight in given)
         for other in self.caches[1:]:
-            _check_same_rows(self.first, other)
-            _check_same_layers(self.first, other, hidden_layers)
+            _check_same_rows(self.first, other, hidden_layers)
         self.block_rows = self.first.block_rows
         self.row_tokens, self.row_positions = self.first.row_tokens, self.first.row_positions
         self._row_starts = [
@@ -237,16 +238,10 @@ def _joined_targets(targets: Sequence[Target]) -> Target:
 # ---- What belongs together
 
 
-def _check_same_rows(one: Cache, other: Cache) -> None:
+def _check_same_rows(one: Cache, other: Cache, layers: Sequence[int]) -> None:
     """Equal lengths of all rows are taken for equal rows; their ids are compared block by block."""
-    for name, get in _EQUAL.items():
-        left, right = get(one.manifest), get(other.manifest)
-        if left != right:
-            raise CacheMismatch(
-                f"--ensemble: {one.path} and {other.path} are no two teachers on the same rows: "
-                f"{name} is {left!r} in the first and {right!r} in the second. Capture both "
-                "teachers with the same corpus, tokenizer and options."
-            )
+    sides = (Side(str(cache.path), cache.manifest, layers) for cache in (one, other))
+    compat.check("ensemble", *sides)
     if not one.has_targets:
         raise CacheMismatch(
             f"--ensemble: {one.path} and {other.path} hold hard labels only, and there is nothing "
@@ -257,37 +252,6 @@ def _check_same_rows(one: Cache, other: Cache) -> None:
         and np.array_equal(one.row_positions, other.row_positions)
     ):
         _refuse_rows(one, other)
-
-
-_EQUAL = {
-    "the task": lambda m: m.task,
-    "the tokenizer's content hash": lambda m: m.tokenizer.hash,
-    "whether rows have hard labels": lambda m: m.labelled,
-    "rows_id (corpus, tokenizer and preprocessing)": lambda m: m.rows_id,
-    "the problem type": lambda m: m.problem_type,
-    "the number of classes": lambda m: m.targets.num_classes,
-    "the names of the classes": lambda m: m.labels,
-    "the kind of targets": lambda m: m.targets.kind,
-    "how the states of a row become one, pooling,": lambda m: m.hidden.pooling,
-}
-
-
-def _check_same_layers(one: Cache, other: Cache, layers: Sequence[int]) -> None:
-    for layer in layers:
-        left, right = (each.manifest.hidden.width_of(layer) for each in (one, other))
-        if left != right:
-            raise CacheMismatch(
-                f"--ensemble: hidden layer {layer} has {left} channels in {one.path} and {right} "
-                f"in {other.path} (0: not stored), and only states of equal width have a mean. "
-                "Leave --hidden-weight out, or cache the layer with teachers of equal width."
-            )
-    every, other_every = one.manifest.hidden.every, other.manifest.hidden.every
-    if layers and every != other_every:
-        raise CacheMismatch(
-            f"--ensemble: which positions have hidden states, hidden_every, is {every} in "
-            f"{one.path} and {other_every} in {other.path}, and only states of the same positions "
-            "have a mean. Leave --hidden-weight out, or cache both with the same --hidden-every."
-        )
 
 
 def _refuse_rows(one: Cache, other: Cache) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch
 from shared.folders import check_free, new_folder
-from shared.tasks import ProblemType
+from shared.tasks import PROBLEM_TYPES, ProblemType
 from shared.tokenizer import content_hash
 from student_train.config import ExportConfig, ExportFormat
 from student_train.export_check import (
@@ -61,7 +61,6 @@ from student_train.saved_student import (
     load_tokenizer,
     merged,
 )
-from student_train.student import PROBLEM_TYPES
 from student_train.vectors import copy_modules
 
 log = logging.getLogger(__name__)

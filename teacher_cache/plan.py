@@ -12,7 +12,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,10 @@ import xxhash
 from safetensors.numpy import save as save_safetensors
 from torch import Tensor
 
+from shared import compat
 from shared import manifest as manifests
-from shared.errors import CacheMismatch, CorpusError, Refused
+from shared.errors import CorpusError, Refused
+from shared.fit_rules import Side
 from shared.hidden import ChannelScale, ChannelStatistics, int8_scale, without_massive
 from shared.manifest import (
     BatchPlan,
@@ -36,7 +38,7 @@ from shared.storage import Storage
 from shared.target import MAX_ENTRIES, ClassRanks, TargetSpec
 from shared.tasks import TASKS
 from teacher_cache.batches import forward_batches
-from teacher_cache.draft import Draft, asked_targets
+from teacher_cache.draft import Draft
 from teacher_cache.generation import stand_ins
 from teacher_cache.memory import is_out_of_memory
 from teacher_cache.rows import Row
@@ -377,15 +379,5 @@ def _mend_tokenizer(draft: Draft, manifest: Manifest, storage: Storage) -> None:
 
 def check_asked(draft: Draft, manifest: Manifest, storage: Storage) -> None:
     """Refuses to go on with a cache that was started for something else, field by field."""
-    fields = asdict(manifest)
-    found = {key: fields.get(key) for key in draft.asked()}
-    found["targets"] = asked_targets(fields["targets"])
-    found["shard_tokens"] = manifest.plan.asked_shard_tokens
-    found["forward_tokens"] = manifest.plan.asked_forward_tokens
-    lines = list(manifests.differences(found, draft.asked()))
-    if lines:
-        raise CacheMismatch(
-            f"{storage.root}: this folder holds another cache. "
-            + "; ".join(lines)
-            + ". Choose another --out, or ask for the same thing to go on with this one."
-        )
+    cached, asked = Side(str(storage.root), manifest), Side("asked", draft.asked_of(manifest))
+    compat.check("resume", cached, asked)
