@@ -138,7 +138,7 @@ def _problems(relation: Relation, ours: Side, theirs: Side) -> Iterator[tuple[st
             text = frame.unequal.format(
                 path=path.removeprefix("plan.asked_"),
                 name=field.name,
-                short_name=field.name.removeprefix("the "),
+                short_name=field.short_name,
                 ours=ours.name,
                 left=left,
                 right=right,
@@ -181,6 +181,11 @@ class Field:
         """What a user knows it by."""
         return _NAMES.get(self.path, self.path)
 
+    @property
+    def short_name(self) -> str:
+        """The name behind *its*."""
+        return _SHORT_NAMES.get(self.path, self.name.removeprefix("the "))
+
     def rule(self, relation: Relation) -> Rule | None:
         """What a relation of two caches asks of it."""
         match relation:
@@ -207,13 +212,14 @@ _NAMES = {
     "targets.temperatures": "the stored temperatures",
     "hidden.layers": "the hidden layers",
     "hidden.widths": "the widths of the hidden layers",
-    "hidden.every": "hidden_every (which positions have hidden states)",
-    "hidden.pooling": "the pooling of hidden states",
+    "hidden.every": "which positions have hidden states, hidden_every,",
+    "hidden.pooling": "how the states of a row become one, pooling,",
     "preprocessing.decoder_start": "the token that decoders start from",
     "tokenizer.hash": "the tokenizer's content hash",
     "tokenizer.eos_token_id": "the token that ends a text",
     "rows_id": "rows_id (corpus, tokenizer and preprocessing)",
 }
+_SHORT_NAMES = {"hidden.every": "hidden_every", "hidden.pooling": "pooling"}
 
 # The first field that differs is the one that is named, so what says most stands first. Of what
 # decides about rows, an ensemble asks for `rows_id`, which follows from all of it.

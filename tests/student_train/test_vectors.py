@@ -276,7 +276,10 @@ def test_vectors_pooled_otherwise_judge_no_student(files, caches, capture, tmp_p
         validation_cache=every_third,
     )
     first_layer = capture(hidden_layers=(0,))
-    refused("its deepest hidden layer is 0, but that of .* is -1", validation_cache=first_layer)
+    refused(
+        r"its deepest hidden layer is 0 with 32 channels, but that of .* is -1 with 32",
+        validation_cache=first_layer,
+    )
 
 
 def test_vectors_pooled_otherwise_are_not_mixed(caches):

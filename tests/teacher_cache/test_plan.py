@@ -18,10 +18,11 @@ from shared import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
 from shared.storage import Storage
 from teacher_cache import plan
-from teacher_cache.config import CaptureConfig, PlanConfig
+from teacher_cache.config import CaptureConfig, PlanConfig, RepackConfig
 from teacher_cache.draft import Draft, resolve
 from teacher_cache.estimate import estimate
 from teacher_cache.job import run
+from teacher_cache.repack import repack
 from teacher_cache.rows import build
 from teacher_cache.teacher import Teacher, TeacherBatch
 from tests.conftest import Capture, llama_config
@@ -170,6 +171,16 @@ def test_one_changed_document_is_refused(options, small_copy, tmp_path):
     corpus.write_text(Path(options["corpus"]).read_text().replace("the", "thy", 1))
     message = refusal(options | {"out": small_copy, "corpus": str(corpus)}, CacheMismatch)
     assert "corpus.fingerprint: the cache has " in message
+
+
+def test_a_repacked_cache_is_not_gone_on_with(options, small_dir, tmp_path):
+    """All of its shards are there, but of fewer documents: a capture would call it finished."""
+    repack(RepackConfig(cache=small_dir, out=tmp_path / "fewer", documents=":20"))
+    before = content(tmp_path / "fewer")
+    message = refusal(options | {"out": tmp_path / "fewer"}, CacheMismatch)
+    assert "this folder holds another cache. origin: the cache has {" in message
+    assert "}, asked for None. Choose another --out" in message
+    assert content(tmp_path / "fewer") == before
 
 
 def test_the_same_job_again_changes_nothing(options, small_copy):
