@@ -31,9 +31,9 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from shared.target import TargetSpec
-from teacher_cache.targets import select
-from teacher_cache.teacher import Teacher, TeacherBatch
+from shared.targets.spec import TargetSpec
+from teacher_cache.engines.teacher import Teacher, TeacherBatch
+from teacher_cache.select.targets import select
 
 VARIANTS = ("ours", "naive", "bare")
 

@@ -37,9 +37,10 @@ import torch
 import zstandard
 from safetensors import safe_open
 
-from shared import codec, frames, ragged
-from shared.schema import MIN_BLOCK_POSITIONS
-from shared.target import (
+from shared.format import frames
+from shared.format.schema import MIN_BLOCK_POSITIONS
+from shared.targets import codec, ragged
+from shared.targets.spec import (
     MAX_ENTRIES,
     RAGGED_KINDS,
     ClassRanks,
@@ -47,7 +48,7 @@ from shared.target import (
     TargetKind,
     TargetSpec,
 )
-from teacher_cache.thresholds import find_threshold
+from teacher_cache.select.thresholds import find_threshold
 
 Doubles = npt.NDArray[np.float64]
 SYNTHETIC_CLASSES = 151_936

@@ -31,13 +31,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from shared import codec
-from shared.target import ClassRanks, Target, TargetKind, TargetSpec
-from student_train.linear_loss import logits_loss
-from student_train.loss_spec import LossSpec, Tail
-from student_train.losses import SoftTarget
-from teacher_cache.targets import select
-from teacher_cache.thresholds import find_threshold
+from shared.targets import codec
+from shared.targets.spec import ClassRanks, Target, TargetKind, TargetSpec
+from student_train.loss.linear import logits_loss
+from student_train.loss.rows import SoftTarget
+from student_train.loss.spec import LossSpec, Tail
+from teacher_cache.select.targets import select
+from teacher_cache.select.thresholds import find_threshold
 
 SEGMENT = 128  # consecutive tokens, as in the files
 CHANNELS = 32

@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from shared.cache import Cache, open_cache
 from shared.errors import TeacherCacheError
 from student_train.config import TrainConfig
-from student_train.loss_spec import LossSpec, Tail
-from student_train.objective import Objective, attach
-from student_train.order import Order, OrderSpec
-from student_train.stream import BatchStream, StreamSpec
-from student_train.student import build_student
-from student_train.trainer import run as train_run
+from student_train.data.order import Order, OrderSpec
+from student_train.data.stream import BatchStream, StreamSpec
+from student_train.loss.objective import Objective, attach
+from student_train.loss.spec import LossSpec, Tail
+from student_train.run.trainer import run as train_run
+from student_train.student.build import build_student
 from teacher_cache.config import CaptureConfig
-from teacher_cache.inspection import summary
-from teacher_cache.job import run as capture_run
+from teacher_cache.job.run import run as capture_run
+from teacher_cache.tools.inspection import summary
 
 PIECE_CHARACTERS = 2000  # of a document: paragraphs of one chapter, so many of them
 PUBLISHED_BYTES = 3  # of a unique id of RS-KD: 17 bits of id, 7 of count

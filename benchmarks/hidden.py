@@ -30,14 +30,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from shared import hidden, open_cache
+from shared import open_cache
 from shared.cache import Cache
-from shared.hidden import ChannelStatistics, HiddenCodec, int8_scale, without_massive
+from shared.targets import hidden
+from shared.targets.hidden import ChannelStatistics, HiddenCodec, int8_scale, without_massive
 from student_train.config import TrainConfig
-from student_train.trainer import run as train
+from student_train.run.trainer import run as train
 from teacher_cache.config import CaptureConfig
-from teacher_cache.inspection import summary
-from teacher_cache.job import run as capture
+from teacher_cache.job.run import run as capture
+from teacher_cache.tools.inspection import summary
 
 BOOK = Path(__file__).resolve().parent / "data" / "jane-eyre.txt"
 CODECS: tuple[HiddenCodec, ...] = ("bf16", "fp8", "int8")

@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from student_train.linear_loss import linear_loss
-from student_train.loss_spec import LossSpec
-from student_train.losses import SoftTarget
+from student_train.loss.linear import linear_loss
+from student_train.loss.rows import SoftTarget
+from student_train.loss.spec import LossSpec
 
 VARIANTS = ("chunked", "frozen head", "naive", "cross-entropy", "matmuls")
 

@@ -31,10 +31,10 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from shared import manifest as manifests
-from shared.blocks import Block
 from shared.cache import Cache, open_cache
-from shared.manifest import (
+from shared.format import manifest as manifests
+from shared.format.blocks import Block
+from shared.format.manifest import (
     BatchPlan,
     CorpusInfo,
     HiddenSpec,
@@ -42,12 +42,12 @@ from shared.manifest import (
     Preprocessing,
     TokenizerInfo,
 )
-from shared.schema import MIN_BLOCK_POSITIONS, optional_columns
-from shared.shards import ShardWriter, encode_block
+from shared.format.schema import MIN_BLOCK_POSITIONS, optional_columns
+from shared.format.shards import ShardWriter, encode_block
 from shared.storage import Storage
-from shared.target import ClassRanks, Target, TargetSpec
-from student_train.order import Order, OrderSpec
-from student_train.stream import BatchStream, StreamSpec
+from shared.targets.spec import ClassRanks, Target, TargetSpec
+from student_train.data.order import Order, OrderSpec
+from student_train.data.stream import BatchStream, StreamSpec
 
 CLASSES = 151_936
 ROWS_PER_SHARD = 256

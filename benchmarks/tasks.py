@@ -39,10 +39,10 @@ from shared.cache import open_cache
 from shared.errors import TeacherCacheError
 from shared.tasks import TaskName
 from student_train.config import EvaluateConfig, TrainConfig
-from student_train.evaluate import run as evaluate_run
-from student_train.trainer import run as train_run
+from student_train.evaluate.evaluate import run as evaluate_run
+from student_train.run.trainer import run as train_run
 from teacher_cache.config import CaptureConfig
-from teacher_cache.job import run as capture_run
+from teacher_cache.job.run import run as capture_run
 
 LOWER_IS_BETTER = ("loss",)
 ARMS = ("hard", "distilled", "more-text")

@@ -12,13 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
-from shared import manifest as manifests
-from shared.blocks import Block
 from shared.errors import CorruptCache, IncompleteCache
-from shared.hidden import ChannelScale, ChannelScales, num_states
-from shared.manifest import MAX_SHARD_ROWS, Manifest
-from shared.schema import Plane
-from shared.shards import (
+from shared.format import manifest as manifests
+from shared.format.blocks import Block
+from shared.format.manifest import MAX_SHARD_ROWS, Manifest
+from shared.format.schema import Plane
+from shared.format.shards import (
     MAX_COMMIT_BYTES,
     Commit,
     ShardReader,
@@ -29,7 +28,8 @@ from shared.shards import (
     shard_name,
 )
 from shared.storage import Storage
-from shared.target import ClassRanks
+from shared.targets.hidden import ChannelScale, ChannelScales, num_states
+from shared.targets.spec import ClassRanks
 
 _OPEN_SHARDS = 64  # memory maps kept; a map costs address space and little else
 _MAX_SIDE_FILE_BYTES = 256 << 20

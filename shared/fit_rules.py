@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from shared.manifest import Manifest
+from shared.format.manifest import Manifest
 from shared.tasks import PROBLEM_TYPES, TASKS, TaskName, is_unnamed
 
 _SHOWN_LABELS = 5

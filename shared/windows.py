@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared import manifest as manifests
 from shared.errors import CorruptCache
+from shared.format import manifest as manifests
 
 if TYPE_CHECKING:
-    from shared.blocks import Block
+    from shared.format.blocks import Block
 
 PLACES = (0, 1)  # the positions of a row: start and end
 NO_ANSWER = 0  # the token that says so

@@ -3,17 +3,17 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from student_train.objective import Objective, attach
-    from student_train.stream import BatchStream
-    from student_train.trainer import DistillTrainer
+    from student_train.data.stream import BatchStream
+    from student_train.loss.objective import Objective, attach
+    from student_train.run.trainer import DistillTrainer
 
 __all__ = ["BatchStream", "DistillTrainer", "Objective", "attach"]
 
 _HOMES = {
-    "BatchStream": "stream",
-    "DistillTrainer": "trainer",
-    "Objective": "objective",
-    "attach": "objective",
+    "BatchStream": "data.stream",
+    "DistillTrainer": "run.trainer",
+    "Objective": "loss.objective",
+    "attach": "loss.objective",
 }
 
 

@@ -25,7 +25,7 @@ app = typer.Typer(
 @command(app, "run", TrainConfig)
 def run_command(config: TrainConfig) -> None:
     """Trains one student from a cache. Run again to resume."""
-    from student_train.trainer import run
+    from student_train.run.trainer import run
 
     result = run(config)
     if "validation" in result:
@@ -36,7 +36,7 @@ def run_command(config: TrainConfig) -> None:
 @command(app, "evaluate", EvaluateConfig)
 def evaluate_command(config: EvaluateConfig) -> None:
     """Evaluates a student on a held-out cache: loss, KL, agreement, the metrics of its task."""
-    from student_train.evaluate import run
+    from student_train.evaluate.evaluate import run
 
     numbers = run(config)
     typer.echo(json.dumps(numbers) if config.json else _evaluation_text(numbers))
@@ -47,8 +47,8 @@ def evaluate_command(config: EvaluateConfig) -> None:
 @command(app, "compare", CompareConfig)
 def compare_command(config: CompareConfig) -> None:
     """Puts many students of one cache side by side."""
-    from student_train.compare_page import write_html
-    from student_train.report import as_json, compare, table
+    from student_train.compare.page import write_html
+    from student_train.compare.report import as_json, compare, table
 
     comparison = compare(config)
     typer.echo(as_json(comparison) if config.json else table(comparison))
@@ -60,7 +60,7 @@ def compare_command(config: CompareConfig) -> None:
 @command(app, "export", ExportConfig)
 def export_command(config: ExportConfig) -> None:
     """Makes a folder ready to serve: adapters merged, int8, ONNX, each checked, a model card."""
-    from student_train.export import run, table
+    from student_train.export.export import run, table
 
     numbers = run(config)
     typer.echo(json.dumps(numbers) if config.json else table(numbers))

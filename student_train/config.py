@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from shared.errors import ConfigError
 from shared.options import SET, Option, check_bounds
 from shared.tasks import MAX_ANSWER_TOKENS, TaskName
-from student_train.loss_spec import HiddenLoss, LossSpec, SoftLoss, Tail
-from student_train.schedule import ScheduleKind
-from student_train.task_defaults import Recipe, Start, recipe_for
+from student_train.loss.schedule import ScheduleKind
+from student_train.loss.spec import HiddenLoss, LossSpec, SoftLoss, Tail
+from student_train.tasks.defaults import Recipe, Start, recipe_for
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 EvalMetric = Literal["loss", "kl", "metric"]

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError, CorruptCache, CorruptRun
-from shared.manifest import MAX_SHARDS, build, parse_json
+from shared.format.manifest import MAX_SHARDS, build, parse_json
 from shared.options import load, resolved
 from shared.storage import Storage
 from student_train.config import TrainConfig
-from student_train.metrics import MetricName
+from student_train.tasks.metrics import MetricName
 
 log = logging.getLogger(__name__)
 

@@ -33,12 +33,12 @@ app = typer.Typer(
 @command(app, "plan", PlanConfig)
 def plan_command(config: PlanConfig) -> None:
     """Counts a job before any GPU hour: documents, rows, tokens, shards, bytes over k."""
-    from teacher_cache.estimate import estimate
-    from teacher_cache.report import estimate_text
+    from teacher_cache.tools.plan import estimate
+    from teacher_cache.tools.report import estimate_text
 
     numbers = estimate(config)
     if config.html is not None:
-        from teacher_cache.pages import write_plan
+        from teacher_cache.tools.pages import write_plan
 
         write_plan(numbers, config.html)
     _show(numbers, estimate_text(numbers), as_json=config.json)
@@ -47,7 +47,7 @@ def plan_command(config: PlanConfig) -> None:
 @command(app, "run", CaptureConfig)
 def run_command(config: CaptureConfig) -> None:
     """Runs a teacher over a corpus once and writes a cache. Run again to resume."""
-    from teacher_cache.job import run
+    from teacher_cache.job.run import run
 
     run(config)
 
@@ -55,12 +55,12 @@ def run_command(config: CaptureConfig) -> None:
 @command(app, "inspect", InspectConfig)
 def inspect_command(config: InspectConfig) -> None:
     """Shows what a cache holds: provenance, completeness, sizes, kept mass, a few rows."""
-    from teacher_cache.inspection import inspect
-    from teacher_cache.report import inspect_text
+    from teacher_cache.tools.inspection import inspect
+    from teacher_cache.tools.report import inspect_text
 
     numbers = inspect(config)
     if config.html is not None:
-        from teacher_cache.pages import write_inspection
+        from teacher_cache.tools.pages import write_inspection
 
         write_inspection(numbers, config.html)
     _show(numbers, inspect_text(numbers), as_json=config.json)
@@ -69,8 +69,8 @@ def inspect_command(config: InspectConfig) -> None:
 @command(app, "verify", VerifyConfig)
 def verify_command(config: VerifyConfig) -> None:
     """Reads every byte of a cache and checks every checksum and count."""
-    from teacher_cache.inspection import verify
-    from teacher_cache.report import verify_text
+    from teacher_cache.tools.inspection import verify
+    from teacher_cache.tools.report import verify_text
 
     found = verify(config)
     _show(asdict(found) | {"sound": found.sound}, verify_text(found), as_json=config.json)
@@ -81,8 +81,8 @@ def verify_command(config: VerifyConfig) -> None:
 @command(app, "check", CheckConfig)
 def check_command(config: CheckConfig) -> None:
     """Runs the teacher again on a few rows and holds the cache against it."""
-    from teacher_cache.check import check
-    from teacher_cache.report import check_text
+    from teacher_cache.tools.check import check
+    from teacher_cache.tools.report import check_text
 
     found = check(config)
     _show(asdict(found) | {"sound": found.sound}, check_text(found), as_json=config.json)
@@ -93,7 +93,7 @@ def check_command(config: CheckConfig) -> None:
 @command(app, "repack", RepackConfig)
 def repack_command(config: RepackConfig) -> None:
     """Makes a smaller cache out of a cache, without the teacher. Run again to resume."""
-    from teacher_cache.repack import repack
+    from teacher_cache.tools.repack import repack
 
     repack(config)
 
@@ -101,7 +101,7 @@ def repack_command(config: RepackConfig) -> None:
 @command(app, "student", StudentConfig)
 def student_command(config: StudentConfig) -> None:
     """Makes a smaller model of some of the teacher's blocks, for a student to start from."""
-    from teacher_cache.layers import run
+    from teacher_cache.tools.layers import run
 
     typer.echo(run(config).text)
     typer.echo(f"saved in {config.out}", err=True)
@@ -110,7 +110,7 @@ def student_command(config: StudentConfig) -> None:
 @command(app, "clean", CleanConfig)
 def clean_command(config: CleanConfig) -> None:
     """Removes what no commit names, and temporary files without a writer."""
-    from teacher_cache.inspection import clean
+    from teacher_cache.tools.inspection import clean
 
     removed = clean(config)
     verb = "would be removed" if config.dry_run else "removed"

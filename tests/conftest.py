@@ -116,7 +116,7 @@ def capture(
 ) -> Capture:
     """Captures the corpus in this process; keyword arguments are options of CaptureConfig."""
     from teacher_cache.config import CaptureConfig
-    from teacher_cache.job import run
+    from teacher_cache.job.run import run
 
     def make(**options: object) -> Path:
         defaults: dict[str, object] = {
@@ -140,7 +140,7 @@ def capture(
 def cache_dir(capture: Capture) -> Path:
     """A cache with several shards of several blocks, a stored temperature and two hidden layers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("teacher_cache.job.MIN_BLOCK_POSITIONS", 1024)
+        patch.setattr("teacher_cache.job.run.MIN_BLOCK_POSITIONS", 1024)
         return capture(temperature=(2.0,), hidden_layers=(-1, 0))
 
 

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from shared.cache import Cache, open_cache
 from teacher_cache.config import CaptureConfig
-from teacher_cache.job import run
+from teacher_cache.job.run import run
 from tests.conftest import WORDS
 
 TOPICS = ("cash", "card", "fee", "wait", "lost", "rate", "fraud", "top up")

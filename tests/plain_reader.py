@@ -1,4 +1,4 @@
-"""Reads a cache by the text of shared/FORMAT.md alone: nothing of our packages is imported.
+"""Reads a cache by the text of shared/format/FORMAT.md alone: nothing of our packages is imported.
 
 It is what a stranger would write: slow and obvious, with every check that the text allows for.
 P positions, E entries of all of them, C classes, D channels.
@@ -354,4 +354,4 @@ def cut(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
 
 def check(holds: bool, what: str) -> None:
     if not holds:
-        raise ValueError(f"not as shared/FORMAT.md says: {what}")
+        raise ValueError(f"not as shared/format/FORMAT.md says: {what}")

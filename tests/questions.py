@@ -104,7 +104,7 @@ def write_teacher(folder: Path) -> Path:
 def capture(out: Path, corpus: Path, **options: Any) -> Cache:
     """A cache of windows of 32 tokens, which share 6."""
     from teacher_cache.config import CaptureConfig
-    from teacher_cache.job import run
+    from teacher_cache.job.run import run
 
     defaults: dict[str, Any] = {
         "task": "question-answering",

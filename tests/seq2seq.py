@@ -17,7 +17,7 @@ from transformers import (
 
 from shared.cache import Cache, open_cache
 from teacher_cache.config import CaptureConfig
-from teacher_cache.job import run
+from teacher_cache.job.run import run
 from tests.conftest import WORDS
 
 FAMILIES = ("t5", "bart", "marian")

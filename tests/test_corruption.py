@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared import open_cache, shards
+from shared import open_cache
 from shared.cache import Cache, class_ranks, read_commits
 from shared.errors import CorruptCache, TeacherCacheError
-from shared.shards import ShardReader, commit_name
+from shared.format import shards
+from shared.format.shards import ShardReader, commit_name
 from shared.storage import Storage
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
-from teacher_cache.inspection import clean, inspect, verify
+from teacher_cache.tools.inspection import clean, inspect, verify
 from tests.shared import test_shards as blocks
 from tests.shared.test_storage import tree
 

@@ -26,10 +26,10 @@ import shared
 import teacher_cache
 from shared import open_cache, storage
 from shared.cache import committed_shards
-from shared.shards import commit_name
+from shared.format.shards import commit_name
 from shared.storage import Storage, temporary_files
 from teacher_cache.config import CleanConfig, VerifyConfig
-from teacher_cache.inspection import clean, verify
+from teacher_cache.tools.inspection import clean, verify
 
 CRASHED = 77  # as in the script below
 KILLED = -signal.SIGPROF
@@ -48,8 +48,11 @@ FORK_SERVER = """
 import json, multiprocessing, os, signal, sys
 import datasets, torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-from shared import shards, storage
-from teacher_cache import cli, inspection, job
+from shared import storage
+from shared.format import shards
+from teacher_cache import cli
+from teacher_cache.tools import inspection
+import teacher_cache.job.run as job
 torch.set_num_threads(1)
 try:  # a refused command, so that what commands import is imported here and not in each run
     sys.argv = ["cache-teacher", "run", "--corpus=c", "--out=o", "--teacher=t", "--worker=x"]

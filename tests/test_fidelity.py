@@ -18,10 +18,10 @@ import fidelity_report as report  # noqa: E402
 import fidelity_students as students  # noqa: E402
 
 from shared.cache import open_cache  # noqa: E402
-from student_train.objective import attach  # noqa: E402
-from student_train.order import Order, OrderSpec  # noqa: E402
-from student_train.stream import BatchStream, StreamSpec  # noqa: E402
-from student_train.student import build_student  # noqa: E402
+from student_train.data.order import Order, OrderSpec  # noqa: E402
+from student_train.data.stream import BatchStream, StreamSpec  # noqa: E402
+from student_train.loss.objective import attach  # noqa: E402
+from student_train.student.build import build_student  # noqa: E402
 
 CE, FULL = [5.1, 5.3, 5.0, 5.2, 5.15], [4.9, 5.05, 4.82, 4.97, 4.93]
 ARM = [4.95, 5.1, 4.9, 5.0, 5.0]

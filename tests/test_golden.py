@@ -19,17 +19,18 @@ import xxhash
 from safetensors.numpy import save as save_safetensors
 
 import shared
-from shared import cache, frames, open_cache, shards, storage
-from shared import manifest as manifests
-from shared.blocks import to_planes
+from shared import cache, open_cache, storage
 from shared.errors import CacheMismatch, CorruptCache
-from shared.schema import COLUMNS, layout
-from shared.shards import EncodedBlock, ShardWriter, encode_block
+from shared.format import frames, shards
+from shared.format import manifest as manifests
+from shared.format.blocks import to_planes
+from shared.format.schema import COLUMNS, layout
+from shared.format.shards import EncodedBlock, ShardWriter, encode_block
 from shared.storage import Storage
-from shared.target import TargetSpec
-from teacher_cache import seal
+from shared.targets.spec import TargetSpec
 from teacher_cache.config import VerifyConfig
-from teacher_cache.inspection import verify
+from teacher_cache.tools import seal
+from teacher_cache.tools.inspection import verify
 from tests import plain_reader, questions
 from tests.plain_reader import read_cache
 from tests.shared.test_shards import CLASSES, NO_HIDDEN, RANKS, cache_manifest, random_block
@@ -266,7 +267,7 @@ def one_shard(path, spec, *, code_seed):
 
 
 def test_the_text_lists_exactly_the_columns_of_the_schema():
-    text = (Path(shared.__file__).parent / "FORMAT.md").read_text()
+    text = (Path(shared.__file__).parent / "format" / "FORMAT.md").read_text()
     text, _, _ = text.partition("| what | at most |")  # the table of limits comes later
     found = []
     for names, numbers in re.findall(
@@ -281,7 +282,7 @@ LIMITS = re.compile(r"_?(MAX|MOST|FREE)_[A-Z_]+|_ROWS_ON_TRUST")
 
 
 def test_the_text_states_every_limit_with_its_value():
-    text = (Path(shared.__file__).parent / "FORMAT.md").read_text()
+    text = (Path(shared.__file__).parent / "format" / "FORMAT.md").read_text()
     rows = re.findall(r"^\| .* \| ([\d,]+) \| `(\w+)\.(\w+)` \|$", text, re.MULTILINE)
     stated = {(module, name): int(value.replace(",", "")) for value, module, name in rows}
     actual = {

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError
-from student_train.cache_set import open_caches
+from student_train.data.cache_set import open_caches
 
 
 def test_like_takes_over_what_decides_whether_caches_train_together(capture):
@@ -58,7 +58,7 @@ def test_caches_that_do_not_fit_are_refused(capture, cache_dir):
 
 def test_training_sees_the_rows_of_both_and_resumes_on_both(capture, student_config_dir, tmp_path):
     from student_train.config import TrainConfig
-    from student_train.trainer import run
+    from student_train.run.trainer import run
 
     old = capture(split="train[:60%]")
     new = capture(split="train[60%:]", like=old, max_length=1024)

@@ -24,12 +24,13 @@ import zstandard
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from shared import frames, open_cache
+from shared import open_cache
 from shared.cache import read_commits
 from shared.errors import CorruptCache, TeacherCacheError
-from shared.manifest import MANIFEST, MANIFEST_HASH, MAX_MANIFEST_BYTES, MAX_SHARD_ROWS
-from shared.schema import layout
-from shared.shards import (
+from shared.format import frames
+from shared.format.manifest import MANIFEST, MANIFEST_HASH, MAX_MANIFEST_BYTES, MAX_SHARD_ROWS
+from shared.format.schema import layout
+from shared.format.shards import (
     MAX_COMMIT_BYTES,
     ShardReader,
     _checksum,
@@ -39,10 +40,10 @@ from shared.shards import (
     parse_commit,
     shard_name,
 )
+from shared.models.tokenizer import load_cached_tokenizer
 from shared.storage import Storage
-from shared.tokenizer import load_cached_tokenizer
 from teacher_cache.config import VerifyConfig
-from teacher_cache.inspection import verify
+from teacher_cache.tools.inspection import verify
 
 
 def ascii_of(value):
@@ -280,8 +281,8 @@ def test_what_no_cache_has_is_refused_by_the_name_of_the_field(copy, name, value
 
 
 def test_a_writer_is_told_before_it_starts(pristine, tmp_path):
-    from shared import manifest as manifests
     from shared.errors import ConfigError
+    from shared.format import manifest as manifests
 
     manifest = open_cache(pristine).manifest
     manifest = replace(manifest, plan=replace(manifest.plan, num_shards=10**7))
@@ -1251,7 +1252,7 @@ STATES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"]
 def stopped(pristine, student_config_dir, tmp_path_factory):
     """A run of two steps with a checkpoint, and how to go on with it."""
     from student_train.config import TrainConfig
-    from student_train.trainer import run
+    from student_train.run.trainer import run
 
     def go_on(out, steps):
         config = TrainConfig(

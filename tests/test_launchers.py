@@ -17,7 +17,8 @@ COMMAND = """
 import os, sys
 from pathlib import Path
 import torch.distributed
-from shared import shards, storage
+from shared import storage
+from shared.format import shards
 from teacher_cache import cli
 
 folder, name = Path(os.environ["SEEN"]), "before-publish"

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared import manifest as manifests
-from shared.blocks import Block
-from shared.codec import ClassRanks, Target, TargetSpec
-from shared.schema import MIN_BLOCK_POSITIONS
-from shared.shards import ShardWriter, encode_block
+from shared.format import manifest as manifests
+from shared.format.blocks import Block
+from shared.format.schema import MIN_BLOCK_POSITIONS
+from shared.format.shards import ShardWriter, encode_block
 from shared.storage import Storage
+from shared.targets.codec import ClassRanks, Target, TargetSpec
 from tests.conftest import WORDS
 from tests.shared.test_shards import cache_manifest
 
@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 from shared import open_cache, storage
 from teacher_cache.config import CaptureConfig
-from teacher_cache.job import run
+from teacher_cache.job.run import run
 
 def state():
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))

@@ -16,21 +16,21 @@ from transformers import BertForTokenClassification
 
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError
-from shared.manifest import _beyond_limits
-from student_train.cache_set import CacheSet
+from shared.format.manifest import _beyond_limits
 from student_train.config import EvaluateConfig, ExportConfig, TrainConfig
-from student_train.evaluate import run as evaluate
-from student_train.export import run as export
-from student_train.loss_spec import LossSpec
-from student_train.objective import Objective, attach
-from student_train.student import build_student
-from student_train.trainer import run as train
-from teacher_cache.check import check
+from student_train.data.cache_set import CacheSet
+from student_train.evaluate.evaluate import run as evaluate
+from student_train.export.export import run as export
+from student_train.loss.objective import Objective, attach
+from student_train.loss.spec import LossSpec
+from student_train.run.trainer import run as train
+from student_train.student.build import build_student
 from teacher_cache.config import CheckConfig, InspectConfig, PlanConfig
-from teacher_cache.estimate import estimate
-from teacher_cache.inspection import inspect
-from teacher_cache.pages import write_plan
-from teacher_cache.report import inspect_text
+from teacher_cache.tools.check import check
+from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools.pages import write_plan
+from teacher_cache.tools.plan import estimate
+from teacher_cache.tools.report import inspect_text
 from tests import plain_reader
 from tests.conftest import WORDS
 from tests.output_caches import HF, SCORES, TOPICS, bert, capture, make_tokenizer, save_teacher

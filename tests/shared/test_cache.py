@@ -16,15 +16,15 @@ from safetensors.numpy import save as save_safetensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared import cache as cache_module
-from shared import manifest as manifests
 from shared import open_cache
 from shared.cache import class_ranks, committed_shards
 from shared.errors import CacheMismatch, CorruptCache, IncompleteCache
-from shared.shards import commit_name, file_hash, parse_commit
+from shared.format import manifest as manifests
+from shared.format.shards import commit_name, file_hash, parse_commit
 from shared.storage import Storage
-from teacher_cache.batches import forward_batches
-from teacher_cache.rows import Row
-from teacher_cache.teacher import Teacher
+from teacher_cache.engines.batches import forward_batches
+from teacher_cache.engines.teacher import Teacher
+from teacher_cache.tasks.rows import Row
 from tests.shared.test_shards import assert_same
 from tests.shared.test_storage import tree
 

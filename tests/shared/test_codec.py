@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shared import codec
 from shared.errors import ConfigError, CorruptCache
-from shared.target import ClassRanks, Target, TargetSpec
+from shared.targets import codec
+from shared.targets.spec import ClassRanks, Target, TargetSpec
 
 TAIL_STEP = 31 / 65_534  # nats of ln(tail / kept)
 FLOAT32_SUM = 2e-6  # 256 terms of 2**-24, and log-probabilities down to -17 rounded at 2**-24

@@ -12,8 +12,8 @@ import pytest
 from shared import compat
 from shared.errors import CacheMismatch
 from shared.fit_rules import Side, Student
-from shared.manifest import GenerationSpec, HiddenSpec, Manifest, TokenizerInfo
-from shared.target import TargetSpec
+from shared.format.manifest import GenerationSpec, HiddenSpec, Manifest, TokenizerInfo
+from shared.targets.spec import TargetSpec
 from shared.tasks import TASKS, TaskName
 from tests.shared.test_manifest import make_manifest
 

@@ -10,8 +10,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.arrays import join_planes, split_planes
 from shared.errors import CorruptCache
-from shared.frames import column_code, compress, decompress, join_planes, split_planes
+from shared.format.frames import column_code, compress, decompress
 
 COLUMN = column_code(17, 1)
 PLANE = np.random.default_rng(0).geometric(0.3, 40).astype(np.uint8)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import CorruptCache, NonFiniteTargets
-from shared.hidden import (
+from shared.targets.hidden import (
     ChannelScale,
     ChannelStatistics,
     bf16_to_float32,

@@ -7,9 +7,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from shared import manifest as manifests
 from shared.errors import CacheMismatch, CorruptCache, IncompleteCache
-from shared.manifest import (
+from shared.format import manifest as manifests
+from shared.format.manifest import (
     BatchPlan,
     CorpusInfo,
     HiddenSpec,
@@ -20,9 +20,9 @@ from shared.manifest import (
     differences,
     rows_id,
 )
-from shared.schema import optional_columns
+from shared.format.schema import optional_columns
 from shared.storage import Storage
-from shared.target import TargetSpec
+from shared.targets.spec import TargetSpec
 
 TOKENIZER = TokenizerInfo(
     hash="aa", num_ids=300, bos_token_id=None, eos_token_id=0, template_hash="bb"

@@ -13,11 +13,11 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from shared import codec, ragged
 from shared.errors import CorruptCache
-from shared.shards import empty_block
-from shared.target import MIN_SPACING, Target, TargetSpec
-from teacher_cache.targets import select
+from shared.format.shards import empty_block
+from shared.targets import codec, ragged
+from shared.targets.spec import MIN_SPACING, Target, TargetSpec
+from teacher_cache.select.targets import select
 from tests.shared.test_codec import FLOAT32_SUM, LARGE, TAIL_STEP, ranks_of
 from tests.shared.test_shards import CLASSES, RANKS, cache_manifest
 

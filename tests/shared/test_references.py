@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared import manifest as manifests
-from shared.blocks import from_planes, to_planes
 from shared.cache import open_cache
 from shared.errors import CorruptCache
-from shared.schema import optional_columns
-from shared.shards import ShardWriter, commit_name, encode_block
+from shared.format import manifest as manifests
+from shared.format.blocks import from_planes, to_planes
+from shared.format.schema import optional_columns
+from shared.format.shards import ShardWriter, commit_name, encode_block
 from shared.storage import Storage
 from teacher_cache.config import RepackConfig, VerifyConfig
-from teacher_cache.inspection import verify
-from teacher_cache.repack import repack
+from teacher_cache.tools.inspection import verify
+from teacher_cache.tools.repack import repack
 from tests import test_hostile as hostile
 from tests.plain_reader import read_cache
 from tests.shared.test_manifest import make_manifest

@@ -11,13 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shared import shards as shard_module
-from shared.blocks import Block, from_planes, to_planes
 from shared.errors import CorruptCache, DiskFull
-from shared.manifest import HiddenSpec
-from shared.ragged import drawn_logprob
-from shared.schema import COLUMNS, layout, optional_columns
-from shared.shards import (
+from shared.format import shards as shard_module
+from shared.format.blocks import Block, from_planes, to_planes
+from shared.format.manifest import HiddenSpec
+from shared.format.schema import COLUMNS, layout, optional_columns
+from shared.format.shards import (
     Commit,
     ShardReader,
     ShardWriter,
@@ -27,7 +26,8 @@ from shared.shards import (
     parse_commit,
 )
 from shared.storage import Storage, temporary_files
-from shared.target import ClassRanks, Target, TargetSpec
+from shared.targets.ragged import drawn_logprob
+from shared.targets.spec import ClassRanks, Target, TargetSpec
 from tests.shared.test_manifest import PREPROCESSING, make_manifest
 from tests.shared.test_storage import file_size_limit, tree
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from shared.blocks import Block
 from shared.errors import CorruptCache
+from shared.format.blocks import Block
 from shared.windows import WindowReference, best_spans, check, reference_of, window_logits
 
 CONTEXT = torch.tensor([[3, 6], [2, 8], [1, 2]])  # the first row has 7 tokens, the last 3

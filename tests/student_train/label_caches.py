@@ -13,15 +13,15 @@ from transformers import (
     BertForTokenClassification,
 )
 
-from shared import manifest as manifests
-from shared.blocks import Block
-from shared.manifest import HiddenSpec
-from shared.schema import optional_columns
-from shared.shards import ShardWriter, encode_block, file_hash
+from shared.format import manifest as manifests
+from shared.format.blocks import Block
+from shared.format.manifest import HiddenSpec
+from shared.format.schema import optional_columns
+from shared.format.shards import ShardWriter, encode_block, file_hash
+from shared.models.tokenizer import describe
 from shared.storage import Storage
-from shared.target import ClassRanks, Target, TargetSpec
+from shared.targets.spec import ClassRanks, Target, TargetSpec
 from shared.tasks import TaskName
-from shared.tokenizer import describe
 from tests.shared.test_manifest import make_manifest
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")

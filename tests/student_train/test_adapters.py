@@ -12,11 +12,11 @@ from transformers import AutoConfig, BertModel, GPT2Config, LlamaForCausalLM, Ma
 
 from shared.cache import open_cache
 from shared.errors import ConfigError, Stopped
-from student_train import trainer
-from student_train.adapters import add_adapters
 from student_train.config import AdapterSpec, TrainConfig
-from student_train.student import build_student, set_dropout
-from student_train.trainer import run
+from student_train.run import trainer
+from student_train.run.trainer import run
+from student_train.student.adapters import add_adapters
+from student_train.student.build import build_student, set_dropout
 from tests.conftest import llama_config
 from tests.student_train.label_caches import bert_config, make_rows, make_teacher, write_cache
 from tests.student_train.test_trainer import SignalAt, losses

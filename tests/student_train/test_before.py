@@ -9,9 +9,9 @@ import torch
 
 from shared.cache import open_cache
 from shared.errors import Stopped
-from student_train import trainer
-from student_train.evaluate import evaluate
-from student_train.student import build_student
+from student_train.evaluate.evaluate import evaluate
+from student_train.run import trainer
+from student_train.student.build import build_student
 from tests.student_train.test_trainer import SignalAt, losses, weights
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.errors import CorruptCache, CorruptRun, TeacherCacheError
-from student_train.checkpoints import check
+from student_train.run.checkpoints import check
 from tests.student_train.test_trainer import losses
 
 OPTIONS = {"save_every": 2, "scheduler": "constant", "warmup_ratio": 0.0}

@@ -11,15 +11,15 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from shared.cache import Cache, Row, open_cache
 from shared.errors import ConfigError
-from student_train.classes import MOST_CLASSES, Confusion
 from student_train.cli import _evaluation_text
 from student_train.config import EvaluateConfig
-from student_train.details import Details, row_numbers, token_texts
-from student_train.evaluate import evaluate, run
-from student_train.losses import SoftTarget
-from student_train.metrics import calibration_error
-from student_train.positions import LinearHead, answers_of_logits, answers_of_states
-from student_train.reliability import Reliability
+from student_train.evaluate.classes import MOST_CLASSES, Confusion
+from student_train.evaluate.details import Details, row_numbers, token_texts
+from student_train.evaluate.evaluate import evaluate, run
+from student_train.loss.positions import LinearHead, answers_of_logits, answers_of_states
+from student_train.loss.rows import SoftTarget
+from student_train.tasks.metrics import calibration_error
+from student_train.tasks.reliability import Reliability
 from tests.conftest import llama_config
 from tests.student_train.label_caches import (
     LABELS,
@@ -181,7 +181,7 @@ def test_answers_of_positions_equal_their_definitions(kind):
 
 
 def test_a_head_with_scale_cap_and_bias_gives_the_same_answers(monkeypatch):
-    monkeypatch.setattr("student_train.positions._CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("student_train.loss.positions._CHUNK_ELEMENTS", 1)
     torch.manual_seed(0)
     states, weight, bias = torch.randn(130, 8), torch.randn(14, 8), torch.randn(14)
     labels = torch.randint(0, 11, (130,))

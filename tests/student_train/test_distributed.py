@@ -10,8 +10,8 @@ import torch
 
 from shared.cache import open_cache
 from shared.errors import Refused
-from student_train.arguments import refuse_what_breaks
 from student_train.config import TrainConfig
+from student_train.run.arguments import refuse_what_breaks
 from tests.student_train.label_caches import make_rows, make_teacher, write_cache
 from tests.student_train.two_ranks import CASES, first_batch, step, student_of, tagger_numbers
 

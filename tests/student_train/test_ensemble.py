@@ -12,10 +12,10 @@ from transformers import LlamaForCausalLM
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError, Stopped
 from student_train.config import TrainConfig
-from student_train.ensemble import Ensemble
-from student_train.fit import warn_of_same_rows
+from student_train.data.ensemble import Ensemble
+from student_train.student.fit import warn_of_same_rows
 from teacher_cache.config import RepackConfig
-from teacher_cache.repack import repack
+from teacher_cache.tools.repack import repack
 from tests.conftest import Capture, llama_config
 from tests.student_train.test_trainer import SignalAt, losses
 
@@ -41,7 +41,7 @@ def dense(capture: Capture, other_teacher_dir: Path) -> tuple[Path, Path]:
     """Two teachers on the same rows; the second cache is cut into other blocks and shards."""
     first = capture(targets="dense", hidden_layers=(-1,), **FEW)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("teacher_cache.job.MIN_BLOCK_POSITIONS", 150)
+        patch.setattr("teacher_cache.job.run.MIN_BLOCK_POSITIONS", 150)
         options = FEW | {"shard_tokens": 900, "teacher": str(other_teacher_dir)}
         return first, capture(targets="dense", hidden_layers=(-1,), **options)
 
@@ -52,7 +52,7 @@ def some_states(capture: Capture, other_teacher_dir: Path) -> tuple[Path, Path]:
     asked = {"targets": "dense", "hidden_layers": (-1,), "hidden_every": 3, **FEW}
     first = capture(**asked)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("teacher_cache.job.MIN_BLOCK_POSITIONS", 150)
+        patch.setattr("teacher_cache.job.run.MIN_BLOCK_POSITIONS", 150)
         return first, capture(**asked | {"shard_tokens": 900, "teacher": str(other_teacher_dir)})
 
 

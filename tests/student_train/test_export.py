@@ -19,11 +19,11 @@ from transformers import AutoTokenizer, BertModel, pipeline
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, Refused
 from student_train.config import ExportConfig, TrainConfig
-from student_train.evaluate import evaluate
-from student_train.export import run, table
-from student_train.onnx_files import write_onnx
-from student_train.saved_student import load_student
-from student_train.trainer import run as train_run
+from student_train.evaluate.evaluate import evaluate
+from student_train.export.export import run, table
+from student_train.export.onnx_files import write_onnx
+from student_train.run.trainer import run as train_run
+from student_train.student.saved import load_student
 from tests.student_train.label_caches import (
     TAGS,
     bert_config,
@@ -412,7 +412,7 @@ def test_what_does_not_fit_is_refused(lora_run, text_run, folder, tmp_path, monk
     refuse(CacheMismatch, "its rows are of another tokenizer", lora_run, out, cache=other)
     with pytest.raises(ConfigError, match="--dtype bfloat16: it is the number type of"):
         ExportConfig(student=lora_run, out=out, format=("onnx",), dtype="bfloat16")
-    monkeypatch.setattr("student_train.onnx_files.find_spec", lambda name: None)
+    monkeypatch.setattr("student_train.export.onnx_files.find_spec", lambda name: None)
     refuse(
         ConfigError,
         r"need onnx, onnxscript, onnxruntime: pip install 'teacher-cache\[onnx\]'",

@@ -9,9 +9,9 @@ import pytest
 from shared.cache import open_cache
 from shared.errors import CacheMismatch
 from student_train.config import EvaluateConfig
-from student_train.evaluate import run as evaluate
+from student_train.evaluate.evaluate import run as evaluate
 from teacher_cache.config import RepackConfig
-from teacher_cache.repack import repack
+from teacher_cache.tools.repack import repack
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from shared.cache import open_cache
 from shared.errors import CacheMismatch
-from student_train.evaluate import evaluate
-from student_train.run_folder import kl_of
-from student_train.student import build_student
+from student_train.evaluate.evaluate import evaluate
+from student_train.run.folder import kl_of
+from student_train.student.build import build_student
 from tests.conftest import Capture
 
 ASKED = {"adaptive": {"mean_entries": 12.0}, "sample": {"mean_entries": 12.0}, "dense": {}}

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from shared.errors import ConfigError
-from student_train.linear_loss import LinearLossOutput, linear_loss, logits_loss
-from student_train.loss_spec import LossSpec
-from student_train.losses import SoftTarget
+from student_train.loss.linear import LinearLossOutput, linear_loss, logits_loss
+from student_train.loss.rows import SoftTarget
+from student_train.loss.spec import LossSpec
 
 N, D, V, C, K = 11, 7, 23, 20, 5
 SPECS = [
@@ -607,9 +607,9 @@ def test_no_tensor_is_as_large_as_positions_times_classes(temperature):
 
 _MEMORY = """
 import resource, torch
-from student_train.linear_loss import linear_loss
-from student_train.loss_spec import LossSpec
-from student_train.losses import SoftTarget
+from student_train.loss.linear import linear_loss
+from student_train.loss.spec import LossSpec
+from student_train.loss.rows import SoftTarget
 torch.set_num_threads(1)
 V, D, K = 32000, 16, 4
 weight = torch.randn(V, D, requires_grad=True)

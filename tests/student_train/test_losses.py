@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from shared.errors import ConfigError
-from student_train.loss_spec import LossSpec
-from student_train.losses import (
+from student_train.loss.rows import (
     PER_STATE,
     SoftTarget,
     hidden_contrastive,
@@ -20,6 +19,7 @@ from student_train.losses import (
     soft_rows,
     teacher_cells,
 )
+from student_train.loss.spec import LossSpec
 
 P = [[0.5, 0.3, 0.15, 0.05], [0.9, 0.07, 0.02, 0.01]]  # the last cell is the tail
 Q = [[0.2, 0.4, 0.1, 0.3], [0.7, 0.1, 0.1, 0.1]]

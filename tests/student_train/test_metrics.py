@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from student_train.metrics import (
+from student_train.tasks.metrics import (
     Answers,
     accuracy,
     bio_spans,

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from shared.target import Target, TargetKind, TargetSpec
-from student_train.loss_spec import LossSpec
-from student_train.losses import SoftTarget, prepare_target
-from student_train.mixtures import Voice, entropy_of, mixture
-from teacher_cache.targets import select
+from shared.targets.spec import Target, TargetKind, TargetSpec
+from student_train.data.mixtures import Voice, entropy_of, mixture
+from student_train.loss.rows import SoftTarget, prepare_target
+from student_train.loss.spec import LossSpec
+from teacher_cache.select.targets import select
 
 P, C = 7, 23
 WEIGHTS = (0.7, 0.3)

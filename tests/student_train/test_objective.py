@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from shared.cache import Cache, open_cache
-from student_train.cache_set import CacheSet
-from student_train.evaluate import evaluate
-from student_train.loss_spec import LossSpec
-from student_train.objective import Objective, attach, probe_head
-from student_train.order import Order, OrderSpec
-from student_train.stream import BatchStream, StreamSpec
+from student_train.data.cache_set import CacheSet
+from student_train.data.order import Order, OrderSpec
+from student_train.data.stream import BatchStream, StreamSpec
+from student_train.evaluate.evaluate import evaluate
+from student_train.loss.objective import Objective, attach, probe_head
+from student_train.loss.spec import LossSpec
 from tests.conftest import llama_config
 
 
@@ -360,8 +360,8 @@ def test_a_step_cut_into_micro_batches_has_the_same_gradient(cache_dir, accumula
 
 def test_adapters_on_the_trunk_get_the_gradient_of_the_dense_loss(cache_dir):
     """And the frozen head and trunk get none."""
-    from student_train.adapters import add_adapters
     from student_train.config import AdapterSpec
+    from student_train.student.adapters import add_adapters
 
     cache = open_cache(cache_dir)
     torch.manual_seed(3)

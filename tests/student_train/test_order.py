@@ -5,8 +5,8 @@ from itertools import combinations, count, islice, pairwise
 import numpy as np
 import pytest
 
-from student_train import order as order_module
-from student_train.order import Order, OrderSpec, Part, Step, accumulation_for, permute, split
+from student_train.data import order as order_module
+from student_train.data.order import Order, OrderSpec, Part, Step, accumulation_for, permute, split
 
 WORD = (1 << 64) - 1
 

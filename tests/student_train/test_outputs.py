@@ -13,20 +13,20 @@ from transformers import AutoModelForSequenceClassification, BertModel, pipeline
 
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError
-from student_train.cache_set import CacheSet
 from student_train.cli import _evaluation_text
-from student_train.compare_page import write_html
+from student_train.compare.page import write_html
+from student_train.compare.report import compare, table
 from student_train.config import CompareConfig, EvaluateConfig, ExportConfig, TrainConfig
-from student_train.ensemble import Ensemble
-from student_train.evaluate import evaluate
-from student_train.evaluate import run as run_evaluate
-from student_train.export import run as run_export
-from student_train.export import table as export_table
-from student_train.loss_spec import LossSpec
-from student_train.objective import Objective, attach
-from student_train.report import compare, table
-from student_train.student import build_student
-from student_train.trainer import run
+from student_train.data.cache_set import CacheSet
+from student_train.data.ensemble import Ensemble
+from student_train.evaluate.evaluate import evaluate
+from student_train.evaluate.evaluate import run as run_evaluate
+from student_train.export.export import run as run_export
+from student_train.export.export import table as export_table
+from student_train.loss.objective import Objective, attach
+from student_train.loss.spec import LossSpec
+from student_train.run.trainer import run
+from student_train.student.build import build_student
 from tests.output_caches import (
     HF,
     NAMES,

@@ -9,9 +9,9 @@ import pytest
 
 from shared.errors import CacheMismatch, CorruptRun, IncompleteCache
 from shared.options import write_resolved
-from student_train.compare_page import write_html
+from student_train.compare.page import write_html
+from student_train.compare.report import as_json, compare, table
 from student_train.config import CompareConfig, TrainConfig
-from student_train.report import as_json, compare, table
 
 
 def run_folder(

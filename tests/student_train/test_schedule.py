@@ -9,7 +9,7 @@ import pytest
 
 from shared.errors import CacheMismatch, ConfigError, Stopped
 from student_train.config import TrainConfig
-from student_train.schedule import LossSchedule
+from student_train.loss.schedule import LossSchedule
 from tests.conftest import Capture
 from tests.student_train.test_trainer import SignalAt, losses
 

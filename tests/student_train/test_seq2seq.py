@@ -11,19 +11,19 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError
-from student_train.adapters import add_adapters
 from student_train.cli import _evaluation_text
-from student_train.collate import Counts, Shape, columns_of, without_rows
+from student_train.compare.report import compare, table
 from student_train.config import AdapterSpec, CompareConfig, EvaluateConfig, TrainConfig
-from student_train.evaluate import evaluate
-from student_train.evaluate import run as run_evaluate
-from student_train.fit import check_fit
-from student_train.loss_spec import LossSpec
-from student_train.objective import Objective, attach
-from student_train.report import compare, table
-from student_train.student import build_student, load_config
-from student_train.trainer import run
-from student_train.writing import Writing, sources_of, write
+from student_train.data.collate import Counts, Shape, columns_of, without_rows
+from student_train.evaluate.evaluate import evaluate
+from student_train.evaluate.evaluate import run as run_evaluate
+from student_train.loss.objective import Objective, attach
+from student_train.loss.spec import LossSpec
+from student_train.run.trainer import run
+from student_train.student.adapters import add_adapters
+from student_train.student.build import build_student, load_config
+from student_train.student.fit import check_fit
+from student_train.tasks.writing import Writing, sources_of, write
 from tests.conftest import llama_config
 from tests.seq2seq import (
     END,

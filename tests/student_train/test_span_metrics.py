@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from student_train.span_metrics import (
+from student_train.tasks.span_metrics import (
     Window,
     best_of,
     exact_match,

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from shared.blocks import Block
-from shared.target import Target
-from student_train.collate import Window
-from student_train.order import Order, OrderSpec, Part, split
-from student_train.stream import BatchStream, StreamSpec, _Background
+from shared.format.blocks import Block
+from shared.targets.spec import Target
+from student_train.data.collate import Window
+from student_train.data.order import Order, OrderSpec, Part, split
+from student_train.data.stream import BatchStream, StreamSpec, _Background
 
 K, D, LAYER = 3, 4, -1
 JOIN_SECONDS = 20

@@ -15,8 +15,8 @@ from shared.errors import CacheMismatch, ConfigError
 from shared.options import load
 from shared.tasks import TASKS
 from student_train.config import TrainConfig
-from student_train.task_defaults import recipe_for
-from student_train.trainer import run, with_numbers
+from student_train.run.trainer import run, with_numbers
+from student_train.tasks.defaults import recipe_for
 from tests.student_train.label_caches import bert_config, make_rows, make_teacher, write_cache
 
 SEQUENCES = "sequence-classification"

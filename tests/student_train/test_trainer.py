@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCache, Stopped
-from student_train.callbacks import StopOnSignal
 from student_train.config import TrainConfig
-from student_train.order import Order, OrderSpec
-from student_train.trainer import DistillTrainer
+from student_train.data.order import Order, OrderSpec
+from student_train.run.callbacks import StopOnSignal
+from student_train.run.trainer import DistillTrainer
 
 
 def losses(run: Path) -> list[tuple[int, str]]:
@@ -278,8 +278,8 @@ def test_evaluation_during_training_is_that_at_the_end(options, train, cache_dir
 
 
 def test_adapters_are_saved_and_reload(train, tmp_path, cache_dir, teacher_dir):
-    from student_train.evaluate import evaluate
-    from student_train.student import build_student
+    from student_train.evaluate.evaluate import evaluate
+    from student_train.student.build import build_student
 
     base = tmp_path / "base"
     shutil.copytree(teacher_dir, base)

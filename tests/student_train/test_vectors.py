@@ -13,27 +13,27 @@ from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, BertModel
 
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, Refused
-from shared.pooling import pooled
-from student_train.cache_set import CacheSet
+from shared.models.pooling import pooled
 from student_train.cli import _evaluation_text
+from student_train.compare.report import compare, table
 from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
-from student_train.ensemble import Ensemble
-from student_train.evaluate import evaluate
-from student_train.evaluate import run as run_evaluate
-from student_train.loss_spec import LossSpec
-from student_train.metrics import TITLES
-from student_train.objective import PROJECTIONS, Objective, attach
-from student_train.report import compare, table
-from student_train.student import build_student
-from student_train.trainer import run as train
-from student_train.vectors import nearest_agreement, similarity_correlation
-from teacher_cache.check import check
+from student_train.data.cache_set import CacheSet
+from student_train.data.ensemble import Ensemble
+from student_train.evaluate.evaluate import evaluate
+from student_train.evaluate.evaluate import run as run_evaluate
+from student_train.loss.objective import PROJECTIONS, Objective, attach
+from student_train.loss.spec import LossSpec
+from student_train.run.trainer import run as train
+from student_train.student.build import build_student
+from student_train.tasks.metrics import TITLES
+from student_train.tasks.vectors import nearest_agreement, similarity_correlation
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
-from teacher_cache.estimate import estimate
-from teacher_cache.inspection import inspect
-from teacher_cache.job import run
-from teacher_cache.pages import write_inspection
-from teacher_cache.report import check_text, estimate_text, inspect_text
+from teacher_cache.job.run import run
+from teacher_cache.tools.check import check
+from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools.pages import write_inspection
+from teacher_cache.tools.plan import estimate
+from teacher_cache.tools.report import check_text, estimate_text, inspect_text
 from tests.student_train.test_objective import batches
 from tests.teacher_cache.test_masked_lm import bert_config, tokenizer_of
 

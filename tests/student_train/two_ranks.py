@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from shared.cache import Cache, open_cache
 from shared.errors import Refused
-from student_train.evaluate import evaluate
-from student_train.loss_spec import LossSpec
-from student_train.objective import Objective, attach
-from student_train.order import Order, OrderSpec
-from student_train.stream import BatchStream, StreamSpec
+from student_train.data.order import Order, OrderSpec
+from student_train.data.stream import BatchStream, StreamSpec
+from student_train.evaluate.evaluate import evaluate
+from student_train.loss.objective import Objective, attach
+from student_train.loss.spec import LossSpec
 from tests.conftest import llama_config
 from tests.student_train.label_caches import make_teacher
 

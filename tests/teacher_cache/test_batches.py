@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from teacher_cache.batches import ForwardBatch, forward_batches
-from teacher_cache.rows import Row
+from teacher_cache.engines.batches import ForwardBatch, forward_batches
+from teacher_cache.tasks.rows import Row
 
 
 def random_window(seed: int, count: int, *, packed: bool) -> list[Row]:

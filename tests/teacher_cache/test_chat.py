@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shared.cache import open_cache
 from shared.errors import CorpusError
 from student_train.config import TrainConfig
-from student_train.trainer import run as train
-from teacher_cache.chat import Conversation, Exchange, encode_conversation, encode_exchange
-from teacher_cache.check import check
+from student_train.run.trainer import run as train
 from teacher_cache.config import CaptureConfig, CheckConfig
-from teacher_cache.corpus import open_corpus
-from teacher_cache.rows import build
+from teacher_cache.corpus.chat import Conversation, Exchange, encode_conversation, encode_exchange
+from teacher_cache.corpus.sources import open_corpus
+from teacher_cache.tasks.rows import build
+from teacher_cache.tools.check import check
 
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
 {%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
@@ -81,7 +81,7 @@ def test_without_a_template_a_completion_follows_its_prompt(tokenizer):
 
 
 def preprocessing(**changes):
-    from shared.manifest import Preprocessing
+    from shared.format.manifest import Preprocessing
 
     options = {
         "split": "train",
@@ -227,7 +227,7 @@ def test_a_broken_message_names_document_and_message(tmp_path):
 
 
 def test_messages_without_a_template_say_what_to_do(chat_files, tokenizer_dir, tmp_path):
-    from teacher_cache.job import run
+    from teacher_cache.job.run import run
 
     corpus, _ = chat_files
     config = CaptureConfig(

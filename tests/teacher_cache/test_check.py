@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shared.blocks import Block
 from shared.cache import Cache, open_cache
-from shared.shards import ShardWriter, encode_block
-from teacher_cache.check import check
+from shared.format.blocks import Block
+from shared.format.shards import ShardWriter, encode_block
 from teacher_cache.config import CheckConfig
+from teacher_cache.tools.check import check
 
 
 def checked(cache: Path, teacher: Path) -> object:

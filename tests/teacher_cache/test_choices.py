@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shared.errors import NonFiniteTargets
-from shared.target import Target, TargetSpec
-from student_train.loss_spec import LossSpec
-from student_train.losses import SoftTarget, forward_kl, log_cells, sampled_rows, teacher_cells
+from shared.targets.spec import Target, TargetSpec
+from student_train.loss.rows import SoftTarget, forward_kl, log_cells, sampled_rows, teacher_cells
+from student_train.loss.spec import LossSpec
 from teacher_cache.config import PlanConfig
-from teacher_cache.estimate import estimate
-from teacher_cache.gradient_error import (
+from teacher_cache.select.targets import select
+from teacher_cache.tools.gradient_error import (
     Directions,
     HeadGradient,
     errors,
@@ -24,8 +24,8 @@ from teacher_cache.gradient_error import (
     noise_scale,
     relative,
 )
-from teacher_cache.report import estimate_text, recommendation
-from teacher_cache.targets import select
+from teacher_cache.tools.plan import estimate
+from teacher_cache.tools.report import estimate_text, recommendation
 
 C = 40
 SPECS = {
@@ -119,7 +119,7 @@ def test_bias_stays_and_deviation_shrinks_with_the_batch():
 
 
 def test_projected_norms_are_near_the_real_ones(monkeypatch):
-    monkeypatch.setattr("teacher_cache.gradient_error._MAX_SUMS_BYTES", 4 * C * 10 * 64)
+    monkeypatch.setattr("teacher_cache.tools.gradient_error._MAX_SUMS_BYTES", 4 * C * 10 * 64)
     directions = Directions(500, C, 10)
     assert directions.count == 64
     generator = torch.Generator().manual_seed(0)
@@ -157,8 +157,8 @@ def numbers(options) -> dict[str, Any]:
 
 def test_kept_mass_and_truncation_of_a_threshold(numbers, options, teacher_dir):
     """Against the classes above the threshold of the float64 teacher, position by position."""
-    from teacher_cache import plan
-    from teacher_cache.draft import resolve
+    from teacher_cache.job import calibrate as plan
+    from teacher_cache.job.draft import resolve
 
     draft = resolve(PlanConfig(**options), load_teacher=False)
     teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float64)

@@ -15,10 +15,10 @@ from transformers import BertConfig, BertForTokenClassification
 from shared.cache import open_cache
 from shared.errors import ConfigError, CorpusError
 from teacher_cache.config import CaptureConfig
-from teacher_cache.conll import Columns, columns_of, read_sentences
-from teacher_cache.corpus import open_corpus
-from teacher_cache.job import run
-from teacher_cache.label_rows import Tagged
+from teacher_cache.corpus.conll import Columns, columns_of, read_sentences
+from teacher_cache.corpus.sources import open_corpus
+from teacher_cache.job.run import run
+from teacher_cache.tasks.label_rows import Tagged
 from tests.conftest import WORDS
 
 SENTENCES = [

@@ -15,7 +15,7 @@ import pytest
 
 from shared.errors import ConfigError, CorpusError
 from teacher_cache.config import CaptureConfig
-from teacher_cache.corpus import Corpus, open_corpus
+from teacher_cache.corpus.sources import Corpus, open_corpus
 
 TEXTS = ["one fish", "two fish", "", "red fish", "blue fish", "naïve – ☃"]
 

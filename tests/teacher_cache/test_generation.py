@@ -11,16 +11,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from shared.cache import open_cache
 from shared.errors import ConfigError, CorpusError
-from shared.manifest import GenerationSpec
-from student_train.text_metrics import chrf
-from student_train.writing import Writing, written_numbers
-from teacher_cache.check import check
+from shared.format.manifest import GenerationSpec
+from student_train.tasks.text_metrics import chrf
+from student_train.tasks.writing import Writing, written_numbers
 from teacher_cache.config import CaptureConfig, CheckConfig, PlanConfig
-from teacher_cache.corpus import open_corpus
-from teacher_cache.estimate import estimate
-from teacher_cache.job import run
-from teacher_cache.report import estimate_text
-from teacher_cache.teacher import Teacher
+from teacher_cache.corpus.sources import open_corpus
+from teacher_cache.engines.teacher import Teacher
+from teacher_cache.job.run import run
+from teacher_cache.tools.check import check
+from teacher_cache.tools.plan import estimate
+from teacher_cache.tools.report import estimate_text
 from tests.seq2seq import END, capture, make_corpus, make_teachers
 
 NEW = 9  # tokens that are written at most

@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shared.cache import Cache, open_cache
-from shared.ragged import drawn_logprob
-from shared.tokenizer import load_cached_tokenizer
+from shared.models.tokenizer import load_cached_tokenizer
+from shared.targets.ragged import drawn_logprob
 from teacher_cache.config import InspectConfig
-from teacher_cache.inspection import inspect
+from teacher_cache.tools.inspection import inspect
 from tests.conftest import Capture
 
 

@@ -19,16 +19,16 @@ from transformers import (
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError
 from student_train.config import TrainConfig
-from student_train.loss_spec import LossSpec
-from student_train.objective import Objective, attach
-from student_train.trainer import run as train
-from teacher_cache.check import check
+from student_train.loss.objective import Objective, attach
+from student_train.loss.spec import LossSpec
+from student_train.run.trainer import run as train
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig
-from teacher_cache.corpus import open_corpus
-from teacher_cache.inspection import inspect
-from teacher_cache.job import run
-from teacher_cache.label_rows import Labelled, Tagged, build
-from teacher_cache.report import inspect_text
+from teacher_cache.corpus.sources import open_corpus
+from teacher_cache.job.run import run
+from teacher_cache.tasks.label_rows import Labelled, Tagged, build
+from teacher_cache.tools.check import check
+from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools.report import inspect_text
 from tests.conftest import WORDS
 from tests.student_train.test_objective import batches
 

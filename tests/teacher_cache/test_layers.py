@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from shared.errors import ConfigError, Refused
 from student_train.config import TrainConfig
-from student_train.trainer import run as train
+from student_train.run.trainer import run as train
 from teacher_cache.config import StudentConfig
-from teacher_cache.layers import run
+from teacher_cache.tools.layers import run
 from tests.conftest import llama_config
 
 SIZES: dict[str, Any] = {

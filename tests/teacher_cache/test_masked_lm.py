@@ -24,28 +24,28 @@ from transformers import (
 
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, Refused
-from shared.manifest import rows_id
-from shared.positions import most_tokens
+from shared.format.manifest import rows_id
+from shared.models.limits import most_tokens
 from student_train.cli import _evaluation_text
+from student_train.compare.report import compare, table
 from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
-from student_train.evaluate import evaluate
-from student_train.evaluate import run as run_evaluate
-from student_train.fit import check_fit
-from student_train.loss_spec import LossSpec
-from student_train.objective import Objective, attach, probe_head
-from student_train.report import compare, table
-from student_train.student import load_config
-from student_train.trainer import run as train
-from teacher_cache import probes, streamed_head
-from teacher_cache.check import check
+from student_train.evaluate.evaluate import evaluate
+from student_train.evaluate.evaluate import run as run_evaluate
+from student_train.loss.objective import Objective, attach, probe_head
+from student_train.loss.spec import LossSpec
+from student_train.run.trainer import run as train
+from student_train.student.build import load_config
+from student_train.student.fit import check_fit
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
-from teacher_cache.draft import resolve
-from teacher_cache.estimate import estimate
-from teacher_cache.inspection import inspect
-from teacher_cache.job import run
-from teacher_cache.masked_rows import build
-from teacher_cache.report import inspect_text
-from teacher_cache.teacher import Teacher
+from teacher_cache.engines import probes, streamed_head
+from teacher_cache.engines.teacher import Teacher
+from teacher_cache.job.draft import resolve
+from teacher_cache.job.run import run
+from teacher_cache.tasks.masked_rows import build
+from teacher_cache.tools.check import check
+from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools.plan import estimate
+from teacher_cache.tools.report import inspect_text
 from tests.student_train.test_objective import batches
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer
 from shared import open_cache
 from shared.errors import TeacherCacheError
 from teacher_cache.config import InspectConfig
-from teacher_cache.inspection import inspect
-from teacher_cache.memory import is_out_of_memory
-from teacher_cache.report import inspect_text
-from teacher_cache.teacher import Teacher, TeacherBatch, TeacherOutput
+from teacher_cache.engines.memory import is_out_of_memory
+from teacher_cache.engines.teacher import Teacher, TeacherBatch, TeacherOutput
+from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools.report import inspect_text
 
 ON_CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 ON_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't "

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from shared.cache import open_cache
-from shared.codec import decode_values, encode_values
 from shared.errors import CacheMismatch, ConfigError, CorpusError, CorruptCache
-from shared.manifest import _beyond_limits
-from shared.target import TargetSpec
-from teacher_cache.check import check
+from shared.format.manifest import _beyond_limits
+from shared.targets.codec import decode_values, encode_values
+from shared.targets.spec import TargetSpec
 from teacher_cache.config import (
     CaptureConfig,
     CheckConfig,
@@ -25,14 +24,15 @@ from teacher_cache.config import (
     RepackConfig,
     VerifyConfig,
 )
-from teacher_cache.corpus import open_corpus
-from teacher_cache.draft import problem_type_for
-from teacher_cache.estimate import estimate
-from teacher_cache.inspection import inspect, verify
-from teacher_cache.label_rows import Labelled, build, values, yes_or_no
-from teacher_cache.pages import write_inspection
-from teacher_cache.repack import repack
-from teacher_cache.report import check_text, inspect_text
+from teacher_cache.corpus.sources import open_corpus
+from teacher_cache.job.draft import problem_type_for
+from teacher_cache.tasks.label_rows import Labelled, build, values, yes_or_no
+from teacher_cache.tools.check import check
+from teacher_cache.tools.inspection import inspect, verify
+from teacher_cache.tools.pages import write_inspection
+from teacher_cache.tools.plan import estimate
+from teacher_cache.tools.repack import repack
+from teacher_cache.tools.report import check_text, inspect_text
 from tests import plain_reader
 from tests.output_caches import (
     DOCUMENTS,

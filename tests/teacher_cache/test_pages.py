@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from shared import open_cache
-from shared.drawing import Axis, Series, histogram, lines, log_axis
-from shared.ragged import drawn_logprob
-from shared.tokenizer import load_cached_tokenizer
+from shared.models.tokenizer import load_cached_tokenizer
+from shared.pages.drawing import Axis, Series, histogram, lines, log_axis
+from shared.targets.ragged import drawn_logprob
 from teacher_cache.config import InspectConfig, PlanConfig
-from teacher_cache.estimate import estimate
-from teacher_cache.inspection import inspect
-from teacher_cache.pages import write_inspection, write_plan
-from teacher_cache.report import inspect_text
+from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools.pages import write_inspection, write_plan
+from teacher_cache.tools.plan import estimate
+from teacher_cache.tools.report import inspect_text
 from tests.conftest import Capture
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -83,7 +83,7 @@ def cache_of(capture: Capture, tokenizer_dir: Path):
         if name not in made:
             options = {"tokenizer": str(tokenizer_dir)} if name == "none" else {}
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("teacher_cache.job.MIN_BLOCK_POSITIONS", 256)
+                patch.setattr("teacher_cache.job.run.MIN_BLOCK_POSITIONS", 256)
                 made[name] = capture(limit_documents=60, **KINDS[name], **options)
         return made[name]
 
@@ -203,7 +203,7 @@ def test_histograms_are_those_of_all_blocks_of_a_small_cache(cache_of, tmp_path,
 
 
 def test_a_page_reads_a_bounded_number_of_blocks(cache_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("teacher_cache.inspection._HISTOGRAM_BLOCKS", 2)
+    monkeypatch.setattr("teacher_cache.tools.inspection._HISTOGRAM_BLOCKS", 2)
     cache = open_cache(cache_of("topk"))
     found = inspected(cache.path, tmp_path / "x.html", rows=0)["histograms"]
     ends = [cache.read_block(number).num_positions.sum() for number in (0, cache.num_blocks - 1)]

@@ -17,14 +17,14 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from shared import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
 from shared.storage import Storage
-from teacher_cache import plan
 from teacher_cache.config import CaptureConfig, PlanConfig, RepackConfig
-from teacher_cache.draft import Draft, resolve
-from teacher_cache.estimate import estimate
-from teacher_cache.job import run
-from teacher_cache.repack import repack
-from teacher_cache.rows import build
-from teacher_cache.teacher import Teacher, TeacherBatch
+from teacher_cache.engines.teacher import Teacher, TeacherBatch
+from teacher_cache.job import calibrate as plan
+from teacher_cache.job.draft import Draft, resolve
+from teacher_cache.job.run import run
+from teacher_cache.tasks.rows import build
+from teacher_cache.tools.plan import estimate
+from teacher_cache.tools.repack import repack
 from tests.conftest import Capture, llama_config
 
 SMALL = {"limit_documents": 30, "shard_tokens": 600, "max_length": 64, "top_k": 8, "device": "cpu"}

@@ -12,17 +12,17 @@ import torch
 from tokenizers import processors
 from transformers import AutoTokenizer, BertForQuestionAnswering
 
-from shared import manifest as manifests
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, CorruptCache, Refused
+from shared.format import manifest as manifests
 from shared.storage import Storage
-from teacher_cache.check import check
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
-from teacher_cache.estimate import estimate
-from teacher_cache.inspection import inspect, summary
-from teacher_cache.pages import write_inspection
-from teacher_cache.report import inspect_text
-from teacher_cache.window_rows import Answer, Asked, answers_of, build, windows
+from teacher_cache.tasks.window_rows import Answer, Asked, answers_of, build, windows
+from teacher_cache.tools.check import check
+from teacher_cache.tools.inspection import inspect, summary
+from teacher_cache.tools.pages import write_inspection
+from teacher_cache.tools.plan import estimate
+from teacher_cache.tools.report import inspect_text
 from tests.questions import (
     MAX_LENGTH,
     STRIDE,

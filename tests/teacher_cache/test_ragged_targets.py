@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.ragged import drawn_logprob
-from shared.target import TargetSpec
-from teacher_cache import targets
-from teacher_cache.targets import Selected, select
+from shared.targets.ragged import drawn_logprob
+from shared.targets.spec import TargetSpec
+from teacher_cache.select import targets
+from teacher_cache.select.targets import Selected, select
 
 
 def spec_for(kind: str, num_classes: int, threshold: float) -> TargetSpec:

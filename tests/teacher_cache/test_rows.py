@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from shared.errors import CorpusError
-from shared.manifest import Preprocessing
-from teacher_cache.rows import Row, build
+from shared.format.manifest import Preprocessing
+from teacher_cache.tasks.rows import Row, build
 
 EOS, BOS = 0, 1
 WORDS = 40

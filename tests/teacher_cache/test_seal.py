@@ -7,7 +7,7 @@ import pytest
 
 from shared.errors import CorruptCache, IncompleteCache
 from teacher_cache.config import VerifyConfig
-from teacher_cache.inspection import verify
+from teacher_cache.tools.inspection import verify
 from tests.teacher_cache.test_check import rewritten, shift
 
 

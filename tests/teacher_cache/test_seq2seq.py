@@ -12,16 +12,16 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
-from shared.schema import layout
-from teacher_cache.chat import Conversation
-from teacher_cache.check import check
+from shared.format.schema import layout
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
-from teacher_cache.corpus import open_corpus
-from teacher_cache.estimate import estimate
-from teacher_cache.inspection import inspect
-from teacher_cache.report import inspect_text
-from teacher_cache.seq2seq_rows import Pair, build
-from teacher_cache.teacher import Teacher
+from teacher_cache.corpus.chat import Conversation
+from teacher_cache.corpus.sources import open_corpus
+from teacher_cache.engines.teacher import Teacher
+from teacher_cache.tasks.seq2seq_rows import Pair, build
+from teacher_cache.tools.check import check
+from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools.plan import estimate
+from teacher_cache.tools.report import inspect_text
 from tests import plain_reader
 from tests.seq2seq import (
     END,

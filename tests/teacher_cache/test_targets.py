@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.target import TargetSpec
-from teacher_cache import targets
-from teacher_cache.targets import Selected, select
+from shared.targets.spec import TargetSpec
+from teacher_cache.select import targets
+from teacher_cache.select.targets import Selected, select
 
 # float32 sums of thousands of terms, and log-probabilities near -20: 1e-6 relative, 2e-6 absolute
 TOLERANCE = {"rtol": 2e-6, "atol": 2e-6}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.target import MAX_ENTRIES, MIN_SPACING, TargetSpec
-from teacher_cache.targets import select
-from teacher_cache.thresholds import find_threshold, inclusion, mean_entries
+from shared.targets.spec import MAX_ENTRIES, MIN_SPACING, TargetSpec
+from teacher_cache.select.targets import select
+from teacher_cache.select.thresholds import find_threshold, inclusion, mean_entries
 
 
 def spec_of(kind: str, mean: float, threshold: float = 0.0) -> TargetSpec:

@@ -8,10 +8,17 @@ from pathlib import Path
 
 import pytest
 
+import teacher_cache.job.run as job
 from shared.errors import ConfigError, Stopped, TeacherCacheError
-from teacher_cache import job, workers
 from teacher_cache.config import CaptureConfig
-from teacher_cache.workers import Share, my_shards, run_local_processes, share_of, stop_on_signals
+from teacher_cache.job import workers
+from teacher_cache.job.workers import (
+    Share,
+    my_shards,
+    run_local_processes,
+    share_of,
+    stop_on_signals,
+)
 
 TORCHRUN = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
 ARRAY = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "3"}

@@ -1,0 +1,1 @@
+"""What both stages ask of models and tokenizers from `transformers`."""

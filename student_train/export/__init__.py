@@ -1,0 +1,1 @@
+"""A folder ready to serve: merged weights, ONNX, int8, model card, each checked."""

@@ -1,0 +1,1 @@
+"""One training run: the trainer, its folder, checkpoints, logs and signals."""

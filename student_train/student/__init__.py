@@ -1,0 +1,1 @@
+"""The student: built, checked against its cache, adapted, saved, loaded again."""

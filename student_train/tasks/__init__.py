@@ -1,0 +1,1 @@
+"""What a task is in stage two: what is collected from a batch, metrics, defaults."""

@@ -1,0 +1,210 @@
+"""What the metrics of a task are computed from, kept batch by batch: a collector for each task.
+
+Sums of losses are not enough for an F1: a collector keeps what student and teacher answered at
+every position, gathers it over all processes at the end, and hands it to the metrics.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.cache import Cache, references
+from shared.format.schema import ROW_CHUNK_BITS
+from shared.tasks import TASKS
+from shared.windows import PLACES, Spans, WindowReference, best_spans, bounds_of, reference_of
+from student_train.data.collate import MicroBatch
+from student_train.loss.rows import SoftTarget
+from student_train.processes import of_all_processes
+from student_train.tasks.metrics import Answers, task_numbers
+from student_train.tasks.row_metrics import multi_label_numbers, regression_numbers
+from student_train.tasks.span_metrics import Window, span_numbers
+from student_train.tasks.vectors import VectorAnswers
+
+
+class Collector(Protocol):
+    """Of one evaluation."""
+
+    def add(self, output: Mapping[str, Tensor], batch: MicroBatch) -> None:
+        """Keeps what is needed of a batch and of what an attached student returned for it."""
+
+    def numbers(self, device: torch.device) -> dict[str, Any]:
+        """The metrics, the same in every process; `device` is where they talk to each other."""
+
+
+def collector_for(cache: Cache, max_answer_tokens: int) -> Collector | None:
+    """The collector of the task of a cache; None where sums of losses say all there is."""
+    if cache.manifest.layout == "outputs":
+        return OutputAnswers(cache)
+    if TASKS[cache.manifest.task].target_space == "labels":
+        return LabelAnswers(cache)
+    if TASKS[cache.manifest.task].target_space == "states":
+        return VectorAnswers(cache)
+    if TASKS[cache.manifest.task].target_space == "tokens":
+        return SpanAnswers(cache, max_answer_tokens)
+    return None
+
+
+class LabelAnswers:
+    """Answers over labels: row, label, prediction, its probability and the teacher's choice."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._names = cache.manifest.labels
+        self._has_targets = cache.has_targets
+        self._answers: list[Tensor] = []
+
+    def add(self, output: Mapping[str, Tensor], batch: MicroBatch) -> None:
+        """Keeps i64 [N, 5].
+
+        The probability by its bits as a float64: one tensor is what travels between processes.
+        Equal logits, the student's or the teacher's, leave the choice to the smaller class.
+        """
+        logits_NC = output["logits"].cpu()
+        confidence_N, predicted_N = logits_NC.double().softmax(dim=-1).max(dim=-1)
+        row_N = batch["row_ids"][batch["position_index"] // batch["input_ids"].shape[1]]
+        teacher_N = torch.full_like(predicted_N, -1)
+        if "target_ids" in batch:
+            best_N1 = batch["target_logprobs"].argmax(dim=-1, keepdim=True)
+            teacher_N = batch["target_ids"].gather(1, best_N1)[:, 0].long()
+        confidence_N = confidence_N.view(torch.int64)
+        columns = [row_N, batch["labels"], predicted_N, confidence_N, teacher_N]
+        self._answers.append(torch.stack(columns, dim=1))
+
+    def numbers(self, device: torch.device) -> dict[str, Any]:
+        """The metrics of metrics.py."""
+        of_positions = torch.cat([torch.zeros(0, 5, dtype=torch.int64), *self._answers])
+        columns = of_all_processes(of_positions, device).numpy().T
+        row_P, labels_P, predicted_P, confidence_P, teacher_P = columns
+        confidence_P = np.ascontiguousarray(confidence_P).view(np.float64)
+        teacher = teacher_P if self._has_targets else None
+        return task_numbers(
+            Answers(row_P, labels_P, predicted_P, confidence_P, teacher), self._names
+        )
+
+
+class OutputAnswers:
+    """Answers where each output of a row is yes or no, or a number: label, student's, teacher's."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._num_outputs = len(cache.manifest.labels)
+        self._of_values = cache.manifest.problem_type == "regression"
+        self._has_targets = cache.has_targets
+        self._answers: list[Tensor] = []
+
+    def add(self, output: Mapping[str, Tensor], batch: MicroBatch) -> None:
+        """Keeps f64 [N, 3]: numbers as they are, of yes and no the probability of yes."""
+        said_N = output["logits"][:, -1].double().cpu()
+        if not self._of_values:
+            said_N = said_N.sigmoid()  # of the logits (0, z)
+        teacher_N = torch.zeros_like(said_N)
+        if "target_values" in batch:
+            teacher_N = batch["target_values"].double()
+        elif "target_logprobs" in batch:
+            teacher_N = batch["target_logprobs"][:, 1].double().exp()
+        self._answers.append(torch.stack([batch["labels"].double(), said_N, teacher_N], dim=1))
+
+    def numbers(self, device: torch.device) -> dict[str, Any]:
+        """The metrics of row_metrics.py; a row's positions stand together, in the order of C."""
+        of_positions = torch.cat([torch.zeros(0, 3, dtype=torch.float64), *self._answers])
+        everyones = of_all_processes(of_positions, device).numpy()
+        labels_RC, said_RC, teacher_RC = (
+            column.reshape(-1, self._num_outputs) for column in everyones.T
+        )
+        metrics = regression_numbers if self._of_values else multi_label_numbers
+        return metrics(labels_RC, said_RC, teacher_RC if self._has_targets else None)
+
+
+class SpanAnswers:
+    """Answers in windows: of each row the likeliest span of student and teacher, and its score.
+
+    Scores are log-probabilities over what may be chosen in a window, not logits as in the scripts
+    that go with SQuAD: a loss on probabilities leaves it open how high the logits of a window are,
+    and of the teacher nothing else was cached.
+    """
+
+    def __init__(self, cache: Cache, max_answer_tokens: int) -> None:
+        self._cache, self._max_tokens = cache, max_answer_tokens
+        self._answers: list[Tensor] = []
+
+    def add(self, output: Mapping[str, Tensor], batch: MicroBatch) -> None:
+        """Keeps i64 [R, 9]: row, then first and last token, score and null score of either.
+
+        The scores by their bits as float64: one tensor is what travels between processes.
+        """
+        row_N = batch["row_ids"][batch["position_index"] // batch["input_ids"].shape[1]]
+        student = self._spans(output["logits"].cpu().double().log_softmax(dim=-1), batch)
+        teacher = self._spans(_teacher_logp(batch, self._cache), batch)
+        columns = [row_N[:: len(PLACES)], *_as_columns(student), *_as_columns(teacher)]
+        self._answers.append(torch.stack(columns, dim=1))
+
+    def _spans(self, logp_NC: Tensor, batch: MicroBatch) -> Spans:
+        logp_B2T = logp_NC[:, : batch["input_ids"].shape[1]].unflatten(0, (-1, len(PLACES)))
+        return best_spans(logp_B2T, batch["context"][: len(logp_B2T)], self._max_tokens)
+
+    def numbers(self, device: torch.device) -> dict[str, Any]:
+        """The metrics of span_metrics.py, over documents: one question on one text."""
+        of_rows = torch.cat([torch.zeros(0, 9, dtype=torch.int64), *self._answers])
+        of_rows = of_all_processes(of_rows, device)
+        row_R = of_rows[:, 0].numpy()
+        student, teacher = (_as_spans(of_rows[:, 1:5]), _as_spans(of_rows[:, 5:9]))
+        there = dict(zip(row_R.tolist(), range(len(row_R)), strict=True))
+        windows: dict[int, list[Window]] = {}
+        teachers: dict[int, list[Window]] = {}
+        for row_id, reference in _references(self._cache):
+            if row_id not in there:
+                continue
+            document, index = row_id >> ROW_CHUNK_BITS, there[row_id]
+            windows.setdefault(document, []).append(_window(reference, student, index))
+            teachers.setdefault(document, []).append(_window(reference, teacher, index))
+        has_teacher = self._cache.has_targets
+        return span_numbers(
+            list(windows.values()), list(teachers.values()) if has_teacher else None
+        )
+
+
+def _teacher_logp(batch: MicroBatch, cache: Cache) -> Tensor:
+    """The teacher's log-probabilities [N, C], float64; -inf where nothing was cached."""
+    shape = len(batch["labels"]), cache.manifest.targets.num_classes
+    logp_NC = torch.full(shape, -torch.inf, dtype=torch.float64)
+    if "target_ids" not in batch:
+        return logp_NC
+    target = SoftTarget(
+        ids=batch["target_ids"],
+        logprobs=batch["target_logprobs"],
+        log_tail=batch["target_log_tail"],
+        counts=batch.get("target_counts"),
+    )
+    entries = target.at(slice(None))
+    values_NK = entries.logprobs.double()
+    return logp_NC.scatter_reduce(1, entries.ids.long(), values_NK, "amax")
+
+
+def _as_columns(spans: Spans) -> list[Tensor]:
+    scores = [score_B.contiguous().view(torch.int64) for score_B in (spans.score_B, spans.null_B)]
+    return [spans.first_B, spans.last_B, *scores]
+
+
+def _as_spans(columns_R4: Tensor) -> Spans:
+    first_R, last_R, score_R, null_R = (column.contiguous() for column in columns_R4.unbind(dim=1))
+    return Spans(first_R, last_R, score_R.view(torch.float64), null_R.view(torch.float64))
+
+
+def _references(cache: Cache) -> Iterator[tuple[int, WindowReference]]:
+    """Row id and reference of every row, in the order of the rows."""
+    for number in range(cache.num_blocks):
+        block = cache.read_block(number, targets=False)
+        sizes = np.diff(bounds_of(block), axis=1)[:, 0].tolist()
+        rows = zip(block.row_ids.tolist(), references(block), sizes, strict=True)
+        for row_id, value, size in rows:
+            yield row_id, reference_of(value, size, f"{cache.path}: reference of row {row_id}")
+
+
+def _window(reference: WindowReference, spans: Spans, index: int) -> Window:
+    score = float(spans.score_B[index])
+    text = ""
+    if score > -math.inf:
+        text = reference.between(int(spans.first_B[index]), int(spans.last_B[index]))
+    return Window(reference.answers, text, score, float(spans.null_B[index]))

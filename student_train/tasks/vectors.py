@@ -1,0 +1,191 @@
+"""Students whose vectors stand in for a teacher's: how good they are, and a folder to serve them.
+
+S states (of rows, where these are pooled), R rows with a pooled vector, D channels of the teacher.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from shared.cache import Cache
+from shared.errors import CacheMismatch, CorruptRun
+from student_train.data.collate import MicroBatch
+from student_train.loss.objective import PROJECTIONS, projection_name
+from student_train.processes import of_all_processes
+from student_train.tasks.metrics import bootstrap_interval, ratio
+
+MOST_ROWS = 2000  # whose vectors are kept; their cosines take 32 MB
+_RANKED_ROWS = 500  # 124,750 pairs
+_DENSE, _POOLING = "2_Dense", "1_Pooling"
+_MODES = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
+
+
+def layer_pair(cache: Cache) -> tuple[int, int]:
+    """The deepest cached layer, and the student's final state."""
+    layer = cache.manifest.hidden.deepest
+    assert layer is not None  # a cache of states has some
+    return layer, -1
+
+
+class VectorAnswers:
+    """Cosines of all states, and the vectors of the first `MOST_ROWS` rows."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._layer, _ = layer_pair(cache)
+        self._pooled = cache.manifest.hidden.pooling != "none"
+        self._cosines: list[Tensor] = []
+        self._vectors: list[Tensor] = []
+        self._kept = 0
+
+    def add(self, output: Mapping[str, Tensor], batch: MicroBatch) -> None:
+        """Keeps row id and cosine f64 [S, 2], and vectors of both models beside each other."""
+        ours_SD, theirs_SD = output["vectors"].cpu().float(), batch[f"hidden.{self._layer}"].float()
+        row_S = batch["row_ids"][batch["hidden_row"]].double()
+        cosine_S = F.cosine_similarity(ours_SD.double(), theirs_SD.double(), dim=-1)
+        self._cosines.append(torch.stack([row_S, cosine_S], dim=1))
+        if self._pooled and self._kept < MOST_ROWS:
+            self._vectors.append(torch.cat([ours_SD, theirs_SD], dim=1))
+            self._kept += len(ours_SD)
+
+    def numbers(self, device: torch.device) -> dict[str, Any]:
+        """`cosine` to the teacher with its interval over rows; of pooled vectors also how alike
+        both models find rows to each other."""
+        cosines = of_all_processes(torch.cat(self._cosines), device).numpy()
+        _, row_S = np.unique(cosines[:, 0], return_inverse=True)
+        sum_R = np.bincount(row_S, weights=cosines[:, 1])
+        count_R = np.bincount(row_S).astype(np.float64)
+        low, high = bootstrap_interval(sum_R, count_R, seed=0)
+        mean = ratio(sum_R, count_R)
+        found: dict[str, Any] = {"loss": 1 - mean, "metric": "cosine", "cosine": mean}
+        found |= {"cosine_low": low, "cosine_high": high}
+        if self._pooled:
+            both = of_all_processes(torch.cat(self._vectors), device)[:MOST_ROWS]
+            ours_RD, theirs_RD = both.split(both.shape[1] // 2, dim=1)
+            if len(both) > 2:
+                found["nearest_agreement"] = nearest_agreement(ours_RD, theirs_RD)
+                found["similarity_correlation"] = similarity_correlation(ours_RD, theirs_RD)
+        return found
+
+
+def nearest_agreement(ours_RD: Tensor, theirs_RD: Tensor) -> float:
+    """Share of rows whose nearest other row, by cosine, is the same for both."""
+    nearest = []
+    for vectors_RD in (ours_RD, theirs_RD):
+        unit_RD = F.normalize(vectors_RD.double(), dim=-1)
+        nearest.append((unit_RD @ unit_RD.T).fill_diagonal_(-torch.inf).argmax(dim=1))
+    return float((nearest[0] == nearest[1]).double().mean())
+
+
+def similarity_correlation(ours_RD: Tensor, theirs_RD: Tensor) -> float:
+    """Spearman's rank correlation of the cosines of all pairs of the first 500 rows."""
+    ours_P, theirs_P = (_pair_ranks(rows[:_RANKED_ROWS]) for rows in (ours_RD, theirs_RD))
+    return float(np.corrcoef(ours_P, theirs_P)[0, 1])
+
+
+def _pair_ranks(vectors_RD: Tensor) -> np.ndarray:
+    unit_RD = F.normalize(vectors_RD.double(), dim=-1)
+    one, other = torch.triu_indices(len(unit_RD), len(unit_RD), 1)
+    return _ranks((unit_RD @ unit_RD.T)[one, other].numpy())
+
+
+def _ranks(values_P: np.ndarray) -> np.ndarray:
+    """From 0 by size; equal values share the mean of their ranks."""
+    _, group_P, count_G = np.unique(values_P, return_inverse=True, return_counts=True)
+    last_G = np.cumsum(count_G)
+    return ((last_G - count_G + last_G - 1) / 2)[group_P]
+
+
+def projection_of(student: Any, cache: Cache) -> nn.Linear | None:
+    """The map from the student's final state to the teacher's, where their widths differ."""
+    if not hasattr(student, PROJECTIONS):
+        return None
+    projections: nn.ModuleDict = getattr(student, PROJECTIONS)
+    modules = dict(projections.named_children())
+    projection = modules.get(projection_name(*layer_pair(cache)))
+    return projection if isinstance(projection, nn.Linear) else None
+
+
+def save(folder: Path, projection: nn.Linear | None, width: int, cache: Cache) -> None:
+    """What stands beside the model: modules that `SentenceTransformer(folder)` loads.
+
+    The transformer, its pooling, and where there is one the projection. Of the states of tokens
+    there is no such model, only the projection.
+    """
+    hidden = cache.manifest.hidden
+    if projection is not None:
+        weights = {"linear.weight": projection.weight.detach().cpu().contiguous()}
+        (folder / _DENSE).mkdir(exist_ok=True)
+        save_file(weights, folder / _DENSE / "model.safetensors")
+        shape = {"in_features": projection.in_features, "out_features": projection.out_features}
+        activation = {"activation_function": "torch.nn.modules.linear.Identity"}
+        _write(folder / _DENSE / "config.json", {**shape, "bias": False, **activation})
+    if hidden.pooling == "none":
+        return
+    (folder / _POOLING).mkdir(exist_ok=True)
+    modes = {
+        f"pooling_mode_{mode}": mode == _MODES[hidden.pooling]
+        for mode in ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken")
+    }
+    _write(folder / _POOLING / "config.json", {"word_embedding_dimension": width, **modes})
+    length = {"max_seq_length": cache.manifest.preprocessing.max_length, "do_lower_case": False}
+    _write(folder / "sentence_bert_config.json", length)
+    parts = [("", "Transformer"), (_POOLING, "Pooling")]
+    parts += [(_DENSE, "Dense")] if projection is not None else []
+    modules = [
+        {
+            "idx": number,
+            "name": str(number),
+            "path": path,
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for number, (path, kind) in enumerate(parts)
+    ]
+    _write(folder / "modules.json", modules)
+
+
+def copy_modules(source: Path, target: Path) -> None:
+    """What `save` wrote beside a student, into another folder of the same model."""
+    for name in (_DENSE, _POOLING):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+    for name in ("sentence_bert_config.json", "modules.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def load_projection(name: str, student: Any, cache: Cache) -> None:
+    """Gives a student the projection of its folder; one that needs it and has none is refused."""
+    teacher_layer, student_layer = layer_pair(cache)
+    wanted = cache.manifest.hidden.width_of(teacher_layer)
+    width = int(student.config.get_text_config().hidden_size)
+    file = Path(name) / _DENSE / "model.safetensors"
+    if not file.is_file():
+        if width == wanted:
+            return
+        raise CacheMismatch(
+            f"{name}: its vectors have {width} channels, those of {cache.path} {wanted}, and "
+            f"there is no {_DENSE}/ that maps one to the other. Name the folder of a finished run."
+        )
+    weight = load_file(file).get("linear.weight")
+    if weight is None or weight.shape != (wanted, width):
+        found = "none" if weight is None else tuple(weight.shape)
+        raise CorruptRun(
+            f"{file}: found a linear.weight of shape {found}, expected ({wanted}, {width})"
+        )
+    projection = nn.Linear(width, wanted, bias=False)
+    with torch.no_grad():
+        projection.weight.copy_(weight)
+    maps = nn.ModuleDict({projection_name(teacher_layer, student_layer): projection})
+    setattr(student, PROJECTIONS, maps)
+
+
+def _write(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n")

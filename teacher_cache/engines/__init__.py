@@ -1,0 +1,1 @@
+"""Rows -> what the teacher says: loading it, forwards, heads in chunks, probes, generation."""

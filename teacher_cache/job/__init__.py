@@ -1,0 +1,1 @@
+"""A capture job: resolve the options, calibrate, publish, capture shard by shard."""

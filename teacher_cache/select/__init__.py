@@ -1,0 +1,1 @@
+"""Logits -> what is kept of them."""

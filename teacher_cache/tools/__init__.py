@@ -1,0 +1,1 @@
+"""The commands beside `run`: plan, inspect, verify, check, repack, clean, student."""
