@@ -141,6 +141,16 @@ class HiddenSpec:
     every: int = field(default=1, metadata={"added": True})
     pooling: Pooling = field(default="none", metadata={"added": True})
 
+    def width_of(self, layer: int | None) -> int:
+        """Channels of a layer; 0 where it is not stored."""
+        widths = zip(self.layers, self.widths, strict=True)
+        return next((width for each, width in widths if each == layer), 0)
+
+    @property
+    def deepest(self) -> int | None:
+        """The stored layer nearest to the head; None where none is."""
+        return -1 if -1 in self.layers else max(self.layers, default=None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:

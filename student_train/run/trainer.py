@@ -47,8 +47,8 @@ from student_train.student.encoder_decoder import trunk_parts
 from student_train.student.fit import (
     check_cache,
     check_fit,
+    check_held_out,
     check_metric,
-    check_same_labels,
     layer_pairs,
     resolved_weights,
     warn_of_lost_mass,
@@ -174,7 +174,7 @@ def _run(config: TrainConfig, stop: StopRequest, record: RunRecord) -> dict[str,
     for each in (*caches.caches, *([] if validation is None else [validation])):
         check_fit(config.student, model_config, each)
     if validation is not None:
-        check_same_labels(caches.first, validation)
+        check_held_out(caches.first, validation)
         check_metric(config, validation)
         if config.generate_rows:
             check_writes(validation)

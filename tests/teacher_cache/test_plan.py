@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from shared import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
 from shared.storage import LocalStorage
-from teacher_cache.config import CaptureConfig, PlanConfig
+from teacher_cache.config import CaptureConfig, PlanConfig, RepackConfig
 from teacher_cache.engines.streamed_head import TeacherBatch
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.job import calibrate as plan
@@ -25,6 +25,7 @@ from teacher_cache.job.draft import Draft, resolve
 from teacher_cache.job.run import run
 from teacher_cache.tasks.rows import build
 from teacher_cache.tools.plan import estimate
+from teacher_cache.tools.repack import repack
 from tests.conftest import Capture, llama_config
 
 SMALL = {"limit_documents": 30, "shard_tokens": 600, "max_length": 64, "top_k": 8, "device": "cpu"}
@@ -171,6 +172,16 @@ def test_one_changed_document_is_refused(options, small_copy, tmp_path):
     corpus.write_text(Path(options["corpus"]).read_text().replace("the", "thy", 1))
     message = refusal(options | {"out": small_copy, "corpus": str(corpus)}, CacheMismatch)
     assert "corpus.fingerprint: the cache has " in message
+
+
+def test_a_repacked_cache_is_not_gone_on_with(options, small_dir, tmp_path):
+    """All of its shards are there, but of fewer documents: a capture would call it finished."""
+    repack(RepackConfig(cache=small_dir, out=tmp_path / "fewer", documents=":20"))
+    before = content(tmp_path / "fewer")
+    message = refusal(options | {"out": tmp_path / "fewer"}, CacheMismatch)
+    assert "this folder holds another cache. origin: the cache has {" in message
+    assert "}, asked for None. Choose another --out" in message
+    assert content(tmp_path / "fewer") == before
 
 
 def test_the_same_job_again_changes_nothing(options, small_copy):
