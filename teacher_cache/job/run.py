@@ -27,7 +27,7 @@ from shared.options import write_resolved
 from shared.progress import Progress, WaitClock
 from shared.storage import Storage
 from shared.targets.hidden import ChannelScales
-from shared.targets.spec import ClassRanks
+from shared.targets.record import ClassRanks
 from teacher_cache.config import CaptureConfig
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.job.calibrate import publish_or_adopt
