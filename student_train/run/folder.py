@@ -147,7 +147,9 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint; a damaged one is passed over with a warning."""
-        from student_train import checkpoints  # imports transformers, which `compare` never needs
+        from student_train.run import (
+            checkpoints,
+        )  # imports transformers, which `compare` never needs
 
         found = [path for path in self.path.glob("checkpoint-*") if path.name[11:].isdecimal()]
         for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):

@@ -11,7 +11,8 @@ from tests.student_train.test_trainer import losses, weights
 # itself as `kill -9` does; None: nowhere. Prints how each ended.
 _KILLED = """
 import json, os, signal, sys
-from student_train import cli, trainer  # what a run imports
+from student_train import cli
+from student_train.run import trainer  # what a run imports
 from student_train.run import callbacks
 
 def die(*args, **kwargs):
