@@ -28,6 +28,7 @@ from shared.format.shards import (
     shard_name,
 )
 from shared.storage import Storage
+from shared.strict import parse_json
 from shared.targets.hidden import ChannelScale, ChannelScales, num_states
 from shared.targets.record import ClassRanks
 
@@ -433,7 +434,7 @@ def references(block: Block) -> list[Any]:
 def _reference(data: bytes, row_id: int) -> Any:
     """A text may hold any number of brackets, so only its own length limits them."""
     where, most = f"reference of row {row_id}", len(data)
-    return manifests.parse_json(data, where, max_values=2 * most, max_containers=most)
+    return parse_json(data, where, max_values=2 * most, max_containers=most)
 
 
 def _segments(block: Block, index: int) -> tuple[int, ...]:

@@ -19,11 +19,11 @@ import xxhash
 from safetensors.numpy import save as save_safetensors
 
 import shared
-from shared import cache, open_cache, storage
+from shared import cache, open_cache, storage, strict
 from shared.errors import CacheMismatch, CorruptCache
 from shared.format import frames, shards
 from shared.format import manifest as manifests
-from shared.format.blocks import to_planes
+from shared.format.encoding import to_planes
 from shared.format.schema import COLUMNS, layout
 from shared.format.shards import EncodedBlock, ShardWriter, encode_block
 from shared.storage import Storage
@@ -287,7 +287,7 @@ def test_the_text_states_every_limit_with_its_value():
     stated = {(module, name): int(value.replace(",", "")) for value, module, name in rows}
     actual = {
         (module.__name__.rpartition(".")[2], name): value
-        for module in (storage, manifests, shards, cache, seal)
+        for module in (storage, strict, manifests, shards, cache, seal)
         for name, value in vars(module).items()
         if LIMITS.fullmatch(name) and f"\n{name} = " in inspect.getsource(module)
     }

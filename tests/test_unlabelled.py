@@ -269,7 +269,7 @@ def objective_of(cache: Any, **weights: float) -> Objective:
 def test_rows_without_labels_give_no_hard_loss_and_the_same_soft_loss(kind, folder):
     """Of both in one batch: that of all rows' targets, and of the labelled rows' labels alone."""
     plain, labelled = (open_cache(folder / f"{kind}-{name}") for name in ("plain", "labelled"))
-    layout = labelled.manifest.layout
+    layout = labelled.manifest.layout.name
 
     def loss(cache: Any, soft: float, hard: float) -> dict[str, Any]:
         student = build_student(str(folder / "config"), labelled, seed=1).eval()

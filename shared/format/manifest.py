@@ -11,20 +11,19 @@ checked before anything is allocated.
 import hashlib
 import json
 import math
-import types
-import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import xxhash
 
 from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCache
+from shared.format.layouts import LAYOUTS, RowLayout
 from shared.storage import Storage
-from shared.targets.base import TargetKind
+from shared.strict import build, parse_json, short
 from shared.targets.hidden import HiddenCodec
 from shared.targets.spec import TargetSpec
-from shared.tasks import TASKS, Labels, Layout, Pooling, ProblemType, TaskName
+from shared.tasks import PROBLEMS, TASKS, Labels, Pooling, Problem, ProblemType, TaskName
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -39,19 +38,9 @@ MAX_TEMPERATURES = 32
 MAX_LAYERS = 1024
 MAX_SIDE_FILES = 64
 _MAX_HASH_BYTES = 1024
-_MAX_JSON_VALUES = 1 << 17  # a commit has one for each block: half a billion positions
-_MAX_JSON_CONTAINERS = 256
 _ALWAYS = ("row_ids", "num_tokens", "num_positions", "input_ids")
-_OF_WINDOWS = ("num_segments", "segments", "positions", "labels", "reference_bytes", "reference")
 _OF_LABELS = ("labels", "label_values", "label_logprob")
 _OF_TARGETS = ("target_", "log_partition_ratio", "hidden")
-# Where each output of a row has a position: its kind of targets, classes, and column of labels.
-_OF_OUTPUTS: dict[ProblemType, tuple[TargetKind, int, str]] = {
-    "multi_label": ("dense", 2, "labels"),
-    "regression": ("values", 1, "label_values"),
-}
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,26 +182,28 @@ class Manifest:
         return TASKS[self.task].labels if self.labelled else "none"
 
     @property
-    def layout(self) -> Layout:
+    def problem(self) -> Problem:
+        """What the labels are to a row."""
+        return PROBLEMS[self.problem_type]
+
+    @property
+    def layout(self) -> RowLayout:
         """How a row is laid out and where its targets are."""
-        own = TASKS[self.task].layout
-        return own if self.problem_type == "single_label" else "outputs"
+        return LAYOUTS[self.problem.layout or TASKS[self.task].layout]
 
     @property
     def num_outputs(self) -> int:
         """Positions of every row where these are outputs; else 0."""
-        return len(self.labels) if self.layout == "outputs" else 0
+        return self.layout.positions_per_row(len(self.labels))
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False).encode()
 
     @property
     def max_row_tokens(self) -> int:
-        """Tokens of the longest row there can be: a pair is a source, a start and a target."""
+        """Tokens of the longest row there can be."""
         options = self.preprocessing
-        if TASKS[self.task].layout == "pair":
-            return options.max_length + 1 + options.max_target_length
-        return options.max_length
+        return self.layout.longest_row(options.max_length, options.max_target_length)
 
     @property
     def cache_id(self) -> str:
@@ -308,78 +299,81 @@ def _beyond_limits(manifest: Manifest) -> Iterator[str]:
     temperatures, layers = manifest.targets.temperatures, manifest.hidden.layers
     if len(temperatures) > MAX_TEMPERATURES or not all(map(math.isfinite, temperatures)):
         yield (
-            f"targets.temperatures: found {_short(temperatures)}, expected up to "
+            f"targets.temperatures: found {short(temperatures)}, expected up to "
             f"{MAX_TEMPERATURES} numbers"
         )
     once = len(layers) == len(set(layers)) == len(manifest.hidden.widths)
     if not once or len(layers) > MAX_LAYERS:
         yield (
-            f"hidden: found layers {_short(layers)}, expected up to {MAX_LAYERS:,}, each once, "
+            f"hidden: found layers {short(layers)}, expected up to {MAX_LAYERS:,}, each once, "
             "with one width each"
         )
     if manifest.targets.ragged and not manifest.targets.threshold:
         yield "targets.threshold: found 0, expected what calibration found"
-    start, of_pairs = manifest.preprocessing.decoder_start, manifest.layout == "pair"
-    if not (0 <= start < manifest.tokenizer.num_ids if of_pairs else start == -1):
+    start, decodes = manifest.preprocessing.decoder_start, manifest.layout.has_decoder
+    if not (0 <= start < manifest.tokenizer.num_ids if decodes else start == -1):
         yield (
             f"preprocessing.decoder_start: found {start}, expected "
-            + (
-                f"a token below {manifest.tokenizer.num_ids:,}"
-                if of_pairs
-                else "-1, for no decoder"
-            )
+            + (f"a token below {manifest.tokenizer.num_ids:,}" if decodes else "-1, for no decoder")
         )
     yield from _wrong_labels(manifest)
     if len(manifest.side_files) > MAX_SIDE_FILES:
         yield f"side_files: found {len(manifest.side_files)}, expected at most {MAX_SIDE_FILES}"
-    if manifest.layout == "window":
-        yield from _wrong_windows(manifest)
+    yield from _wrong_layout(manifest)
     yield from _wrong_columns(manifest.columns)
 
 
-def _wrong_windows(manifest: Manifest) -> Iterator[str]:
+def _wrong_layout(manifest: Manifest) -> Iterator[str]:
     classes, tokens = manifest.targets.num_classes, manifest.preprocessing.max_length
-    if classes != tokens:
+    if manifest.layout.classes_are_tokens and classes != tokens:
         yield f"targets.num_classes: found {classes:,} for rows of up to {tokens:,} tokens"
-    for name in _OF_WINDOWS:
+    for name in manifest.layout.required_columns:
         if name not in manifest.columns:
             yield f"columns: {name} is missing, which {manifest.task} has"
 
 
 def _wrong_labels(manifest: Manifest) -> Iterator[str]:
     """Names of classes, and what of them a position has: one of all, yes or no, or a number."""
-    names, targets, problem = len(manifest.labels), manifest.targets, manifest.problem_type
+    names, targets, problem = len(manifest.labels), manifest.targets, manifest.problem
     of_labels = TASKS[manifest.task].target_space == "labels"
     if not manifest.labelled:
         yield from _wrong_unlabelled(manifest)
     elif (
-        TASKS[manifest.task].labels == "stored"
-        and manifest.layout in ("row", "tokens")
+        manifest.hard_labels == "stored"
+        and manifest.layout.one_label_column
         and "labels" not in manifest.columns
     ):
         yield f"columns: labels is missing, which {manifest.task} has"
-    if problem == "single_label":
+    if problem.layout is None:
         if names != (targets.num_classes if of_labels else 0):
             yield (
                 f"labels: found {names} names for {targets.num_classes:,} classes of "
                 f"{manifest.task}"
             )
         if targets.numbers or "label_values" in manifest.columns:
-            yield "problem_type: found single_label, but the cache holds numbers"
-        return
-    kind, classes, column = _OF_OUTPUTS[problem]
-    if TASKS[manifest.task].layout != "row":
-        yield f"problem_type: found {problem}, but {manifest.task} has none"
-    if not names:
-        yield f"labels: found no name, expected one for each output of {problem}"
-    if targets.num_classes != classes or (targets.has_targets and targets.kind != kind):
+            yield f"problem_type: found {manifest.problem_type}, but the cache holds numbers"
+    else:
+        yield from _wrong_outputs(manifest)
+
+
+def _wrong_outputs(manifest: Manifest) -> Iterator[str]:
+    """What each output of a row has: a kind of targets, classes, and a column of labels."""
+    name, problem, targets = manifest.problem_type, manifest.problem, manifest.targets
+    if not TASKS[manifest.task].has_problem_type:
+        yield f"problem_type: found {name}, but {manifest.task} has none"
+    if not manifest.labels:
+        yield f"labels: found no name, expected one for each output of {name}"
+    fits = not targets.has_targets or targets.kind == problem.kind
+    if not fits or targets.num_classes != problem.num_classes:
         yield (
-            f"targets: found {targets.kind} of {targets.num_classes:,} classes, expected {kind} "
-            f"of {classes}, or none, with {problem}"
+            f"targets: found {targets.kind} of {targets.num_classes:,} classes, expected "
+            f"{problem.kind} of {problem.num_classes}, or none, with {name}"
         )
     there = {"positions", "segments", "labels", "label_values"} & set(manifest.columns)
-    if there != ({column} if manifest.labelled else set()):
-        yield f"columns: found {_short(sorted(there))}, expected {column} with {problem}"
+    if there != ({problem.label_column} if manifest.labelled else set()):
+        yield (
+            f"columns: found {short(sorted(there))}, expected {problem.label_column} with {name}"
+        )
 
 
 def _wrong_unlabelled(manifest: Manifest) -> Iterator[str]:
@@ -396,114 +390,12 @@ def _wrong_columns(columns: tuple[str, ...]) -> Iterator[str]:
     if missing:
         yield f"columns: {missing[0]} is missing"
     if len(columns) != len(set(columns)):
-        yield f"columns: found {_short(columns)}, expected each once"
+        yield f"columns: found {short(columns)}, expected each once"
     if any(name.startswith(_OF_TARGETS) for name in columns):
-        yield f"columns: found {_short(columns)}, but those of targets and hidden states follow"
+        yield f"columns: found {short(columns)}, but those of targets and hidden states follow"
     for name, lengths in (("segments", "num_segments"), ("reference", "reference_bytes")):
         if name in columns and lengths not in columns[: columns.index(name)]:
             yield f"columns: {name} without {lengths} before it"
-
-
-def _short(value: Any) -> str:
-    return repr(str(value)[:80])
-
-
-def parse_json(
-    data: bytes,
-    where: str,
-    *,
-    max_values: int = _MAX_JSON_VALUES,
-    max_containers: int = _MAX_JSON_CONTAINERS,
-) -> Any:
-    """Parsed JSON; anything else, or far more values or nesting than we write, is an error."""
-    containers = data.count(b"[") + data.count(b"{")
-    values = containers + data.count(b",")
-    if containers > max_containers or values > max_values:
-        raise CorruptCache(
-            f"{where}: {values:,} values in {containers:,} lists and objects, expected at most "
-            f"{max_values:,} in {max_containers}. Restore it from a copy."
-        )
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CorruptCache(f"{where}: not valid JSON: {error}") from None
-
-
-def build(kind: type[T], value: Any, where: str) -> T:
-    """A dataclass from parsed JSON, every field checked against its declared type."""
-    return typing.cast(T, _build(kind, value, where))
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        exact = [argument for argument in arguments if type(value) is argument]
-        return _build((exact or arguments)[0], value, where)
-    if is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise _wrong(where, value, "an object")
-        hints = typing.get_type_hints(kind)
-        added = {field.name for field in fields(kind) if field.metadata.get("added")}
-        missing = {field.name for field in fields(kind)} - value.keys() - added
-        if missing:
-            raise CorruptCache(f"{where}: the field {min(missing)!r} is missing")
-        make: Any = kind
-        values = {
-            f.name: _build_field(f, hints[f.name], value[f.name], f"{where}: {f.name}")
-            for f in fields(kind)
-            if f.name in value
-        }
-        try:
-            return make(**values)
-        except ConfigError as error:
-            raise CorruptCache(f"{where}: {error}") from None
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise _wrong(where, value, "a list")
-        return tuple(_build(arguments[0], item, where) for item in value)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise _wrong(where, value, "an object")
-        return {_text(key, where): _build(arguments[1], item, where) for key, item in value.items()}
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise _wrong(where, value, f"one of {', '.join(map(str, arguments))}")
-        return value
-    if kind is Any:
-        return value
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:
-            raise _wrong(where, value, "a number") from None
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise _wrong(where, value, f"a value of type {kind.__name__}")
-    if kind is int and not -(2**63) <= value < 2**64:
-        raise _wrong(where, value, "a number of at most 64 bits")
-    return _text(value, where) if kind is str else value
-
-
-def _build_field(description: Field[Any], kind: Any, value: Any, where: str) -> Any:
-    """The value of one field; `one_of` in its metadata is the table whose names it may have."""
-    table = description.metadata.get("one_of")
-    if table is not None and not (isinstance(value, str) and value in table):
-        raise _wrong(where, value, f"one of {', '.join(table)}")
-    return _build(kind, value, where)
-
-
-def _text(value: str, where: str) -> str:
-    """Half a surrogate pair is legal in JSON but can be written nowhere."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _wrong(where, value, "Unicode text") from None
-    return value
-
-
-def _wrong(where: str, value: Any, expected: str) -> CorruptCache:
-    return CorruptCache(f"{where}: found {_short(value)}, expected {expected}")
 
 
 def differences(

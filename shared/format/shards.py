@@ -25,10 +25,12 @@ import xxhash
 
 from shared.errors import CorruptCache
 from shared.format import frames
-from shared.format.blocks import Block, from_planes, to_planes
-from shared.format.manifest import FORMAT_VERSION, MAX_SHARD_ROWS, Manifest, build, parse_json
+from shared.format.blocks import Block
+from shared.format.encoding import from_planes, to_planes
+from shared.format.manifest import FORMAT_VERSION, MAX_SHARD_ROWS, Manifest
 from shared.format.schema import Plane, layout
 from shared.storage import Storage, crash_point
+from shared.strict import build, parse_json
 from shared.targets.hidden import NO_SCALES, ChannelScales, num_states
 from shared.targets.planes import Per
 from shared.targets.record import ClassRanks

@@ -46,7 +46,7 @@ class Details:
         self.student, self.teacher = Reliability(), Reliability()
         of_labels = TASKS[cache.manifest.task].target_space == "labels"
         self.confusion: Confusion | LabelCounts | None = None
-        if cache.manifest.layout == "outputs":
+        if cache.manifest.layout.name == "outputs":
             self.confusion = LabelCounts(cache.manifest.labels)
         elif of_labels:
             self.confusion = Confusion(cache.manifest.labels)
@@ -140,7 +140,7 @@ def _shown(
     places = np.arange(len(loss_P))
     if not names:
         places = np.sort(np.argsort(-loss_P, kind="stable")[:MOST_MARKED])
-    of_outputs = cache.manifest.layout == "outputs"
+    of_outputs = cache.manifest.layout.name == "outputs"
     if of_outputs:
         places = _said(kept, row.labels.numpy())
     texts = token_texts(tokenizer, row.input_ids.tolist())
@@ -217,7 +217,7 @@ def _place(
     """
     task, special = TASKS[cache.manifest.task], set(tokenizer.all_special_ids)
     label = int(row.labels[p])
-    of_row = cache.manifest.layout in ("row", "outputs")
+    of_row = cache.manifest.layout.name in ("row", "outputs")
     if of_row or (task.layout == "window" and not label):
         return {"token": None, "token_end": None}
     if task.layout == "window":

@@ -267,7 +267,7 @@ def _stream_spec(config: TrainConfig, objective: Objective, caches: Source) -> S
         temperature=config.temperature,
         hidden_layers=tuple(sorted({layer for layer, _ in objective.layer_pairs})),
         hidden_every=caches.manifest.hidden.every,
-        layout=caches.manifest.layout,
+        layout=caches.manifest.layout.name,
     )
 
 

@@ -14,9 +14,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from shared.cache import Cache
 from shared.errors import ConfigError, Refused
+from shared.format.layouts import PLACES
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.tasks import TASKS, ProblemType, TaskName
-from shared.windows import PLACES
 from student_train.student.adapters import require_peft
 from student_train.student.encoder_decoder import (
     generation_config,

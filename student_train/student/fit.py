@@ -43,7 +43,7 @@ def check_fit(name: str, config: PretrainedConfig, cache: Cache) -> None:
         _check_vocabulary(name, text_config, cache)
     longest = int(cache.row_tokens.max(initial=0))
     places = _places(config, cache.manifest.task, longest)
-    if cache.manifest.layout == "pair":
+    if cache.manifest.layout.name == "pair":
         _check_pair(name, config, cache, places)
     elif places is not None and longest > places:
         raise CacheMismatch(
@@ -265,7 +265,7 @@ def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cach
             f"{cache.path}: holds hard labels only (--targets none). Train with --soft-weight 0 "
             "--hard-weight 1, or cache a teacher."
         )
-    if config.uses_hidden_loss and manifest.layout in ("row", "outputs", "window"):
+    if config.uses_hidden_loss and manifest.layout.name in ("row", "outputs", "window"):
         raise CacheMismatch(
             f"--hidden-weight: {cache.path} is of {manifest.task}, whose targets are of a row as a "
             "whole; the hidden-state loss is there for tokens only. Leave it out."

@@ -156,11 +156,11 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
     }
     if cache.manifest.task == "sequence-classification":
         return shown | {"said": said_of_row(row, cache.manifest)}
-    if cache.manifest.layout == "window":
+    if cache.manifest.layout.name == "window":
         classes = cache.manifest.targets.num_classes
         return shown | {"window": window_view.shown(row, classes, tokenizer)}
     begin = 0  # of the sequence that the positions are in
-    if cache.manifest.layout == "pair":
+    if cache.manifest.layout.name == "pair":
         begin = row.segments[0]
         shown["text"] = tokenizer.decode(row.input_ids[: min(begin, 64)])
         shown["target"] = tokenizer.decode(row.input_ids[begin:][:64])

@@ -21,7 +21,7 @@ from shared.arrays import mixed_bits, ranges
 from shared.cache import Cache, class_ranks, open_cache
 from shared.errors import CacheMismatch, ConfigError
 from shared.format import manifest as manifests
-from shared.format.blocks import from_planes
+from shared.format.encoding import from_planes
 from shared.format.manifest import HiddenSpec, Manifest, differences
 from shared.format.schema import ROW_CHUNK_BITS, Plane, layout
 from shared.format.shards import ShardWriter, commit_name, compress_planes

@@ -11,7 +11,7 @@ import pytest
 from shared.cache import open_cache
 from shared.errors import CorruptCache
 from shared.format import manifest as manifests
-from shared.format.blocks import from_planes, to_planes
+from shared.format.encoding import from_planes, to_planes
 from shared.format.schema import optional_columns
 from shared.format.shards import ShardWriter, commit_name, encode_block
 from shared.storage import Storage

@@ -13,7 +13,8 @@ import pytest
 
 from shared.errors import CorruptCache, DiskFull
 from shared.format import shards as shard_module
-from shared.format.blocks import Block, from_planes, to_planes
+from shared.format.blocks import Block
+from shared.format.encoding import from_planes, to_planes
 from shared.format.manifest import HiddenSpec
 from shared.format.schema import COLUMNS, layout, optional_columns
 from shared.format.shards import (

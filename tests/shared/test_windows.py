@@ -8,7 +8,8 @@ import torch
 
 from shared.errors import CorruptCache
 from shared.format.blocks import Block
-from shared.windows import WindowReference, best_spans, check, reference_of, window_logits
+from shared.format.layouts import LAYOUTS
+from shared.windows import WindowReference, best_spans, reference_of, window_logits
 
 CONTEXT = torch.tensor([[3, 6], [2, 8], [1, 2]])  # the first row has 7 tokens, the last 3
 
@@ -106,7 +107,7 @@ def block(**changes):
 
 
 def test_a_block_of_windows_passes():
-    check(block(), 8)
+    LAYOUTS["window"].check(block(), 8)
 
 
 @pytest.mark.parametrize(
@@ -122,4 +123,4 @@ def test_a_block_of_windows_passes():
 )
 def test_a_block_that_is_none_of_windows_is_an_error(changes, message):
     with pytest.raises(CorruptCache, match=message):
-        check(block(**changes), 8)
+        LAYOUTS["window"].check(block(**changes), 8)
