@@ -34,6 +34,7 @@ from safetensors.numpy import load_file
 from shared.cache import Cache, open_cache
 from shared.format import manifest as manifests
 from shared.format.blocks import Block
+from shared.format.column import Contents
 from shared.format.manifest import (
     BatchPlan,
     CorpusInfo,
@@ -42,7 +43,7 @@ from shared.format.manifest import (
     Preprocessing,
     TokenizerInfo,
 )
-from shared.format.schema import MIN_BLOCK_POSITIONS, optional_columns
+from shared.format.schema import MIN_BLOCK_POSITIONS, columns_of
 from shared.format.shards import ShardWriter, encode_block
 from shared.storage import Storage
 from shared.targets.record import ClassRanks, Target
@@ -90,7 +91,7 @@ def synthetic_manifest(args: argparse.Namespace, num_shards: int) -> Manifest:
         targets=TargetSpec(kind="topk", num_classes=CLASSES, top_k=args.top_k),
         hidden=HiddenSpec(layers=layers, widths=(args.hidden,) * len(layers), codec="bf16"),
         columns=tuple(
-            optional_columns(segments=False, positions=False, labels=False, targets=True)
+            columns_of(Contents(segments=False, positions=False, labels=False, targets=True))
         ),
         plan=BatchPlan(
             documents_per_shard=ROWS_PER_SHARD,

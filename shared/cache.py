@@ -15,8 +15,8 @@ from safetensors.numpy import load as load_safetensors
 from shared.errors import CorruptCache, IncompleteCache
 from shared.format import manifest as manifests
 from shared.format.blocks import Block
+from shared.format.column import PlaneSpec
 from shared.format.manifest import MAX_SHARD_ROWS, Manifest
-from shared.format.schema import Plane
 from shared.format.shards import (
     MAX_COMMIT_BYTES,
     Commit,
@@ -173,7 +173,7 @@ class Cache(Sequence[Row]):
             scales=self.scales,
         )
 
-    def read_planes(self, block: int, planes: Iterable[Plane]) -> dict[str, np.ndarray]:
+    def read_planes(self, block: int, planes: Iterable[PlaneSpec]) -> dict[str, np.ndarray]:
         """Decompressed planes of one block as they lie on the disk, u8 each, by plane name."""
         reader, number = self._place(block)
         return reader.read_planes(number, planes)

@@ -24,7 +24,7 @@ from shared.errors import CacheMismatch, CorruptCache
 from shared.format import frames, shards
 from shared.format import manifest as manifests
 from shared.format.encoding import to_planes
-from shared.format.schema import COLUMNS, layout
+from shared.format.schema import COLUMNS, planes_of
 from shared.format.shards import EncodedBlock, ShardWriter, encode_block
 from shared.storage import Storage
 from shared.targets.spec import TargetSpec
@@ -185,7 +185,7 @@ def test_the_plain_reader_agrees_on_hidden_states_of_every_codec(codec, every, c
     assert_same(list(read_cache(cache)), rows)
     columns = plain_reader.layout(json.loads((cache / "manifest.json").read_bytes()))
     assert {name.removesuffix(".scale") for name in columns} == {
-        plane.column for plane in layout(open_cache(cache).manifest)
+        plane.column for plane in planes_of(open_cache(cache).manifest)
     }
     for row in rows:
         assert len(row["hidden.0"]) == -(-len(row["positions"]) // every)
@@ -249,7 +249,7 @@ def one_shard(path, spec, *, code_seed):
         for number in range(2):
             block = random_block(manifest, 6, seed=number)
             planes = to_planes(block, manifest, RANKS)
-            for plane in layout(manifest):
+            for plane in planes_of(manifest):
                 if plane.column in ("target_codes", "target_tail"):
                     size = planes[plane.name].size
                     high = 0x50 if plane.name == "target_codes.1" else 256  # 32 nats
@@ -260,7 +260,7 @@ def one_shard(path, spec, *, code_seed):
                     block=number,
                     column=frames.column_code(plane.number, plane.plane),
                 )
-                for plane in layout(manifest)
+                for plane in planes_of(manifest)
             }
             writer.write(EncodedBlock(frames_of, block.num_tokens, block.num_positions))
     return path
@@ -275,7 +275,7 @@ def test_the_text_lists_exactly_the_columns_of_the_schema():
     ):
         columns = [name.partition(".<")[0] for name in re.findall(r"`([^`]+)`", names)]
         found += zip(columns, map(int, numbers.split(",")), strict=True)
-    assert found == [(column.name, column.number) for column in COLUMNS]
+    assert found == sorted(((c.name, c.number) for c in COLUMNS), key=lambda pair: pair[1])
 
 
 LIMITS = re.compile(r"_?(MAX|MOST|FREE)_[A-Z_]+|_ROWS_ON_TRUST")
@@ -300,7 +300,7 @@ def test_the_plain_reader_knows_exactly_the_planes_of_the_writer(name):
     """Every plane of a shard is read, so none can be left out of the text."""
     columns = plain_reader.layout(json.loads((GOLDEN / name / "manifest.json").read_bytes()))
     found = {f"{column}.{p}" for column, row in columns.items() for p in range(row[1])}
-    assert found == {plane.name for plane in layout(open_cache(GOLDEN / name).manifest)}
+    assert found == {plane.name for plane in planes_of(open_cache(GOLDEN / name).manifest)}
     for path in (GOLDEN / name / "shards").iterdir():
         assert found == set(pa.ipc.open_file(path.read_bytes()).schema.names)
 

@@ -29,7 +29,7 @@ from shared.cache import read_commits
 from shared.errors import CorruptCache, TeacherCacheError
 from shared.format import frames
 from shared.format.manifest import MANIFEST, MANIFEST_HASH, MAX_MANIFEST_BYTES, MAX_SHARD_ROWS
-from shared.format.schema import layout
+from shared.format.schema import planes_of
 from shared.format.shards import (
     MAX_COMMIT_BYTES,
     ShardReader,
@@ -651,7 +651,7 @@ def forge_planes(path, change):
     storage = Storage(path)
     manifest = open_cache(path).manifest
     (commit,) = read_commits(storage, manifest, manifest.cache_id)
-    planes = layout(manifest)
+    planes = planes_of(manifest)
     reader = ShardReader(storage.path(commit.file), manifest, commit)
     columns = {plane.name: [] for plane in planes}
     for block in range(len(commit.block_rows)):
@@ -697,7 +697,7 @@ def input_ids(path):
     """Column code and content of the first plane of the token ids of block 0."""
     storage, manifest = Storage(path), open_cache(path).manifest
     (commit,) = read_commits(storage, manifest, manifest.cache_id)
-    plane = next(plane for plane in layout(manifest) if plane.name == "input_ids.0")
+    plane = next(plane for plane in planes_of(manifest) if plane.name == "input_ids.0")
     reader = ShardReader(storage.path(commit.file), manifest, commit)
     values = reader.read_planes(0, [plane])["input_ids.0"].tobytes()
     return frames.column_code(plane.number, plane.plane), values
@@ -1027,7 +1027,7 @@ def claims(positions, *, no_number=False):
         sizes["entry"] = 255 * sizes["position"]
 
         def change(values):
-            for plane in layout(manifest):
+            for plane in planes_of(manifest):
                 old, new = values[plane.name], int(sizes[plane.per] * plane.item_bytes)
                 values[plane.name] = np.zeros(new, np.uint8)
                 values[plane.name][: min(old.size, new)] = old[:new]

@@ -1,19 +1,18 @@
 """A block as byte planes and back: a pure mapping in both directions.
 
-R rows, T tokens, P positions. Which planes exist is `schema.layout`'s matter, and files are
-`shards`'.
+R rows, T tokens, P positions. Which planes exist, and how each is written, is in `schema.COLUMNS`;
+files are `shards`' matter.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
-from shared import arrays
 from shared.errors import CorruptCache
 from shared.format.blocks import Block
+from shared.format.coding import Context
 from shared.format.manifest import Manifest
-from shared.format.schema import layout
-from shared.targets import hidden, scalars
+from shared.format.schema import COLUMNS, planes_of
 from shared.targets.hidden import NO_SCALES, ChannelScales
 from shared.targets.record import ClassRanks
 
@@ -24,40 +23,13 @@ def to_planes(
     ranks: ClassRanks,
     scales: ChannelScales = NO_SCALES,
 ) -> dict[str, np.ndarray]:
-    """Every plane of the cache's layout by name, u8 each; int8 states need their layers' scales."""
-    planes = layout(manifest)
-    columns: dict[str, Sequence[np.ndarray]] = {
-        "row_ids": [_whole(block.row_ids, "<u8")],
-        "num_tokens": [_whole(block.num_tokens, "<u4")],
-        "num_positions": [_whole(block.num_positions, "<u4")],
-    }
-    if block.num_segments is not None:
-        columns["num_segments"] = [_whole(block.num_segments, "<u4")]
-    if block.reference is not None and block.reference_bytes is not None:
-        columns["reference_bytes"] = [_whole(block.reference_bytes, "<u4")]
-        columns["reference"] = [block.reference]
-    for name in ("input_ids", "token_type_ids", "segments", "positions", "labels"):
-        count = sum(plane.column == name for plane in planes)
-        if count:
-            columns[name] = arrays.split_planes(getattr(block, name).astype(np.uint32), count)
-    if block.label_values is not None:
-        columns["label_values"] = scalars.encode_values(block.label_values)
-    if block.label_logprob is not None:
-        columns["label_logprob"] = scalars.encode_label_logprob(block.label_logprob)
-    if block.entropy is not None:
-        classes = manifest.targets.num_classes
-        columns["entropy"] = [scalars.encode_entropy(block.entropy, classes)]
-        for t, ratio in block.log_partition_ratio.items():
-            encoded = scalars.encode_log_partition_ratio(ratio, t, classes)
-            columns[f"log_partition_ratio.{t:g}"] = encoded
-    for layer, states in block.hidden.items():
-        codec_name = manifest.hidden.codec
-        columns[f"hidden.{layer}"] = hidden.encode(states, codec_name, scales.get(layer))
-    named = {
-        f"{column}.{index}": plane
-        for column, parts in columns.items()
-        for index, plane in enumerate(parts)
-    }
+    """Every plane of this cache by name, u8 each; int8 states need their layers' scales."""
+    planes, context = planes_of(manifest), Context(manifest, ranks, scales)
+    there = {plane.column.partition(".")[0] for plane in planes}
+    named: dict[str, np.ndarray] = {}
+    for column in COLUMNS:
+        if column.name in there:
+            named |= column.encode(block, context)
     kept = block.target_values if manifest.targets.numbers else block.target
     if kept is not None:
         named |= manifest.targets.encode(kept, ranks)
@@ -73,65 +45,54 @@ def from_planes(
     scales: ChannelScales = NO_SCALES,
 ) -> Block:
     """The block that these planes hold; columns that were not read stay None or absent."""
-    spec, count = manifest.targets, int(num_positions.sum())
-    segments = num_segments = None
-    if "segments.0" in values:
-        segments, num_segments = _joined(values, "segments"), _unsigned(values["num_segments.0"])
-        predicted = None if "positions.0" in values else num_positions
-        _check_segments(segments, num_segments, num_tokens, predicted)
-    if "positions.0" in values:
-        positions = _joined(values, "positions")
-        _check_positions(
-            positions, num_tokens, num_positions, own_labels=manifest.hard_labels != "next"
-        )
+    context = Context(manifest, ranks, scales)
+    found = {column.name: column.decode(values, context) for column in COLUMNS}
+    found = {name: value for name, value in found.items() if value is not None}
+    for column in COLUMNS:
+        if column.counted_by and column.name not in found:
+            found.pop(column.counted_by, None)
+    found |= {"num_tokens": num_tokens, "num_positions": num_positions}
+    segments = found.get("segments")
+    if segments is not None:
+        predicted = None if "positions" in found else num_positions
+        _check_segments(segments, found["num_segments"], num_tokens, predicted)
+    if "positions" in found:
+        own_labels = manifest.hard_labels != "next"
+        _check_positions(found["positions"], num_tokens, num_positions, own_labels=own_labels)
     else:
-        positions = manifest.layout.default_positions(num_tokens, num_positions, segments)
-    block = Block(
-        row_ids=values["row_ids.0"].view(np.uint64),
-        num_tokens=num_tokens,
-        num_positions=num_positions,
-        input_ids=_joined(values, "input_ids"),
-        positions=positions,
-        segments=segments,
-        num_segments=num_segments,
-        labels=_joined(values, "labels") if "labels.0" in values else None,
-        token_type_ids=_joined(values, "token_type_ids") if "token_type_ids.0" in values else None,
-    )
-    if manifest.hard_labels == "none" and manifest.problem.numbers:
-        block.label_values = np.full(count, np.nan, np.float32)
-    elif manifest.hard_labels == "none":
-        block.labels = np.full(count, -1, np.int32)
-    if "reference.0" in values:
-        block.reference = values["reference.0"]
-        block.reference_bytes = _unsigned(values["reference_bytes.0"])
-    for name, found_T, limit in (
+        found["positions"] = manifest.layout.default_positions(num_tokens, num_positions, segments)
+    block = Block(**found)
+    _without_labels(block, manifest)
+    _check_classes(block, manifest)
+    manifest.layout.check(block, manifest.targets.num_classes)
+    if any(shape.name in values for shape in manifest.targets.plane_shapes):
+        kept = manifest.targets.decode(values, int(num_positions.sum()), ranks)
+        numbers = manifest.targets.numbers
+        block.target_values, block.target = (kept, None) if numbers else (None, kept)
+    return block
+
+
+def _without_labels(block: Block, manifest: Manifest) -> None:
+    """Writes down that no position has a hard label, where none is stored and none follows."""
+    if manifest.hard_labels != "none":
+        return
+    if manifest.problem.numbers:
+        block.label_values = np.full(len(block.positions), np.nan, np.float32)
+    else:
+        block.labels = np.full(len(block.positions), -1, np.int32)
+
+
+def _check_classes(block: Block, manifest: Manifest) -> None:
+    """Tokens are of the vocabulary, and labels are classes."""
+    for name, found, limit in (
         ("input_ids", block.input_ids, manifest.tokenizer.num_ids),
-        ("labels", block.labels, spec.num_classes),
+        ("labels", block.labels, manifest.targets.num_classes),
     ):
-        if found_T is not None and found_T.max(initial=0) >= limit:
+        if found is not None and found.max(initial=0) >= limit:
             raise CorruptCache(
-                f"{name}: found {found_T.max()}, expected below {limit}. "
+                f"{name}: found {found.max()}, expected below {limit}. "
                 "Run cache-teacher verify CACHE --drop-bad, then run again."
             )
-    manifest.layout.check(block, spec.num_classes)
-    if parts := _parts(values, "label_values"):
-        block.label_values = scalars.decode_values(parts, "label_values")
-    if any(shape.name in values for shape in spec.plane_shapes):
-        kept = spec.decode(values, count, ranks)
-        block.target_values, block.target = (kept, None) if spec.numbers else (None, kept)
-    if "label_logprob.0" in values:
-        block.label_logprob = scalars.decode_label_logprob(_parts(values, "label_logprob"))
-    if "entropy.0" in values:
-        block.entropy = scalars.decode_entropy(values["entropy.0"], spec.num_classes)
-    for t in spec.temperatures:
-        if parts := _parts(values, f"log_partition_ratio.{t:g}"):
-            ratio = scalars.decode_log_partition_ratio(parts, t, spec.num_classes)
-            block.log_partition_ratio[t] = ratio
-    for layer, width in zip(manifest.hidden.layers, manifest.hidden.widths, strict=True):
-        if parts := _parts(values, f"hidden.{layer}"):
-            codec_name = manifest.hidden.codec
-            block.hidden[layer] = hidden.decode(parts, codec_name, width, scales.get(layer))
-    return block
 
 
 def _check_segments(
@@ -169,22 +130,3 @@ def _check_positions(
             "positions: found one behind the end of its row. "
             "Run cache-teacher verify CACHE --drop-bad, then run again."
         )
-
-
-def _whole(values: np.ndarray, dtype: str) -> np.ndarray:
-    return np.ascontiguousarray(values, dtype).view(np.uint8)
-
-
-def _unsigned(plane: np.ndarray) -> np.ndarray:
-    return plane.view(np.uint32).astype(np.int32)
-
-
-def _parts(values: Mapping[str, np.ndarray], column: str) -> list[np.ndarray]:
-    parts: list[np.ndarray] = []
-    while (name := f"{column}.{len(parts)}") in values:
-        parts.append(values[name])
-    return parts
-
-
-def _joined(values: Mapping[str, np.ndarray], column: str) -> np.ndarray:
-    return arrays.join_planes(_parts(values, column), np.uint32).view(np.int32)

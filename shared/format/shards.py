@@ -26,9 +26,10 @@ import xxhash
 from shared.errors import CorruptCache
 from shared.format import frames
 from shared.format.blocks import Block
+from shared.format.column import PlaneSpec
 from shared.format.encoding import from_planes, to_planes
 from shared.format.manifest import FORMAT_VERSION, MAX_SHARD_ROWS, Manifest
-from shared.format.schema import Plane, layout
+from shared.format.schema import planes_of
 from shared.storage import Storage, crash_point
 from shared.strict import build, parse_json
 from shared.targets.hidden import NO_SCALES, ChannelScales, num_states
@@ -153,7 +154,7 @@ def compress_planes(
 ) -> EncodedBlock:
     """One frame per plane of the cache's layout, for block `number`."""
     encoded: dict[str, bytes] = {}
-    for plane in layout(manifest):
+    for plane in planes_of(manifest):
         code = frames.column_code(plane.number, plane.plane)
         encoded[plane.name] = frames.compress(values[plane.name], block=number, column=code)
     return EncodedBlock(encoded, row_tokens, row_positions)
@@ -170,7 +171,7 @@ class ShardWriter:
         self.storage, self.manifest, self.cache_id, self.shard = storage, manifest, cache_id, shard
         self.statistics: dict[str, float] = {}
         self.won = False
-        self._planes = layout(manifest)
+        self._planes = planes_of(manifest)
         self._waiting: list[EncodedBlock] = []
         self._waiting_bytes = 0
         self._batches: list[int] = []  # blocks of each record batch
@@ -284,8 +285,8 @@ class ShardReader:
 
     def __init__(self, path: Path, manifest: Manifest, commit: Commit) -> None:
         self.path, self.manifest, self.commit = path, manifest, commit
-        self._planes = layout(manifest)
-        self._wanted: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], list[Plane]] = {}
+        self._planes = planes_of(manifest)
+        self._wanted: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], list[PlaneSpec]] = {}
         where = f"commit of {path.name}"
         self._tokens, self._positions = commit.lengths(where, manifest.num_outputs)
         self._row_starts = np.concatenate([[0], np.cumsum(commit.block_rows, dtype=np.int64)])
@@ -401,7 +402,7 @@ class ShardReader:
         for block in range(len(self.commit.block_rows)):
             self.read_planes(block, self._planes)
 
-    def read_planes(self, block: int, planes: Iterable[Plane]) -> dict[str, np.ndarray]:
+    def read_planes(self, block: int, planes: Iterable[PlaneSpec]) -> dict[str, np.ndarray]:
         """Decompressed planes of one block, u8 each, by plane name."""
         batch = int(np.searchsorted(self._batch_starts, block, "right")) - 1
         row = block - int(self._batch_starts[batch])
@@ -489,7 +490,7 @@ def empty_block(
 ) -> Block:
     """A block of no rows: which columns, types and widths any block has, without reading one."""
     nothing = np.zeros(0, np.uint8)
-    names = [p.name for p in layout(manifest) if _wanted(p.column, hidden_layers, targets, ())]
+    names = [p.name for p in planes_of(manifest) if _wanted(p.column, hidden_layers, targets, ())]
     no_lengths = np.zeros(0, np.int32)
     values = dict.fromkeys(names, nothing)
     return from_planes(values, no_lengths, no_lengths, manifest, ranks, scales)

@@ -25,12 +25,13 @@ from torch import Tensor
 
 from shared.errors import CacheMismatch, CorpusError, Refused
 from shared.format import manifest as manifests
+from shared.format.column import Contents
 from shared.format.manifest import (
     BatchPlan,
     HiddenSpec,
     Manifest,
 )
-from shared.format.schema import ROW_CHUNK_BITS, optional_columns
+from shared.format.schema import ROW_CHUNK_BITS, columns_of
 from shared.storage import Storage
 from shared.targets.hidden import ChannelScale, ChannelStatistics, int8_scale, without_massive
 from shared.targets.ragged import MAX_ENTRIES
@@ -164,16 +165,18 @@ def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> 
     its_labels, layout = TASKS[draft.config.task].labels, TASKS[draft.config.task].layout
     stored = its_labels == "stored" and draft.labelled
     windows, pairs = layout == "window", layout == "pair"
-    columns = optional_columns(
-        segments=draft.preprocessing.pack or windows or pairs,
-        references=windows or pairs or draft.preprocessing.generation is not None,
-        positions=(draft.corpus.supervised or its_labels != "next")
-        and draft.problem_type == "single_label",
-        labels=stored and draft.problem_type != "regression",
-        label_values=stored and draft.problem_type == "regression",
-        label_logprob=draft.labelled,
-        targets=draft.targets.kind not in ("values", "none"),
-        token_types="text_pair" in draft.corpus.columns or windows,
+    columns = columns_of(
+        Contents(
+            segments=draft.preprocessing.pack or windows or pairs,
+            references=windows or pairs or draft.preprocessing.generation is not None,
+            positions=(draft.corpus.supervised or its_labels != "next")
+            and draft.problem_type == "single_label",
+            labels=stored and draft.problem_type != "regression",
+            label_values=stored and draft.problem_type == "regression",
+            label_logprob=draft.labelled,
+            targets=draft.targets.kind not in ("values", "none"),
+            token_types="text_pair" in draft.corpus.columns or windows,
+        )
     )
     return Manifest(
         format_version=manifests.FORMAT_VERSION,

@@ -26,7 +26,7 @@ from shared.cache import (
 from shared.errors import CorruptCache, TeacherCacheError
 from shared.format import manifest as manifests
 from shared.format.manifest import Manifest
-from shared.format.schema import layout
+from shared.format.schema import planes_of
 from shared.format.shards import Commit, ShardReader, commit_name, file_hash
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.progress import Progress
@@ -289,7 +289,7 @@ def _verify_shard(storage: Storage, manifest: Manifest, cache_id: str, shard: in
     commit = read_commit(storage, manifest, cache_id, shard)
     path = storage.path(commit.file)
     reader = ShardReader(path, manifest, commit)
-    ranks, planes = class_ranks(storage, manifest), layout(manifest)
+    ranks, planes = class_ranks(storage, manifest), planes_of(manifest)
     scales = channel_scales(storage, manifest)
     tokens, positions = commit.lengths(str(path), manifest.num_outputs)
     start = 0

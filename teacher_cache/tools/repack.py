@@ -21,9 +21,10 @@ from shared.arrays import mixed_bits, ranges
 from shared.cache import Cache, class_ranks, open_cache
 from shared.errors import CacheMismatch, ConfigError
 from shared.format import manifest as manifests
+from shared.format.column import PlaneSpec
 from shared.format.encoding import from_planes
 from shared.format.manifest import HiddenSpec, Manifest, differences
-from shared.format.schema import ROW_CHUNK_BITS, Plane, layout
+from shared.format.schema import ROW_CHUNK_BITS, planes_of
 from shared.format.shards import ShardWriter, commit_name, compress_planes
 from shared.progress import Progress
 from shared.storage import Storage
@@ -157,7 +158,7 @@ def _parts(
     hidden = [f"hidden.{layer}" for layer in manifest.hidden.layers]
     planes = [
         plane
-        for plane in layout(source.manifest)
+        for plane in planes_of(source.manifest)
         if plane.column in hidden or not plane.column.startswith("hidden.")
     ]
     starts = np.concatenate([[0], np.cumsum(source.block_rows)])
@@ -173,7 +174,7 @@ def _parts(
 
 
 def only_rows(
-    part: Part, kept_R: np.ndarray, planes: Sequence[Plane], *, hidden_every: int
+    part: Part, kept_R: np.ndarray, planes: Sequence[PlaneSpec], *, hidden_every: int
 ) -> Part:
     """The rows where `kept_R` [R] is true; bytes are taken as they are."""
     items_R: dict[Per, Any] = {

@@ -9,6 +9,7 @@ import pytest
 
 from shared.errors import CacheMismatch, CorruptCache, IncompleteCache
 from shared.format import manifest as manifests
+from shared.format.column import Contents
 from shared.format.manifest import (
     BatchPlan,
     CorpusInfo,
@@ -20,7 +21,7 @@ from shared.format.manifest import (
     differences,
     rows_id,
 )
-from shared.format.schema import optional_columns
+from shared.format.schema import columns_of
 from shared.storage import Storage
 from shared.targets.spec import TargetSpec
 
@@ -60,7 +61,7 @@ def make_manifest(**changes):
         targets=TargetSpec(kind="topk", num_classes=300, top_k=8, temperatures=(2.0, 4.0)),
         hidden=HiddenSpec(layers=(-1, 3), widths=(32, 32), codec="bf16"),
         columns=tuple(
-            optional_columns(segments=False, positions=False, labels=False, targets=True)
+            columns_of(Contents(segments=False, positions=False, labels=False, targets=True))
         ),
         plan=BatchPlan(
             documents_per_shard=3,

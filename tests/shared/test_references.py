@@ -11,8 +11,9 @@ import pytest
 from shared.cache import open_cache
 from shared.errors import CorruptCache
 from shared.format import manifest as manifests
+from shared.format.column import Contents
 from shared.format.encoding import from_planes, to_planes
-from shared.format.schema import optional_columns
+from shared.format.schema import columns_of
 from shared.format.shards import ShardWriter, commit_name, encode_block
 from shared.storage import Storage
 from teacher_cache.config import RepackConfig, VerifyConfig
@@ -50,8 +51,8 @@ def values_of(number):
 
 @pytest.fixture(scope="module")
 def manifest():
-    columns = optional_columns(
-        segments=False, positions=False, labels=False, targets=False, references=True
+    columns = columns_of(
+        Contents(segments=False, positions=False, labels=False, targets=False, references=True)
     )
     made = make_manifest(
         columns=tuple(columns), targets=NO_TARGETS, hidden=NO_HIDDEN, side_files={}, teacher=None

@@ -14,9 +14,10 @@ import pytest
 from shared.errors import CorruptCache, DiskFull
 from shared.format import shards as shard_module
 from shared.format.blocks import Block
+from shared.format.column import Contents
 from shared.format.encoding import from_planes, to_planes
 from shared.format.manifest import HiddenSpec
-from shared.format.schema import COLUMNS, layout, optional_columns
+from shared.format.schema import COLUMNS, columns_of, planes_of
 from shared.format.shards import (
     Commit,
     ShardReader,
@@ -42,11 +43,13 @@ NO_HIDDEN = HiddenSpec(layers=(), widths=(), codec="bf16")
 
 def cache_manifest(*, packed=False, positions=False, labels=False, **changes):
     """A manifest whose columns are as asked for."""
-    columns = optional_columns(
-        segments=packed,
-        positions=positions,
-        labels=labels,
-        targets=changes.get("targets") is not NO_TARGETS,
+    columns = columns_of(
+        Contents(
+            segments=packed,
+            positions=positions,
+            labels=labels,
+            targets=changes.get("targets") is not NO_TARGETS,
+        )
     )
     preprocessing = replace(PREPROCESSING, pack=packed)
     return make_manifest(columns=tuple(columns), preprocessing=preprocessing, **changes)
@@ -179,7 +182,7 @@ def test_planes_hold_the_block(kind, rows):
     manifest = MANIFESTS[kind]
     block = random_block(manifest, rows)
     planes = to_planes(block, manifest, RANKS)
-    assert list(planes) == [plane.name for plane in layout(manifest)]
+    assert list(planes) == [plane.name for plane in planes_of(manifest)]
     counts = {
         "row": rows,
         "token": int(block.num_tokens.sum()),
@@ -187,7 +190,7 @@ def test_planes_hold_the_block(kind, rows):
         "state": len(block.hidden.get(-1, ())),
         "segment": 0 if block.segments is None else len(block.segments),
     }
-    for plane in layout(manifest):
+    for plane in planes_of(manifest):
         values = planes[plane.name]
         assert values.dtype == np.uint8
         assert values.size == counts[plane.per] * plane.item_bytes, plane.name
@@ -261,7 +264,7 @@ def test_segments_of_one_token_have_no_position(kind):
 def test_every_column_has_a_number_of_its_own_and_planes_a_name_of_their_own():
     assert len({column.number for column in COLUMNS}) == len(COLUMNS)
     for manifest in MANIFESTS.values():
-        planes = layout(manifest)
+        planes = planes_of(manifest)
         assert len({plane.name for plane in planes}) == len(planes)
         assert len({(plane.number, plane.plane) for plane in planes}) == len(planes)
 
@@ -269,7 +272,7 @@ def test_every_column_has_a_number_of_its_own_and_planes_a_name_of_their_own():
 def test_a_column_of_a_later_version_is_ignored():
     manifest = make_manifest()
     later = replace(manifest, columns=(*manifest.columns, "loss_weights"))
-    assert layout(later) == layout(manifest)
+    assert planes_of(later) == planes_of(manifest)
 
 
 def write(storage, manifest, blocks, shard=0, statistics=None):
@@ -327,7 +330,7 @@ def test_a_shard_of_several_record_batches_round_trips(tmp_path, monkeypatch, ki
     path = storage.path(commit.file)
     assert (commit.num_bytes, commit.xxh3_128) == (path.stat().st_size, file_hash(path))
     assert commit.file == f"shards/00000-{commit.xxh3_128[:16]}.arrow"
-    assert commit.column_bytes.keys() == {plane.column for plane in layout(manifest)}
+    assert commit.column_bytes.keys() == {plane.column for plane in planes_of(manifest)}
     assert 0 < sum(commit.column_bytes.values()) < commit.num_bytes
     assert tree(tmp_path) == {commit.file, "commits/00000.json"}
 

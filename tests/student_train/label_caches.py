@@ -15,8 +15,9 @@ from transformers import (
 
 from shared.format import manifest as manifests
 from shared.format.blocks import Block
+from shared.format.column import Contents
 from shared.format.manifest import HiddenSpec
-from shared.format.schema import optional_columns
+from shared.format.schema import columns_of
 from shared.format.shards import ShardWriter, encode_block, file_hash
 from shared.models.tokenizer import describe
 from shared.storage import Storage
@@ -129,12 +130,14 @@ def write_cache(
         targets=spec,
         hidden=NO_HIDDEN,
         columns=tuple(
-            optional_columns(
-                segments=False,
-                positions=True,
-                labels=True,
-                targets=teacher is not None,
-                token_types=True,
+            columns_of(
+                Contents(
+                    segments=False,
+                    positions=True,
+                    labels=True,
+                    targets=teacher is not None,
+                    token_types=True,
+                )
             )
         ),
         plan=replace(base.plan, num_shards=2),
