@@ -33,6 +33,7 @@ from safetensors.numpy import load_file
 
 from shared.cache import Cache, open_cache
 from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.format.blocks import Block
 from shared.format.column import Contents
 from shared.format.manifest import (
@@ -44,7 +45,7 @@ from shared.format.manifest import (
     TokenizerInfo,
 )
 from shared.format.schema import MIN_BLOCK_POSITIONS, columns_of
-from shared.format.shards import ShardWriter, encode_block
+from shared.format.writer import ShardWriter, encode_block
 from shared.storage import Storage
 from shared.targets.record import ClassRanks, Target
 from shared.targets.spec import TargetSpec
@@ -170,7 +171,7 @@ def write_cache(folder: Path, args: argparse.Namespace) -> None:
     rows_per_block = -(-MIN_BLOCK_POSITIONS // (args.row_tokens - 1))
     storage, ranks = Storage(folder), ClassRanks.from_classes(np.arange(CLASSES))
     manifest = synthetic_manifest(args, -(-rows // ROWS_PER_SHARD))
-    manifests.publish(storage, manifest)
+    manifest_file.publish(storage, manifest)
     sample = sample_of(args.sample, args.top_k) if args.sample else None
     for shard, first in enumerate(range(0, rows, ROWS_PER_SHARD)):
         last = min(first + ROWS_PER_SHARD, rows)

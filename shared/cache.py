@@ -13,20 +13,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
 from shared.errors import CorruptCache, IncompleteCache
-from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.format.blocks import Block
 from shared.format.column import PlaneSpec
-from shared.format.manifest import MAX_SHARD_ROWS, Manifest
-from shared.format.shards import (
+from shared.format.commits import (
     MAX_COMMIT_BYTES,
     Commit,
-    ShardReader,
     commit_name,
-    empty_block,
     file_hash,
     parse_commit,
     shard_name,
 )
+from shared.format.limits import MAX_SHARD_ROWS
+from shared.format.manifest import Manifest
+from shared.format.reader import ShardReader, empty_block
 from shared.storage import Storage
 from shared.strict import parse_json
 from shared.targets.hidden import ChannelScale, ChannelScales, num_states
@@ -222,7 +222,7 @@ def open_cache(path: Path | str, *, allow_partial: bool = False) -> Cache:
     """Opens a cache folder. Missing shards are an error unless `allow_partial`; no shard at all,
     a manifest or side file that was changed, or a newer format always is."""
     storage = Storage(path)
-    manifest, cache_id = manifests.read(storage)
+    manifest, cache_id = manifest_file.read(storage)
     check_side_files(storage, manifest)
     cache = Cache(storage, manifest, cache_id, read_commits(storage, manifest, cache_id))
     missing, shards = cache.missing_shards, manifest.plan.num_shards

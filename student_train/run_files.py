@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError, CorruptCache, CorruptRun
-from shared.format.manifest import MAX_SHARDS
+from shared.format.limits import MAX_SHARDS
 from shared.options import load, resolved
 from shared.storage import Storage
 from shared.strict import build, parse_json

@@ -21,11 +21,10 @@ from safetensors.numpy import save as save_safetensors
 import shared
 from shared import cache, open_cache, storage, strict
 from shared.errors import CacheMismatch, CorruptCache
-from shared.format import frames, shards
-from shared.format import manifest as manifests
+from shared.format import commits, frames, limits, manifest_file, reader
 from shared.format.encoding import to_planes
 from shared.format.schema import COLUMNS, planes_of
-from shared.format.shards import EncodedBlock, ShardWriter, encode_block
+from shared.format.writer import EncodedBlock, ShardWriter, encode_block
 from shared.storage import Storage
 from shared.targets.spec import TargetSpec
 from teacher_cache.config import VerifyConfig
@@ -165,7 +164,7 @@ def test_the_plain_reader_agrees_on_columns_that_the_golden_caches_lack(
     manifest = replace(manifest, side_files={learnt_name: digest}, plan=plan)
     storage = Storage(tmp_path / "cache")
     storage.put_new(learnt_name, learnt)
-    manifests.publish(storage, manifest)
+    manifest_file.publish(storage, manifest)
     with ShardWriter(storage, manifest, manifest.cache_id, 0) as writer:
         for number in range(2):
             block = random_block(manifest, 6, seed=number)
@@ -244,7 +243,7 @@ def one_shard(path, spec, *, code_seed):
     manifest = replace(manifest, side_files={name: digest}, plan=plan)
     storage = Storage(path)
     storage.put_new(name, learnt)
-    manifests.publish(storage, manifest)
+    manifest_file.publish(storage, manifest)
     with ShardWriter(storage, manifest, manifest.cache_id, 0) as writer:
         for number in range(2):
             block = random_block(manifest, 6, seed=number)
@@ -287,7 +286,7 @@ def test_the_text_states_every_limit_with_its_value():
     stated = {(module, name): int(value.replace(",", "")) for value, module, name in rows}
     actual = {
         (module.__name__.rpartition(".")[2], name): value
-        for module in (storage, strict, manifests, shards, cache, seal)
+        for module in (storage, strict, manifest_file, limits, commits, reader, cache, seal)
         for name, value in vars(module).items()
         if LIMITS.fullmatch(name) and f"\n{name} = " in inspect.getsource(module)
     }

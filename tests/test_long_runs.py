@@ -18,7 +18,7 @@ import pytest
 from shared.format import manifest as manifests
 from shared.format.blocks import Block
 from shared.format.schema import MIN_BLOCK_POSITIONS
-from shared.format.shards import ShardWriter, encode_block
+from shared.format.writer import ShardWriter, encode_block
 from shared.storage import Storage
 from shared.targets.record import ClassRanks, Target
 from shared.targets.spec import TargetSpec

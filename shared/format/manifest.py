@@ -1,46 +1,25 @@
-"""The manifest: what is cached, in one immutable JSON file whose sha256 is the cache id.
+"""What is cached: the manifest and its parts, whose sha256 as JSON is the cache id.
 
 It holds what was asked for, what the teacher, the tokenizer and the corpus were, and what
 calibration fixed; no clock, no host and no absolute path, so that two runs of the same job publish
-the same bytes. Read strictly: an unknown format version is refused, a missing or ill-typed field is
-an error that names it, unknown fields are ignored (a newer writer may add some), and one marked
-`added` has its default in manifests of before. Every number that sizes follow from has limits,
-checked before anything is allocated.
+the same bytes. A field marked `added` has its default in manifests from before it was added. How a
+manifest lies on the disk is in `manifest_file`, and what it may not say in `limits`.
 """
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import xxhash
 
-from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCache
 from shared.format.layouts import LAYOUTS, RowLayout
-from shared.storage import Storage
-from shared.strict import build, parse_json, short
 from shared.targets.hidden import HiddenCodec
 from shared.targets.spec import TargetSpec
 from shared.tasks import PROBLEMS, TASKS, Labels, Pooling, Problem, ProblemType, TaskName
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-MANIFEST_HASH = "manifest.sha256"
-MAX_MANIFEST_BYTES = 16 << 20
-MAX_CLASSES = 1 << 24
-MAX_SHARDS = 1_000_000
-MAX_SHARD_ROWS = 1 << 21  # of a shard of 2 million tokens, the default, with two tokens in each row
-MAX_LENGTH = 2**31 - 1
-MAX_WIDTH = 1 << 20
-MAX_TEMPERATURES = 32
-MAX_LAYERS = 1024
-MAX_SIDE_FILES = 64
-_MAX_HASH_BYTES = 1024
-_ALWAYS = ("row_ids", "num_tokens", "num_positions", "input_ids")
-_OF_LABELS = ("labels", "label_values", "label_logprob")
-_OF_TARGETS = ("target_", "log_partition_ratio", "hidden")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,181 +200,6 @@ def rows_id(corpus: CorpusInfo, tokenizer: TokenizerInfo, preprocessing: Preproc
             del options[option.name]
     parts = [corpus.fingerprint, tokenizer.hash, tokenizer.template_hash, options]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
-
-
-def publish(storage: Storage, manifest: Manifest) -> bool:
-    """Writes the manifest if the cache has none; false if another process was first."""
-    for problem in _beyond_limits(manifest):
-        raise ConfigError(
-            f"{storage.root}: {problem}. This version cannot write such a cache: ask for less, or "
-            "for another --shard-tokens."
-        )
-    won = storage.put_new(MANIFEST, manifest.to_json())
-    write_hash(storage)
-    return won
-
-
-def write_hash(storage: Storage) -> None:
-    """Adds manifest.sha256, which a crash right after the manifest may have left out."""
-    digest = hashlib.sha256(storage.read(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)).hexdigest()
-    storage.put_new(MANIFEST_HASH, f"{digest}  {MANIFEST}\n".encode())
-
-
-def read(storage: Storage) -> tuple[Manifest, str]:
-    """The manifest and the cache id; every byte is checked against manifest.sha256."""
-    path = storage.path(MANIFEST)
-    if not storage.exists(MANIFEST):
-        raise IncompleteCache(
-            f"{storage.root}: no cache here ({MANIFEST} is missing). "
-            "Make one with cache-teacher run --out, or name another folder."
-        )
-    data = storage.read(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
-    digest = hashlib.sha256(data).hexdigest()
-    if not storage.exists(MANIFEST_HASH):
-        raise IncompleteCache(
-            f"{storage.root}: {MANIFEST_HASH} is missing, so the start of this cache was cut "
-            "short. Run the same cache-teacher run command again."
-        )
-    recorded = (
-        storage.read(MANIFEST_HASH, max_bytes=_MAX_HASH_BYTES).decode("utf-8", "replace").split()
-    )
-    if not recorded or recorded[0] != digest:
-        raise CorruptCache(
-            f"{path}: its sha256 is {digest} but {MANIFEST_HASH} says "
-            f"{(recorded or ['nothing'])[0]}. "
-            "One of the two files was changed; restore it from a copy."
-        )
-    raw = parse_json(data, str(path))
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if isinstance(version, int) and version < 1:
-        raise CorruptCache(f"{path}: format {version}; the first one is 1")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise CacheMismatch(
-            f"{path}: format {version} needs a newer teacher-cache; this one reads up to format "
-            f"{FORMAT_VERSION}. Run pip install --upgrade teacher-cache."
-        )
-    manifest = build(Manifest, raw, str(path))
-    for problem in _beyond_limits(manifest):
-        raise CorruptCache(f"{path}: {problem}. Restore it from a copy.")
-    return manifest, digest
-
-
-def _beyond_limits(manifest: Manifest) -> Iterator[str]:
-    """What no cache of this version has: sizes that overflow, columns that are not there."""
-    limits = [
-        ("tokenizer.num_ids", manifest.tokenizer.num_ids, MAX_CLASSES),
-        ("preprocessing.max_length", manifest.preprocessing.max_length, MAX_LENGTH),
-        ("preprocessing.max_target_length", manifest.preprocessing.max_target_length, MAX_LENGTH),
-        ("targets.num_classes", manifest.targets.num_classes, MAX_CLASSES),
-        ("targets.top_k", manifest.targets.top_k, MAX_CLASSES),
-        ("hidden.every", manifest.hidden.every, MAX_LENGTH),
-        ("plan.num_shards", manifest.plan.num_shards, MAX_SHARDS),
-        ("plan.documents_per_shard", manifest.plan.documents_per_shard, MAX_SHARD_ROWS),
-        *(("hidden.widths", width, MAX_WIDTH) for width in manifest.hidden.widths),
-    ]
-    for name, found, most in limits:
-        if not 1 <= found <= most:
-            yield f"{name}: found {found}, expected 1 to {most:,}"
-    temperatures, layers = manifest.targets.temperatures, manifest.hidden.layers
-    if len(temperatures) > MAX_TEMPERATURES or not all(map(math.isfinite, temperatures)):
-        yield (
-            f"targets.temperatures: found {short(temperatures)}, expected up to "
-            f"{MAX_TEMPERATURES} numbers"
-        )
-    once = len(layers) == len(set(layers)) == len(manifest.hidden.widths)
-    if not once or len(layers) > MAX_LAYERS:
-        yield (
-            f"hidden: found layers {short(layers)}, expected up to {MAX_LAYERS:,}, each once, "
-            "with one width each"
-        )
-    if manifest.targets.ragged and not manifest.targets.threshold:
-        yield "targets.threshold: found 0, expected what calibration found"
-    start, decodes = manifest.preprocessing.decoder_start, manifest.layout.has_decoder
-    if not (0 <= start < manifest.tokenizer.num_ids if decodes else start == -1):
-        yield (
-            f"preprocessing.decoder_start: found {start}, expected "
-            + (f"a token below {manifest.tokenizer.num_ids:,}" if decodes else "-1, for no decoder")
-        )
-    yield from _wrong_labels(manifest)
-    if len(manifest.side_files) > MAX_SIDE_FILES:
-        yield f"side_files: found {len(manifest.side_files)}, expected at most {MAX_SIDE_FILES}"
-    yield from _wrong_layout(manifest)
-    yield from _wrong_columns(manifest.columns)
-
-
-def _wrong_layout(manifest: Manifest) -> Iterator[str]:
-    classes, tokens = manifest.targets.num_classes, manifest.preprocessing.max_length
-    if manifest.layout.classes_are_tokens and classes != tokens:
-        yield f"targets.num_classes: found {classes:,} for rows of up to {tokens:,} tokens"
-    for name in manifest.layout.required_columns:
-        if name not in manifest.columns:
-            yield f"columns: {name} is missing, which {manifest.task} has"
-
-
-def _wrong_labels(manifest: Manifest) -> Iterator[str]:
-    """Names of classes, and what of them a position has: one of all, yes or no, or a number."""
-    names, targets, problem = len(manifest.labels), manifest.targets, manifest.problem
-    of_labels = TASKS[manifest.task].target_space == "labels"
-    if not manifest.labelled:
-        yield from _wrong_unlabelled(manifest)
-    elif (
-        manifest.hard_labels == "stored"
-        and manifest.layout.one_label_column
-        and "labels" not in manifest.columns
-    ):
-        yield f"columns: labels is missing, which {manifest.task} has"
-    if problem.layout is None:
-        if names != (targets.num_classes if of_labels else 0):
-            yield (
-                f"labels: found {names} names for {targets.num_classes:,} classes of "
-                f"{manifest.task}"
-            )
-        if targets.numbers or "label_values" in manifest.columns:
-            yield f"problem_type: found {manifest.problem_type}, but the cache holds numbers"
-    else:
-        yield from _wrong_outputs(manifest)
-
-
-def _wrong_outputs(manifest: Manifest) -> Iterator[str]:
-    """What each output of a row has: a kind of targets, classes, and a column of labels."""
-    name, problem, targets = manifest.problem_type, manifest.problem, manifest.targets
-    if not TASKS[manifest.task].has_problem_type:
-        yield f"problem_type: found {name}, but {manifest.task} has none"
-    if not manifest.labels:
-        yield f"labels: found no name, expected one for each output of {name}"
-    fits = not targets.has_targets or targets.kind == problem.kind
-    if not fits or targets.num_classes != problem.num_classes:
-        yield (
-            f"targets: found {targets.kind} of {targets.num_classes:,} classes, expected "
-            f"{problem.kind} of {problem.num_classes}, or none, with {name}"
-        )
-    there = {"positions", "segments", "labels", "label_values"} & set(manifest.columns)
-    if there != ({problem.label_column} if manifest.labelled else set()):
-        yield (
-            f"columns: found {short(sorted(there))}, expected {problem.label_column} with {name}"
-        )
-
-
-def _wrong_unlabelled(manifest: Manifest) -> Iterator[str]:
-    if not TASKS[manifest.task].unlabelled or not manifest.targets.has_targets:
-        kind = manifest.targets.kind
-        yield f"labelled: found false, but {manifest.task} with targets {kind} needs labels"
-    for name in _OF_LABELS:
-        if name in manifest.columns:
-            yield f"columns: found {name}, but labelled is false"
-
-
-def _wrong_columns(columns: tuple[str, ...]) -> Iterator[str]:
-    missing = [name for name in _ALWAYS if name not in columns]
-    if missing:
-        yield f"columns: {missing[0]} is missing"
-    if len(columns) != len(set(columns)):
-        yield f"columns: found {short(columns)}, expected each once"
-    if any(name.startswith(_OF_TARGETS) for name in columns):
-        yield f"columns: found {short(columns)}, but those of targets and hidden states follow"
-    for name, lengths in (("segments", "num_segments"), ("reference", "reference_bytes")):
-        if name in columns and lengths not in columns[: columns.index(name)]:
-            yield f"columns: {name} without {lengths} before it"
 
 
 def differences(

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from shared.cache import Cache, open_cache
 from shared.errors import ConfigError, Stopped
-from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.storage import Storage
 from shared.tasks import TASKS
@@ -204,7 +204,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 def with_numbers(config: TrainConfig) -> TrainConfig:
     """The config of this run: what was left to the task is decided by the first cache's."""
-    read = [manifests.read(Storage(path))[0] for path in config.cache_paths]
+    read = [manifest_file.read(Storage(path))[0] for path in config.cache_paths]
     manifest, labelled = read[0], any(each.labelled for each in read)
     start: Start = "scratch" if is_from_scratch(config.student) else "pretrained"
     config = resolved_weights(config, manifest.task, labelled=labelled)

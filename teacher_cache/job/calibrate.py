@@ -25,12 +25,9 @@ from torch import Tensor
 
 from shared.errors import CacheMismatch, CorpusError, Refused
 from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.format.column import Contents
-from shared.format.manifest import (
-    BatchPlan,
-    HiddenSpec,
-    Manifest,
-)
+from shared.format.manifest import BatchPlan, HiddenSpec, Manifest
 from shared.format.schema import ROW_CHUNK_BITS, columns_of
 from shared.storage import Storage
 from shared.targets.hidden import ChannelScale, ChannelStatistics, int8_scale, without_massive
@@ -358,13 +355,13 @@ def learn_targets(
 
 def publish_or_adopt(draft: Draft, storage: Storage) -> tuple[Manifest, str]:
     """The manifest all workers of this cache follow: the first one's. Returns it and its id."""
-    if not storage.exists(manifests.MANIFEST):
+    if not storage.exists(manifest_file.MANIFEST):
         manifest, side_files = calibrate(draft)
         for name, data in side_files.items():
             storage.put_new(name, data)
-        manifests.publish(storage, manifest)
-    manifests.write_hash(storage)
-    manifest, cache_id = manifests.read(storage)
+        manifest_file.publish(storage, manifest)
+    manifest_file.write_hash(storage)
+    manifest, cache_id = manifest_file.read(storage)
     check_asked(draft, manifest, storage)
     _mend_tokenizer(draft, manifest, storage)
     return manifest, cache_id

@@ -24,10 +24,11 @@ from shared.cache import (
     read_commit,
 )
 from shared.errors import CorruptCache, TeacherCacheError
-from shared.format import manifest as manifests
+from shared.format import manifest_file
+from shared.format.commits import Commit, commit_name, file_hash
 from shared.format.manifest import Manifest
+from shared.format.reader import ShardReader
 from shared.format.schema import planes_of
-from shared.format.shards import Commit, ShardReader, commit_name, file_hash
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.progress import Progress
 from shared.storage import Storage, temporary_files, temporary_writer
@@ -259,7 +260,7 @@ class Verification:
 def verify(config: VerifyConfig) -> Verification:
     """Reads every byte of every committed shard; --drop-bad removes the commits of bad ones."""
     storage = Storage(config.cache)
-    manifest, cache_id = manifests.read(storage)
+    manifest, cache_id = manifest_file.read(storage)
     check_side_files(storage, manifest)
     found = Verification(num_shards=manifest.plan.num_shards)
     numbers = committed_shards(storage)
@@ -314,7 +315,7 @@ def _verify_shard(storage: Storage, manifest: Manifest, cache_id: str, shard: in
 def clean(config: CleanConfig) -> list[str]:
     """Removes shards that no commit names and temporary files that have no writer any more."""
     storage = Storage(config.cache)
-    manifest, cache_id = manifests.read(storage)
+    manifest, cache_id = manifest_file.read(storage)
     removable = [
         *_unnamed_shards(storage, manifest, cache_id),
         *_unnamed_side_files(storage, manifest),

@@ -20,12 +20,13 @@ import numpy as np
 from shared.arrays import mixed_bits, ranges
 from shared.cache import Cache, class_ranks, open_cache
 from shared.errors import CacheMismatch, ConfigError
-from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.format.column import PlaneSpec
+from shared.format.commits import commit_name
 from shared.format.encoding import from_planes
 from shared.format.manifest import HiddenSpec, Manifest, differences
 from shared.format.schema import ROW_CHUNK_BITS, planes_of
-from shared.format.shards import ShardWriter, commit_name, compress_planes
+from shared.format.writer import ShardWriter, compress_planes
 from shared.progress import Progress
 from shared.storage import Storage
 from shared.targets.hidden import num_states
@@ -127,12 +128,12 @@ def _hidden_errors(statistics: Mapping[str, float], layers: Sequence[int]) -> di
 
 
 def _publish_or_adopt(storage: Storage, source: Cache, manifest: Manifest) -> tuple[Manifest, str]:
-    if not storage.exists(manifests.MANIFEST):
+    if not storage.exists(manifest_file.MANIFEST):
         for name in manifest.side_files:
             storage.put_new(name, source.storage.read(name))
-        manifests.publish(storage, manifest)
-    manifests.write_hash(storage)
-    found, cache_id = manifests.read(storage)
+        manifest_file.publish(storage, manifest)
+    manifest_file.write_hash(storage)
+    found, cache_id = manifest_file.read(storage)
     lines = list(differences(asdict(found), asdict(manifest)))
     if lines:
         raise CacheMismatch(

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import CorruptCache
-from shared.format.shards import empty_block
+from shared.format.reader import empty_block
 from shared.targets.record import Target
 from shared.targets.sample import MIN_SPACING, drawn_logprob
 from shared.targets.spec import TargetSpec

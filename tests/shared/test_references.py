@@ -10,11 +10,12 @@ import pytest
 
 from shared.cache import open_cache
 from shared.errors import CorruptCache
-from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.format.column import Contents
+from shared.format.commits import commit_name
 from shared.format.encoding import from_planes, to_planes
 from shared.format.schema import columns_of
-from shared.format.shards import ShardWriter, commit_name, encode_block
+from shared.format.writer import ShardWriter, encode_block
 from shared.storage import Storage
 from teacher_cache.config import RepackConfig, VerifyConfig
 from teacher_cache.tools.inspection import verify
@@ -64,7 +65,7 @@ def manifest():
 def cache(manifest, tmp_path_factory, tokenizer_dir) -> Path:
     """One shard of three blocks."""
     storage = Storage(tmp_path_factory.mktemp("references") / "cache")
-    manifests.publish(storage, manifest)
+    manifest_file.publish(storage, manifest)
     with ShardWriter(storage, manifest, manifest.cache_id, 0) as writer:
         for number in range(BLOCKS):
             block = reference_block(manifest, number)

@@ -12,21 +12,16 @@ import pyarrow as pa
 import pytest
 
 from shared.errors import CorruptCache, DiskFull
-from shared.format import shards as shard_module
+from shared.format import commits, reader
+from shared.format import writer as writer_module
 from shared.format.blocks import Block
 from shared.format.column import Contents
+from shared.format.commits import Commit, commit_name, file_hash, parse_commit
 from shared.format.encoding import from_planes, to_planes
 from shared.format.manifest import HiddenSpec
+from shared.format.reader import ShardReader
 from shared.format.schema import COLUMNS, columns_of, planes_of
-from shared.format.shards import (
-    Commit,
-    ShardReader,
-    ShardWriter,
-    commit_name,
-    encode_block,
-    file_hash,
-    parse_commit,
-)
+from shared.format.writer import ShardWriter, encode_block
 from shared.storage import Storage, temporary_files
 from shared.targets.record import ClassRanks, Target
 from shared.targets.sample import drawn_logprob
@@ -310,7 +305,7 @@ def through_planes(block, manifest):
 
 @pytest.mark.parametrize("kind", MANIFESTS)
 def test_a_shard_of_several_record_batches_round_trips(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(shard_module, "_BATCH_BLOCKS", 2)
+    monkeypatch.setattr(writer_module, "_BATCH_BLOCKS", 2)
     manifest, storage = MANIFESTS[kind], Storage(tmp_path)
     blocks = [random_block(manifest, rows, rows) for rows in (3, 1, 6, 2, 4)]
     writer = write(storage, manifest, blocks, statistics={"documents": 4, "sum_entropy": 1.5})
@@ -336,7 +331,7 @@ def test_a_shard_of_several_record_batches_round_trips(tmp_path, monkeypatch, ki
 
 
 def test_record_batches_are_cut_by_bytes_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_module, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(writer_module, "_BATCH_BYTES", 1)
     manifest, storage = MANIFESTS["plain"], Storage(tmp_path)
     write(storage, manifest, [random_block(manifest, 2, seed) for seed in range(3)])
     with pa.OSFile(str(storage.path(read_commit(storage).file))) as file:
@@ -502,7 +497,7 @@ def test_an_exception_inside_the_writer_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("batch_blocks", [1, 64])
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch, limit, batch_blocks):
     """At the schema, in a record batch inside the `with`, and in the last batch at its end."""
-    monkeypatch.setattr(shard_module, "_BATCH_BLOCKS", batch_blocks)
+    monkeypatch.setattr(writer_module, "_BATCH_BLOCKS", batch_blocks)
     manifest, storage = MANIFESTS["plain"], Storage(tmp_path)
     encoded = encode_block(random_block(manifest, 20), 0, manifest, RANKS)
     with (
@@ -519,7 +514,7 @@ def test_a_full_disk_while_the_file_is_opened(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shard_module.pa, "OSFile", fail)
+    monkeypatch.setattr(writer_module.pa, "OSFile", fail)
     manifest = MANIFESTS["plain"]
     with (
         pytest.raises(DiskFull, match="no space left on the disk"),
@@ -541,8 +536,8 @@ def make_commit(**changes):
         "positions": 5,
         "batch_blocks": (1,),
         "block_rows": (2,),
-        "row_tokens": shard_module._pack(np.array([3, 4])),
-        "row_positions": shard_module._pack(np.array([2, 3])),
+        "row_tokens": commits.packed_lengths(np.array([3, 4])),
+        "row_positions": commits.packed_lengths(np.array([2, 3])),
         "column_bytes": {"input_ids": 5},
         "statistics": {"documents": 2.0},
     }
@@ -604,14 +599,14 @@ def test_what_is_no_commit_is_refused(data):
 def test_a_commit_lacking_a_field_is_refused_even_with_a_right_checksum():
     body = json.loads(make_commit().to_json())
     del body["checksum"], body["rows"]
-    body["checksum"] = shard_module._checksum(body)
+    body["checksum"] = commits._checksum(body)
     with pytest.raises(CorruptCache, match="here: the field 'rows' is missing"):
         parse_commit(json.dumps(body).encode(), "here")
 
 
 def test_a_plane_of_zeros_alone_does_not_make_a_block_too_large(tmp_path, monkeypatch):
     """The high bytes of small gaps take next to nothing, however many entries a block has."""
-    monkeypatch.setattr(shard_module, "_FREE_BLOCK_BYTES", 0)
+    monkeypatch.setattr(reader, "_FREE_BLOCK_BYTES", 0)
     spec = TargetSpec(kind="adaptive", num_classes=CLASSES, mean_entries=8.0, threshold=0.001)
     manifest = cache_manifest(targets=spec, hidden=NO_HIDDEN)
     block = random_block(manifest, 500)

@@ -13,12 +13,13 @@ from transformers import (
     BertForTokenClassification,
 )
 
-from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.format.blocks import Block
 from shared.format.column import Contents
+from shared.format.commits import file_hash
 from shared.format.manifest import HiddenSpec
 from shared.format.schema import columns_of
-from shared.format.shards import ShardWriter, encode_block, file_hash
+from shared.format.writer import ShardWriter, encode_block
 from shared.models.tokenizer import describe
 from shared.storage import Storage
 from shared.targets.record import ClassRanks, Target
@@ -143,7 +144,7 @@ def write_cache(
         plan=replace(base.plan, num_shards=2),
         side_files={f"tokenizer/{file.name}": file_hash(file) for file in files},
     )
-    manifests.publish(storage, manifest)
+    manifest_file.publish(storage, manifest)
     own = np.arange(len(names), dtype=np.uint32)
     for shard in range(2):
         with ShardWriter(storage, manifest, manifest.cache_id, shard) as writer:
