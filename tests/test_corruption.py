@@ -24,7 +24,7 @@ from shared.format.reader import ShardReader
 from shared.storage import Storage
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
 from teacher_cache.tools.inspection import clean, inspect, verify
-from tests.shared import test_shards as blocks
+from tests.shared.format import test_shards as blocks
 from tests.shared.test_storage import tree
 
 OPTIONS = {

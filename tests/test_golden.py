@@ -32,7 +32,7 @@ from teacher_cache.tools import seal
 from teacher_cache.tools.inspection import verify
 from tests import plain_reader, questions
 from tests.plain_reader import read_cache
-from tests.shared.test_shards import CLASSES, NO_HIDDEN, RANKS, cache_manifest, random_block
+from tests.shared.format.test_shards import CLASSES, NO_HIDDEN, RANKS, cache_manifest, random_block
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = [

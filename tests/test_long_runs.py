@@ -23,7 +23,7 @@ from shared.storage import Storage
 from shared.targets.record import ClassRanks, Target
 from shared.targets.spec import TargetSpec
 from tests.conftest import WORDS
-from tests.shared.test_shards import cache_manifest
+from tests.shared.format.test_shards import cache_manifest
 
 pytestmark = pytest.mark.slow
 

@@ -25,7 +25,7 @@ from shared.storage import Storage
 from teacher_cache.engines.batches import forward_batches
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.tasks.rows import Row
-from tests.shared.test_shards import assert_same
+from tests.shared.format.test_shards import assert_same
 from tests.shared.test_storage import tree
 
 MAX_LENGTH = 64

@@ -1,4 +1,4 @@
-"""Windows: which tokens may be chosen, the likeliest span, references, and blocks that are none."""
+"""Windows: which tokens may be chosen, the likeliest span, and references."""
 
 from itertools import product
 
@@ -7,8 +7,6 @@ import pytest
 import torch
 
 from shared.errors import CorruptCache
-from shared.format.blocks import Block
-from shared.format.layouts import LAYOUTS
 from shared.windows import WindowReference, best_spans, reference_of, window_logits
 
 CONTEXT = torch.tensor([[3, 6], [2, 8], [1, 2]])  # the first row has 7 tokens, the last 3
@@ -90,37 +88,3 @@ def test_a_reference_reads_any_span_of_its_window():
 def test_a_reference_that_is_none_is_an_error(value, message):
     with pytest.raises(CorruptCache, match=message):
         reference_of(value, 1, "here")
-
-
-def block(**changes):
-    columns = {
-        "row_ids": np.arange(2, dtype=np.uint64),
-        "num_tokens": np.array([7, 5], np.int32),
-        "num_positions": np.array([2, 2], np.int32),
-        "input_ids": np.zeros(12, np.int32),
-        "positions": np.array([0, 1, 0, 1], np.int32),
-        "segments": np.array([3, 3, 1, 2, 3], np.int32),
-        "num_segments": np.array([3, 2], np.int32),
-        "labels": np.array([3, 5, 0, 0], np.int32),
-    }
-    return Block(**columns | {name: np.array(v, np.int32) for name, v in changes.items()})
-
-
-def test_a_block_of_windows_passes():
-    LAYOUTS["window"].check(block(), 8)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_segments": [4, 1]}, "two or three parts"),
-        ({"positions": [0, 1, 1, 0]}, "the positions 0 and 1"),
-        ({"num_positions": [3, 1]}, "the positions 0 and 1"),
-        ({"num_tokens": [7, 9]}, "at most 8 tokens"),
-        ({"labels": [3, 6, 0, 0]}, "labels that are tokens of the context, or 0"),
-        ({"labels": [2, 5, 0, 0]}, "labels that are tokens of the context, or 0"),
-    ],
-)
-def test_a_block_that_is_none_of_windows_is_an_error(changes, message):
-    with pytest.raises(CorruptCache, match=message):
-        LAYOUTS["window"].check(block(**changes), 8)

@@ -25,7 +25,7 @@ from shared.storage import Storage
 from shared.targets.record import ClassRanks, Target
 from shared.targets.spec import TargetSpec
 from shared.tasks import TaskName
-from tests.shared.test_manifest import make_manifest
+from tests.shared.format.test_manifest import make_manifest
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 CLASSES = ("bad", "fair", "good")

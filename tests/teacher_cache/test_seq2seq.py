@@ -36,7 +36,7 @@ from tests.seq2seq import (
     make_teachers,
     make_tokenizer,
 )
-from tests.shared.test_manifest import make_manifest
+from tests.shared.format.test_manifest import make_manifest
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from shared.storage import Storage, temporary_files
 from shared.targets.record import ClassRanks, Target
 from shared.targets.sample import drawn_logprob
 from shared.targets.spec import TargetSpec
-from tests.shared.test_manifest import PREPROCESSING, make_manifest
+from tests.shared.format.test_manifest import PREPROCESSING, make_manifest
 from tests.shared.test_storage import file_size_limit, tree
 
 CLASSES = 300

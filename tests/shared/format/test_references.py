@@ -22,8 +22,8 @@ from teacher_cache.tools.inspection import verify
 from teacher_cache.tools.repack import repack
 from tests import test_hostile as hostile
 from tests.plain_reader import read_cache
-from tests.shared.test_manifest import make_manifest
-from tests.shared.test_shards import NO_HIDDEN, NO_TARGETS, RANKS, assert_same, random_block
+from tests.shared.format.test_manifest import make_manifest
+from tests.shared.format.test_shards import NO_HIDDEN, NO_TARGETS, RANKS, assert_same, random_block
 
 VALUES = [
     None,
