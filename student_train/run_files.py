@@ -5,11 +5,11 @@ Each reader names the file, what was found, what was expected, and how to go on.
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shared.errors import ConfigError, CorruptCache, CorruptRun
 from shared.format.limits import MAX_SHARDS
@@ -22,9 +22,11 @@ from student_train.tasks.metrics import MetricName
 log = logging.getLogger(__name__)
 
 CONFIG, SNAPSHOT, RESULT, METRICS = "run.yaml", "snapshot.json", "result.json", "metrics.jsonl"
+STATUS = "status.json"
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_RESULT_BYTES = 1 << 20
+_MAX_STATUS_BYTES = 1 << 16
 _MAX_LINE_BYTES = 1 << 16
 _ANOTHER_RUN = "Restore it from a copy, or start a new run with another --out."
 # The number that each kind of line is read for.
@@ -83,6 +85,23 @@ class _Result:
     student: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class StatusRecord:
+    """What an unfinished run last wrote of itself."""
+
+    state: Literal["started", "stopped", "failed"]
+    max_steps: int
+    message: str | None
+
+
+def read_status(storage: Storage) -> StatusRecord:
+    """How the last start of an unfinished run ended, as far as it could still say so."""
+    path = storage.path(STATUS)
+    with _explained(_RUN_AGAIN):
+        raw = parse_json(storage.read(STATUS, max_bytes=_MAX_STATUS_BYTES), str(path))
+        return build(StatusRecord, raw, str(path))
+
+
 def read_snapshot(storage: Storage) -> tuple[CacheSnapshot, ...]:
     """The caches that this run was started on."""
     path = storage.path(SNAPSHOT)
@@ -136,6 +155,11 @@ def _check_intervals(numbers: Any, where: str) -> None:
             raise CorruptRun(
                 f"{where}: {name[:80]}: found {_short(value)}, expected a number. {_RUN_AGAIN}"
             )
+
+
+def kl_of(numbers: Mapping[str, Any]) -> float | None:
+    """The KL to the teacher, whole or over the kept classes; None without targets."""
+    return numbers.get("kl", numbers.get("kl_bucketed"))
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -11,6 +11,7 @@ import typer
 
 from shared.options import command
 from shared.options import main as run_app
+from shared.signals import stop_until_exit
 from teacher_cache.config import (
     CaptureConfig,
     CheckConfig,
@@ -32,7 +33,13 @@ app = typer.Typer(
 
 @command(app, "plan", PlanConfig)
 def plan_command(config: PlanConfig) -> None:
-    """Counts a job before any GPU hour: documents, rows, tokens, shards, bytes over k."""
+    """Counts a job before any GPU hour: documents, rows, tokens, shards, bytes over k.
+
+    It takes the options of run, and --calibrate to measure with the teacher on a sample of the
+    corpus what each kind and size of targets keeps and costs:
+
+        cache-teacher plan --calibrate --teacher DIR --corpus data.jsonl --out cache
+    """
     from teacher_cache.tools.plan import estimate
     from teacher_cache.tools.report import estimate_text
 
@@ -46,10 +53,18 @@ def plan_command(config: PlanConfig) -> None:
 
 @command(app, "run", CaptureConfig)
 def run_command(config: CaptureConfig) -> None:
-    """Runs a teacher over a corpus once and writes a cache. Run again to resume."""
-    from teacher_cache.job.run import run
+    """Runs a teacher over a corpus once and writes a cache. Run again to resume.
 
-    run(config)
+    A job names a teacher, a corpus and a folder, and a --task where it is not causal-lm. What else
+    matters most: --mean-entries (how much is kept of each distribution), --max-length (how long a
+    row is), --split (which documents):
+
+        cache-teacher run --teacher Qwen/Qwen3-8B --corpus 'data/*.jsonl' --out cache
+    """
+    stop = stop_until_exit()  # the next import takes seconds
+    from teacher_cache.job.run import run_stoppable
+
+    run_stoppable(config, stop)
 
 
 @command(app, "inspect", InspectConfig)

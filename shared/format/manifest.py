@@ -15,9 +15,17 @@ from typing import Any
 import xxhash
 
 from shared.format.layouts import LAYOUTS, RowLayout
-from shared.targets.hidden import HiddenCodec
 from shared.targets.spec import TargetSpec
-from shared.tasks import PROBLEMS, TASKS, Labels, Pooling, Problem, ProblemType, TaskName
+from shared.tasks import (
+    PROBLEMS,
+    TASKS,
+    HiddenCodec,
+    Labels,
+    Pooling,
+    Problem,
+    ProblemType,
+    TaskName,
+)
 
 FORMAT_VERSION = 1
 
