@@ -4,17 +4,9 @@ Rows are built in stage one and metrics live in stage two; both read the task fr
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
-TaskName = Literal[
-    "causal-lm",
-    "masked-lm",
-    "seq2seq-lm",
-    "token-classification",
-    "sequence-classification",
-    "question-answering",
-    "feature-extraction",
-]
+TaskName: TypeAlias = str  # a name in TASKS
 Layout = Literal["tokens", "row", "outputs", "window", "pair"]
 Labels = Literal["next", "stored", "none"]
 Pooling = Literal["mean", "cls", "last", "none"]
@@ -71,6 +63,11 @@ class Task:
     labels: Labels = "stored"
     unlabelled: tuple[tuple[str, ...], ...] = ()
     has_problem_type: bool = False
+
+    @property
+    def named_classes(self) -> bool:
+        """Whether classes are the labels that a manifest names."""
+        return self.target_space == "labels"
 
 
 TASKS: dict[TaskName, Task] = {

@@ -84,7 +84,7 @@ def _wrong_layout(manifest: Manifest) -> Iterator[str]:
 def _wrong_labels(manifest: Manifest) -> Iterator[str]:
     """Names of classes, and what of them a position has: one of all, yes or no, or a number."""
     names, targets, problem = len(manifest.labels), manifest.targets, manifest.problem
-    of_labels = TASKS[manifest.task].target_space == "labels"
+    of_labels = TASKS[manifest.task].named_classes
     if not manifest.labelled:
         yield from _wrong_unlabelled(manifest)
     elif (

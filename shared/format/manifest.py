@@ -145,7 +145,7 @@ class Manifest:
     """
 
     format_version: int
-    task: TaskName
+    task: TaskName = field(metadata={"one_of": TASKS})
     teacher: TeacherInfo | None
     tokenizer: TokenizerInfo
     corpus: CorpusInfo
