@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from shared.arrays import ranges
+from shared.format.layouts import bounds_of
 from shared.targets.hidden import num_states, state_positions
 from shared.tasks import Layout
-from shared.windows import bounds_of
 
 if TYPE_CHECKING:
     from shared.format.blocks import Block

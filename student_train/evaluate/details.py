@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from shared.cache import Cache
-from shared.format.schema import layout
+from shared.format.schema import planes_of
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.rows import Row
 from shared.tasks import TASKS
@@ -47,7 +47,7 @@ class Details:
         self.student, self.teacher = Reliability(), Reliability()
         of_labels = TASKS[cache.manifest.task].target_space == "labels"
         self.confusion: Confusion | LabelCounts | None = None
-        if cache.manifest.layout == "outputs":
+        if cache.manifest.layout.name == "outputs":
             self.confusion = LabelCounts(cache.manifest.labels)
         elif of_labels:
             self.confusion = Confusion(cache.manifest.labels)
@@ -117,7 +117,7 @@ class Details:
 
 def row_numbers(cache: Cache, row_ids: Sequence[int]) -> dict[int, int]:
     """Where rows of these ids are in a cache; reads the ids of blocks until all are found."""
-    planes = [plane for plane in layout(cache.manifest) if plane.column == "row_ids"]
+    planes = [plane for plane in planes_of(cache.manifest) if plane.column == "row_ids"]
     wanted, found, first = np.array(row_ids, np.int64), {}, 0
     for block, rows in enumerate(cache.block_rows.tolist()):
         ids_R = cache.read_planes(block, planes)["row_ids.0"].view(np.int64)
@@ -141,7 +141,7 @@ def _shown(
     places = np.arange(len(loss_P))
     if not names:
         places = np.sort(np.argsort(-loss_P, kind="stable")[:MOST_MARKED])
-    of_outputs = cache.manifest.layout == "outputs"
+    of_outputs = cache.manifest.layout.name == "outputs"
     if of_outputs:
         places = _said(kept, row.labels.numpy())
     texts = token_texts(tokenizer, row.input_ids.tolist())
@@ -218,7 +218,7 @@ def _place(
     """
     task, special = TASKS[cache.manifest.task], set(tokenizer.all_special_ids)
     label = int(row.labels[p])
-    of_row = cache.manifest.layout in ("row", "outputs")
+    of_row = cache.manifest.layout.name in ("row", "outputs")
     if of_row or (task.layout == "window" and not label):
         return {"token": None, "token_end": None}
     if task.layout == "window":

@@ -81,7 +81,7 @@ def evaluate(
         targets=has_targets,
         hidden_layers=tuple(layer for layer, _ in pairs),
         hidden_every=manifest.hidden.every,
-        layout=manifest.layout,
+        layout=manifest.layout.name,
     )
     stream = BatchStream(cache, order, spec, max_steps=order.steps_for_epochs(1))
     device = next(student.parameters()).device

@@ -99,7 +99,7 @@ def samples_of(cache: Cache, count: int, inputs: Sequence[str], start_token: int
     An encoder-decoder reads the first segment of a row, and its decoder the second; of a cache that
     has no pairs it reads the row and is asked for its labels, behind `start_token`.
     """
-    layout = cache.manifest.layout
+    layout = cache.manifest.layout.name
     numbers = np.unique(np.linspace(0, cache.num_rows - 1, min(count, cache.num_rows)).astype(int))
     return [
         sample
@@ -158,7 +158,7 @@ def labels_of(cache: Cache, config: PretrainedConfig) -> Labels | None:
     of_tokens = task.target_space in ("tokens", "states")
     if of_tokens or not manifest.labelled or (config.is_encoder_decoder and task.layout != "pair"):
         return None
-    return Labels(manifest.layout in ("row", "outputs"), manifest.labels)
+    return Labels(manifest.layout.name in ("row", "outputs"), manifest.labels)
 
 
 def padded(samples: Sequence[Sample], pad_token: int) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from shared.cache import Cache
 from shared.errors import ConfigError, Refused
+from shared.format.layouts import PLACES
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.tasks import PROBLEM_TYPES, TASKS, TaskName, is_unnamed
-from shared.windows import PLACES
 from student_train.student.adapters import require_peft
 from student_train.student.encoder_decoder import (
     generation_config,

@@ -40,7 +40,7 @@ def check_fit(name: str, config: PretrainedConfig, cache: Cache) -> None:
     compat.check_student(_known_of(name, config, cache), Side(str(cache.path), cache.manifest))
     longest = int(cache.row_tokens.max(initial=0))
     places = _places(config, cache.manifest.task, longest)
-    if cache.manifest.layout == "pair":
+    if cache.manifest.layout.name == "pair":
         if places is not None:
             check_lengths(name, places, cache)
     elif places is not None and longest > places:
@@ -69,7 +69,7 @@ def _known_of(name: str, config: PretrainedConfig, cache: Cache) -> Student:
         differing_tokens=differing_tokens,
         labels=labels,
         problem_type=config.problem_type if keeps_head else None,
-        decoder_start=decoder_start_of(name) if kept and manifest.layout == "pair" else None,
+        decoder_start=decoder_start_of(name) if kept and manifest.layout.name == "pair" else None,
     )
 
 
@@ -220,7 +220,7 @@ def check_cache(config: TrainConfig, model_config: PretrainedConfig, cache: Cach
             f"{cache.path}: holds hard labels only (--targets none). Train with --soft-weight 0 "
             "--hard-weight 1, or cache a teacher."
         )
-    if config.uses_hidden_loss and manifest.layout in ("row", "outputs", "window"):
+    if config.uses_hidden_loss and manifest.layout.name in ("row", "outputs", "window"):
         raise CacheMismatch(
             f"--hidden-weight: {cache.path} is of {manifest.task}, whose targets are of a row as a "
             "whole; the hidden-state loss is there for tokens only. Leave it out."

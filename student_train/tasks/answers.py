@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from shared.cache import Cache
+from shared.format.layouts import PLACES, bounds_of
 from shared.format.schema import ROW_CHUNK_BITS
 from shared.rows import references
 from shared.tasks import TASKS
-from shared.windows import PLACES, Spans, WindowReference, best_spans, bounds_of, reference_of
+from shared.windows import Spans, WindowReference, best_spans, reference_of
 from student_train.data.collate import MicroBatch
 from student_train.loss.rows import SoftTarget
 from student_train.processes import of_all_processes
@@ -38,7 +39,7 @@ class Collector(Protocol):
 
 def collector_for(cache: Cache, max_answer_tokens: int) -> Collector | None:
     """The collector of the task of a cache; None where sums of losses say all there is."""
-    if cache.manifest.layout == "outputs":
+    if cache.manifest.layout.name == "outputs":
         return OutputAnswers(cache)
     if TASKS[cache.manifest.task].target_space == "labels":
         return LabelAnswers(cache)

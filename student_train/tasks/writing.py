@@ -47,7 +47,7 @@ class Source:
 
 def check_writes(cache: Cache) -> None:
     """Refuses a cache whose rows have no source of their own."""
-    if cache.manifest.layout != "pair":
+    if cache.manifest.layout.name != "pair":
         raise CacheMismatch(
             f"{cache.path}: is of {cache.manifest.task}, where a student writes no text to be "
             "scored: that is there for seq2seq-lm. Leave generation out."

@@ -17,7 +17,7 @@ from shared.format.blocks import Block
 from shared.format.manifest import Manifest
 from shared.format.schema import ROW_CHUNK_BITS
 from shared.targets.hidden import num_states, state_positions
-from shared.targets.spec import Target
+from shared.targets.record import Target
 from teacher_cache.engines.batches import ForwardBatch, batch_of, forward_batches
 from teacher_cache.engines.memory import is_out_of_memory
 from teacher_cache.engines.teacher import Teacher
@@ -202,7 +202,7 @@ def capture_window(
     targets = WindowTargets(manifest, window)
     waiting: _Forwarded | None = None
     tokens, packed = manifest.plan.forward_tokens, manifest.preprocessing.pack
-    layout = manifest.layout
+    layout = manifest.layout.name
     for batch in forward_batches(window, tokens, packed=packed, layout=layout):
         check_stop()
         forwarded = _forward(teacher, manifest, batch, targets)
@@ -254,7 +254,7 @@ def _capture_halves(
     for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
         check_stop()
         torch.cuda.empty_cache()  # outside the `except`, whose error holds what did not fit
-        packed, layout = manifest.preprocessing.pack, manifest.layout
+        packed, layout = manifest.preprocessing.pack, manifest.layout.name
         batch = batch_of(window, half, targets.starts, packed=packed, layout=layout)
         forwarded = _forward(teacher, manifest, batch, targets)
         if forwarded is None:

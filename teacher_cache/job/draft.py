@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from shared import compat
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
 from shared.fit_rules import Side
-from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.format.manifest import (
     GenerationSpec,
     HiddenSpec,
@@ -27,9 +27,12 @@ from shared.format.manifest import (
 from shared.models.decoding import decoder_start_of
 from shared.models.tokenizer import describe
 from shared.storage import LocalStorage, Storage
-from shared.targets.spec import RAGGED_KINDS, TargetKind, TargetSpec
+from shared.targets.base import TargetKind
+from shared.targets.kinds import RAGGED_KINDS
+from shared.targets.spec import TargetSpec
 from shared.tasks import TASKS, ProblemType
 from teacher_cache.config import CaptureConfig
+from teacher_cache.config.targets import Targets
 from teacher_cache.corpus.sources import Corpus, open_corpus
 from teacher_cache.engines.generation import Writer, writer_hash
 from teacher_cache.engines.teacher import (
@@ -135,7 +138,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
     """
     old = None if config.like is None else LocalStorage(config.like)
     if old is not None:
-        config = _as_in(config, manifests.read(old)[0])
+        config = _as_in(config, manifest_file.read(old)[0])
     corpus = open_corpus(config)
     problem_type = problem_type_for(config, corpus)
     wants_teacher = load_teacher and config.uses_teacher
@@ -144,7 +147,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
     assert name is not None  # CaptureConfig refuses a job without either
     tokenizer = load_tokenizer(name, revision=None if config.tokenizer else config.revision)
     info = describe(tokenizer)
-    known = () if old is None else manifests.read(old)[0].labels
+    known = () if old is None else manifest_file.read(old)[0].labels
     labels = _labels(config, corpus, teacher, problem_type, known)
     num_classes = len(labels) or _num_classes(config, teacher, info)
     draft = Draft(
@@ -169,7 +172,7 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
     return replace(
         config,
         like=None,
-        targets="auto" if targets.kind == "values" else targets.kind,
+        targets="auto" if targets.numbers else cast(Targets, targets.kind),
         problem_type=old.problem_type if TASKS[config.task].layout == "row" else "auto",
         mean_entries=targets.mean_entries if targets.ragged else config.mean_entries,
         top_k=targets.top_k if targets.kind == "topk" else None,
@@ -195,7 +198,7 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
 
 def _like(draft: Draft, old: Storage) -> Draft:
     """Refuses another teacher or tokenizer than the old cache's, and takes over what it learnt."""
-    manifest, _ = manifests.read(old)
+    manifest, _ = manifest_file.read(old)
     asked = draft.asked_of(manifest)
     if draft.teacher is None:  # of a plan that reads no weights nobody can say whose they are
         asked = replace(asked, teacher=manifest.teacher)

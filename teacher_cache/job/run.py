@@ -20,15 +20,16 @@ import torch
 from shared.cache import channel_scales, class_ranks, committed_shards, read_commits
 from shared.errors import DiskFull, NonFiniteTargets, Stopped, TeacherCacheError
 from shared.format.blocks import Block
+from shared.format.commits import commit_name
 from shared.format.manifest import Manifest
 from shared.format.schema import MIN_BLOCK_POSITIONS, ROW_CHUNK_BITS
-from shared.format.shards import EncodedBlock, ShardWriter, commit_name
+from shared.format.writer import EncodedBlock, ShardWriter
 from shared.options import write_resolved
 from shared.progress import Progress, WaitClock
 from shared.signals import StopRequest, stop_on_signals
 from shared.storage import LocalStorage, Storage
 from shared.targets.hidden import ChannelScales
-from shared.targets.spec import ClassRanks
+from shared.targets.record import ClassRanks
 from teacher_cache.config import CaptureConfig
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.finished import finished_as_asked
