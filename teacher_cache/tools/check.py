@@ -24,11 +24,12 @@ from shared.targets.spec import MAX_ENTRIES, TargetSpec
 from shared.tasks import TASKS
 from teacher_cache.config import CheckConfig
 from teacher_cache.engines.batches import forward_batches
+from teacher_cache.engines.hf import teacher_info
 from teacher_cache.engines.teacher import Teacher
-from teacher_cache.job.capture import grid_offsets, random_bits
-from teacher_cache.job.draft import teacher_info
+from teacher_cache.select.ragged import grid_offsets, random_bits
 from teacher_cache.select.targets import select
-from teacher_cache.tasks.rows import Row
+from teacher_cache.tasks.rows import TrainingRow
+from teacher_cache.tasks.table import task_of
 from teacher_cache.tools.check_states import CheckedStates, check_states
 from teacher_cache.tools.check_values import CheckedValues, check_values
 
@@ -126,12 +127,12 @@ class _Live(_Cells):
     best: Tensor  # i64 [N]
 
 
-def _row(cache: Cache, index: int) -> Row:
+def _row(cache: Cache, index: int) -> TrainingRow:
     row = cache[index]
     ids, positions = row.input_ids.numpy().astype(np.int32), row.positions.numpy()
     types = None if row.token_type_ids is None else row.token_type_ids.numpy()
     of_outputs = cache.manifest.layout == "outputs"
-    return Row(
+    return TrainingRow(
         row.row_id,
         ids,
         row.segments,
@@ -168,13 +169,13 @@ def _padded(targets: RowTargets, spec: TargetSpec) -> tuple[Tensor, Tensor]:
     return ids_NK, empty_NK.masked_scatter(there_NK, logprobs)
 
 
-def _live(teacher: Teacher, cache: Cache, rows: list[Row], ids_NK: Tensor) -> _Live:
+def _live(teacher: Teacher, cache: Cache, rows: list[TrainingRow], ids_NK: Tensor) -> _Live:
     """What the teacher says now at the positions of these rows, over the same cells."""
     plan, packed = cache.manifest.plan, cache.manifest.preprocessing.pack
     cells_NJ = torch.empty(len(ids_NK), ids_NK.shape[1] + 1, dtype=torch.float64)
     best_N = torch.empty(len(ids_NK), dtype=torch.int64)
-    layout = cache.manifest.layout
-    for batch in forward_batches(rows, plan.forward_tokens, packed=packed, layout=layout):
+    inputs = task_of(cache.manifest).inputs
+    for batch in forward_batches(rows, plan.forward_tokens, packed=packed, inputs=inputs):
         output = teacher.forward(batch.inputs, chunk_positions=plan.chunk_positions)
         for part, logits_nV in output.chunks:
             at = batch.window_index[part]
@@ -200,13 +201,13 @@ def _entries(cache: Cache, chosen: list[int]) -> list[Tensor]:
     return found
 
 
-def _drawn(teacher: Teacher, cache: Cache, rows: list[Row]) -> list[Tensor]:
+def _drawn(teacher: Teacher, cache: Cache, rows: list[TrainingRow]) -> list[Tensor]:
     """The classes of each position that a capture of these rows would keep or draw now."""
     manifest = cache.manifest
     bits_N, plan = random_bits(manifest.seed, rows), manifest.plan
     found: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * len(bits_N)
-    layout, packed = manifest.layout, manifest.preprocessing.pack
-    for batch in forward_batches(rows, plan.forward_tokens, packed=packed, layout=layout):
+    inputs, packed = task_of(manifest).inputs, manifest.preprocessing.pack
+    for batch in forward_batches(rows, plan.forward_tokens, packed=packed, inputs=inputs):
         output = teacher.forward(batch.inputs, chunk_positions=plan.chunk_positions)
         for part, logits_nV in output.chunks:
             at = batch.window_index[part]
