@@ -63,6 +63,7 @@ class TeacherTask(ABC):
     rows_have_parts = False  # every row consists of segments that mean something
     rows_have_references = False  # every row has what an answer is compared with
     always_has_token_types = False
+    positions_are_outputs = False  # of the row as a whole, one for each label; else tokens
     shows_positions = True  # to a person; else what there is to see is said of the row as a whole
 
     def __init__(self, name: TaskName) -> None:
@@ -136,6 +137,10 @@ class TeacherTask(ABC):
     def stores_positions(self, roles: Collection[str]) -> bool:
         """Whether it must be said where targets are; else they are at all tokens but the last."""
         return set(roles) != {"text"} or TASKS[self.name].labels != "next"
+
+    def possible_classes(self, rows: Sequence[TrainingRow], num_classes: int) -> float:
+        """Classes that have a probability at a position of such rows, on average."""
+        return num_classes
 
     # For a person
 

@@ -42,6 +42,7 @@ class LabelledTask(TeacherTask):
         self.problem_type = problem_type
         self.problem = PROBLEMS[problem_type]
         self.numbers = self.problem.numbers
+        self.positions_are_outputs = self.problem.position_per_output
         self.fewest_labels = self.problem.fewest_labels
 
     def of_problem(self, problem_type: ProblemType) -> TeacherTask:
@@ -70,7 +71,7 @@ class LabelledTask(TeacherTask):
         return self.problem.classes(num_labels)
 
     def stores_positions(self, roles: Collection[str]) -> bool:
-        return not self.problem.position_per_output
+        return not self.positions_are_outputs
 
     def shown(
         self, row: Row, manifest: Manifest, tokenizer: "PreTrainedTokenizerBase"

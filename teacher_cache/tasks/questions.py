@@ -7,7 +7,7 @@ answer has none: both of its labels are token 0.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,9 @@ class QuestionTask(TeacherTask):
 
     def num_classes(self, config: "CaptureConfig", num_labels: int, vocabulary: Vocabulary) -> int:
         return config.max_length  # the tokens of the longest row
+
+    def possible_classes(self, rows: Sequence[TrainingRow], num_classes: int) -> float:
+        return sum(row.segments[1] + 1 for row in rows) / len(rows)  # the context, and token 0
 
     def shown(
         self, row: Row, manifest: Manifest, tokenizer: "PreTrainedTokenizerBase"

@@ -21,7 +21,6 @@ from shared.format.manifest import differences
 from shared.models.tokenizer import describe
 from shared.targets.ragged import drawn_logprob
 from shared.targets.spec import MAX_ENTRIES, TargetSpec
-from shared.tasks import TASKS
 from teacher_cache.config import CheckConfig
 from teacher_cache.engines.batches import forward_batches
 from teacher_cache.engines.hf import teacher_info
@@ -68,8 +67,8 @@ class Checked:
 def check(config: CheckConfig) -> Checked | CheckedStates | CheckedValues:
     """Runs the teacher over a sample of a cache's rows and compares."""
     cache = open_cache(config.cache, allow_partial=True)
-    of_states = TASKS[cache.manifest.task].target_space == "states"
-    if not cache.has_targets and not of_states:
+    task = task_of(cache.manifest)
+    if task.predicts and not cache.has_targets:
         raise CacheMismatch(f"{config.cache}: holds hard labels only, so no teacher can be checked")
     teacher = Teacher.load(
         config.teacher,
@@ -85,9 +84,9 @@ def check(config: CheckConfig) -> Checked | CheckedStates | CheckedValues:
     chosen = np.unique(np.linspace(0, cache.num_rows - 1, count).astype(np.int64)).tolist()
     rows = [_row(cache, index) for index in chosen]
     differing = tuple(_differences(cache, teacher, config))
-    if of_states:
+    if not task.predicts:
         return check_states(cache, teacher, chosen, rows, [*differing])
-    if cache.manifest.targets.kind == "values":
+    if task.numbers:
         return check_values(teacher, cache, chosen, rows, differing)
     cached = _cached(cache, chosen)
     batched = _live(teacher, cache, rows, cached.ids)
@@ -131,7 +130,6 @@ def _row(cache: Cache, index: int) -> TrainingRow:
     row = cache[index]
     ids, positions = row.input_ids.numpy().astype(np.int32), row.positions.numpy()
     types = None if row.token_type_ids is None else row.token_type_ids.numpy()
-    of_outputs = cache.manifest.layout == "outputs"
     return TrainingRow(
         row.row_id,
         ids,
@@ -139,7 +137,7 @@ def _row(cache: Cache, index: int) -> TrainingRow:
         positions,
         row.labels.numpy(),
         types,
-        of_outputs=of_outputs,
+        of_outputs=task_of(cache.manifest).positions_are_outputs,
     )
 
 

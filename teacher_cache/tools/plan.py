@@ -24,7 +24,6 @@ from shared.format.manifest import BatchPlan, HiddenSpec, Manifest
 from shared.format.shards import encode_block
 from shared.targets.hidden import NO_SCALES, ChannelScales
 from shared.targets.spec import MAX_ENTRIES, ClassRanks, TargetSpec
-from shared.tasks import TASKS
 from teacher_cache.config import PlanConfig
 from teacher_cache.engines.base import Engine
 from teacher_cache.engines.hf import teacher_of
@@ -67,7 +66,7 @@ class _Calibrated:
 def estimate(config: PlanConfig) -> dict[str, Any]:
     """Documents, rows, tokens, positions, shards; bytes of every choice; hours where calibrated."""
     draft = resolve(config, load_teacher=config.calibrate)
-    if config.calibrate and draft.problem_type == "regression":
+    if config.calibrate and draft.task.numbers:
         raise ConfigError(
             "--calibrate compares what may be kept of a distribution; of a regression the "
             "teacher's numbers are kept as they are. Leave it out."
@@ -161,22 +160,16 @@ def _part_of(column: str) -> str:
 def _from_table(draft: Draft, sample: Sample) -> list[Choice]:
     if draft.targets.kind in ("values", "none"):
         return []
+    possible = draft.task.possible_classes(sample.rows, draft.targets.num_classes)
     return [
         Choice(
             kind=spec.kind,
             size=choices.size_of(spec),
             asked=choices.is_asked(spec, draft.targets),
-            bytes_per_position=round(_tabled(spec, _possible(draft, sample)), 1),
+            bytes_per_position=round(_tabled(spec, possible), 1),
         )
         for spec in choices.specs(draft)
     ]
-
-
-def _possible(draft: Draft, sample: Sample) -> float:
-    """Classes with a probability at a position; in a window the context is all that has one."""
-    if TASKS[draft.config.task].layout == "window":
-        return sum(row.segments[1] + 1 for row in sample.rows) / len(sample.rows)
-    return draft.targets.num_classes
 
 
 def _tabled(spec: TargetSpec, possible_classes: float) -> float:
