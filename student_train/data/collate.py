@@ -168,6 +168,7 @@ class Counts:
     """What the terms of the loss are divided by: counts of a whole step, over all processes."""
 
     positions: int
+    labels: int  # positions with a hard label
     states: int = 0  # positions with hidden states
     rows: int = 0  # rows with a position
 
@@ -176,15 +177,13 @@ class Counts:
 class Shape:
     """How rows become sequences.
 
-    Every segment of a row becomes a sequence of its own, padded on the right with token 0. With
-    `packed` a row stays one sequence, its `position_ids` restart with every segment, and there is
-    no mask. Of pairs the first segment goes to the encoder, the second to the decoder. Every
+    Every segment of a row becomes a sequence of its own, padded on the right with token 0. Of pairs
+    the first segment goes to the encoder, the second to the decoder. Every
     `hidden_every`-th position of a row has hidden states. Where positions are outputs every row has
     all L of them, and `position_index` counts through the logits [B, L].
     """
 
     layout: Layout = "tokens"
-    packed: bool = False
     hidden_every: int = 1
 
 
@@ -238,6 +237,7 @@ def _assemble(columns: Columns, shape: Shape, counts: Counts) -> MicroBatch:
     arrays["labels"] = labels if labels.dtype == np.float32 else labels.astype(np.int64)
     arrays["row_ids"] = columns.pop("row_ids")[row_of_sequence]
     arrays["num_positions"] = np.array(counts.positions)
+    arrays["num_labels"] = np.array(counts.labels)
     if any(name.startswith("hidden.") for name in columns):
         at = state_positions(row_positions, shape.hidden_every)
         arrays["hidden_index"] = arrays["position_index"][at]
@@ -256,22 +256,15 @@ _Arranged = tuple[Columns, np.ndarray, np.ndarray]
 def _sequences(
     columns: Columns, input_ids: np.ndarray, row_starts: np.ndarray, shape: Shape
 ) -> _Arranged:
-    """Every segment, or with `packed` every row, as one sequence."""
-    position_ids, packed = columns.pop("position_ids", None), shape.packed
-    whole_rows = packed or position_ids is None
-    starts = row_starts if whole_rows else np.flatnonzero(position_ids == 0)
+    """Every segment as one sequence."""
+    position_ids = columns.pop("position_ids", None)
+    starts = row_starts if position_ids is None else np.flatnonzero(position_ids == 0)
     lengths_B1 = np.diff(starts, append=len(input_ids))[:, None]
     column_T = np.arange(lengths_B1.max())
     places = ranges(np.arange(len(starts)) * len(column_T), lengths_B1[:, 0])
     ids_BT = np.zeros((len(starts), len(column_T)), np.int64)
     arrays = {"input_ids": _scatter(input_ids, places, ids_BT)}
-    if not packed:
-        arrays["attention_mask"] = (column_T < lengths_B1).astype(np.int64)
-    elif position_ids is None:
-        arrays["position_ids"] = np.where(column_T < lengths_B1, column_T, column_T - lengths_B1)
-    else:
-        # Padding counts from 0 again: a segment of its own.
-        arrays["position_ids"] = _scatter(position_ids, places, column_T - lengths_B1)
+    arrays["attention_mask"] = (column_T < lengths_B1).astype(np.int64)
     if "token_type_ids" in columns:
         types = columns.pop("token_type_ids")
         arrays["token_type_ids"] = _scatter(types, places, np.zeros_like(ids_BT))

@@ -37,9 +37,10 @@ from student_train.run.callbacks import (
     StopOnSignal,
     train_or_stop,
 )
-from student_train.run.folder import RunFolder, is_main_process, kl_of
+from student_train.run.folder import RunFolder, is_main_process
 from student_train.run.metrics_log import MetricsLog
 from student_train.run.outcome import RunRecord
+from student_train.run_files import kl_of
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, is_from_scratch, load_config
 from student_train.student.encoder_decoder import trunk_parts
@@ -55,7 +56,7 @@ from student_train.student.fit import (
 )
 from student_train.tasks.defaults import Start
 from student_train.tasks.text_metrics import require_metrics
-from student_train.tasks.vectors import projection_of
+from student_train.tasks.vectors import projection_of, saved_parameters
 from student_train.tasks.vectors import save as save_vectors
 from student_train.tasks.writing import Writing, check_writes, written_numbers
 
@@ -67,7 +68,7 @@ _EVAL_TOKENS = 8192
 class DistillTrainer(Trainer):
     """A Trainer whose batches come from a `BatchStream` and whose model returns its own loss.
 
-    The loss of a micro-batch is already divided by the positions of the whole step over all
+    Each term of a micro-batch is already divided by its own count in the whole step over all
     processes; DDP and FSDP average gradients, hence the multiplication by the number of processes.
     """
 
@@ -336,7 +337,7 @@ def _finish(
     numbers: dict[str, Any] = {
         "student": config.student,
         "out": str(config.out),
-        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "parameters": saved_parameters(student, caches.first),
         "task": caches.manifest.task,
         "cache_ids": caches.cache_ids,
         "targets": [cache.manifest.targets.text for cache in caches.caches],

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from shared.cache import Cache
 from shared.errors import CacheMismatch, CorruptRun
+from shared.tasks import TASKS
 from student_train.data.collate import MicroBatch
 from student_train.loss.objective import PROJECTIONS, projection_name
 from student_train.processes import of_all_processes
@@ -110,6 +111,19 @@ def projection_of(student: Any, cache: Cache) -> nn.Linear | None:
     modules = dict(projections.named_children())
     projection = modules.get(projection_name(*layer_pair(cache)))
     return projection if isinstance(projection, nn.Linear) else None
+
+
+def saved_parameters(student: Any, cache: Cache) -> int:
+    """Parameters of a student as it is saved.
+
+    The projections of hidden states end with training, but for the one that vectors are served
+    with.
+    """
+    counts = {name: parameter.numel() for name, parameter in student.named_parameters()}
+    total = sum(count for name, count in counts.items() if PROJECTIONS not in name.split("."))
+    of_vectors = TASKS[cache.manifest.task].target_space == "states"
+    projection = projection_of(student, cache) if of_vectors else None
+    return total if projection is None else total + projection.weight.numel()
 
 
 def save(folder: Path, projection: nn.Linear | None, width: int, cache: Cache) -> None:
