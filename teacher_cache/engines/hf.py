@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -13,7 +12,7 @@ from teacher_cache.config import CaptureConfig
 from teacher_cache.engines import generation
 from teacher_cache.engines.base import Engine
 from teacher_cache.engines.batches import ForwardBatch, forward_batches
-from teacher_cache.engines.loading import config_hash, weights_digest
+from teacher_cache.engines.loading import config_hash, teacher_id, weights_digest
 from teacher_cache.engines.memory import is_out_of_memory
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.engines.windows import capture_window
@@ -164,9 +163,8 @@ def teacher_of(engine: Engine) -> Teacher:
 
 def teacher_info(name: str, teacher: Teacher) -> TeacherInfo:
     """What the manifest says of a teacher loaded as `name`."""
-    folder = Path(name)
     return TeacherInfo(
-        id=folder.resolve().name if folder.is_dir() else name,
+        id=teacher_id(name),
         revision=teacher.revision or "local",
         config_hash=config_hash(teacher.model),
         weights_digest=weights_digest(teacher.model),

@@ -26,7 +26,7 @@ from shared.format.shards import EncodedBlock, ShardWriter, commit_name
 from shared.options import write_resolved
 from shared.progress import Progress, WaitClock
 from shared.signals import StopRequest, stop_on_signals
-from shared.storage import Storage
+from shared.storage import LocalStorage, Storage
 from shared.targets.hidden import ChannelScales
 from shared.targets.spec import ClassRanks
 from teacher_cache.config import CaptureConfig
@@ -34,6 +34,7 @@ from teacher_cache.engines.base import Engine, LoadEngine
 from teacher_cache.engines.table import DEFAULT_ENGINE, ENGINES
 from teacher_cache.job.calibrate import publish_or_adopt
 from teacher_cache.job.draft import Draft, resolve
+from teacher_cache.job.finished import finished_as_asked
 from teacher_cache.job.statistics import add, block_sums, encode_and_measure
 from teacher_cache.job.workers import Share, my_shards, run_local_processes, share_of
 from teacher_cache.select.window import WindowTargets
@@ -99,7 +100,13 @@ def run_stoppable(
     if count > 1:
         _run_many(config, share, count, stop)
         return
-    storage = Storage(config.out)
+    storage = LocalStorage(config.out)
+    if (finished := finished_as_asked(config, storage)) is not None:
+        publish_or_adopt(finished, storage)
+        _record(config, storage, share)
+        shards = len(committed_shards(storage))
+        log.info("%s: %d of %d shards done", storage.root, shards, shards)
+        return
     draft = resolve(config, load_engine=load_engine)
     manifest, cache_id = publish_or_adopt(draft, storage)
     torch.set_num_threads(manifest.plan.cpu_threads)  # on a CPU it decides the last bits
@@ -323,7 +330,7 @@ def _run_many(config: CaptureConfig, share: Share, count: int, stop: StopRequest
         )
 
 
-def _record(config: CaptureConfig, storage: Storage, share: Share) -> None:
+def _record(config: CaptureConfig, storage: LocalStorage, share: Share) -> None:
     """The resolved config of this process, for the user; never read by stage two."""
     folder = storage.root / "runs"
     folder.mkdir(exist_ok=True)
