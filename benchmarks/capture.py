@@ -32,9 +32,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from shared.targets.spec import TargetSpec
-from teacher_cache.engines.streamed_head import TeacherBatch
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.select.targets import select
+from teacher_cache.tasks.inputs import TeacherBatch
 
 VARIANTS = ("ours", "naive", "bare")
 

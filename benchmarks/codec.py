@@ -48,7 +48,7 @@ from shared.targets.spec import (
     TargetKind,
     TargetSpec,
 )
-from teacher_cache.select.thresholds import find_threshold
+from teacher_cache.select.kinds import SELECTORS
 
 Doubles = npt.NDArray[np.float64]
 SYNTHETIC_CLASSES = 151_936
@@ -165,7 +165,7 @@ def ragged_spec(sample: Sample, kind: TargetKind, mean_entries: float) -> Target
     """With the threshold that calibration would find."""
     known = torch.from_numpy(np.log(sample.probs_NM[:, :MAX_ENTRIES])).float()
     spec = TargetSpec(kind=kind, num_classes=sample.num_classes, mean_entries=mean_entries)
-    return replace(spec, threshold=find_threshold(known, spec))
+    return replace(spec, threshold=SELECTORS[spec.kind].find_threshold(known, spec))
 
 
 def measure_ragged(sample: Sample, spec: TargetSpec, rows: int, repeats: int) -> dict[str, Any]:

@@ -36,8 +36,8 @@ from shared.targets.spec import ClassRanks, Target, TargetKind, TargetSpec
 from student_train.loss.linear import logits_loss
 from student_train.loss.rows import SoftTarget
 from student_train.loss.spec import LossSpec, Tail
+from teacher_cache.select.kinds import SELECTORS
 from teacher_cache.select.targets import select
-from teacher_cache.select.thresholds import find_threshold
 
 SEGMENT = 128  # consecutive tokens, as in the files
 CHANNELS = 32
@@ -149,7 +149,9 @@ def spec_for(kind: TargetKind, num_classes: int, entries: int, probs_NM: Tensor)
     )
     if kind == "topk":
         return spec
-    return replace(spec, threshold=find_threshold(probs_NM[:, :255].log(), spec))
+    return replace(
+        spec, threshold=SELECTORS[spec.kind].find_threshold(probs_NM[:, :255].log(), spec)
+    )
 
 
 def draws_for(probs_NM: Tensor, entries: int) -> int:

@@ -7,7 +7,7 @@ the turn and was not there before it, without the white space behind its end-of-
 T tokens of a conversation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,30 +15,10 @@ import numpy as np
 from jinja2 import TemplateError
 
 from shared.errors import CorpusError
+from teacher_cache.corpus.documents import Conversation, Exchange
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Message = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages with a role and a content each."""
-
-    messages: tuple[Message, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """A prompt and its completion: one question and one answer."""
-
-    prompt: str
-    completion: str
-
-    def conversation(self) -> Conversation:
-        question = {"role": "user", "content": self.prompt}
-        return Conversation((question, {"role": "assistant", "content": self.completion}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,10 +26,16 @@ from shared.format.shards import file_hash
 from shared.tasks import TASKS, ProblemType, TaskName
 from teacher_cache.config import CaptureConfig
 from teacher_cache.corpus import conll
-from teacher_cache.corpus.chat import Conversation, Exchange
-from teacher_cache.tasks.label_rows import Label, Labelled, Tagged
-from teacher_cache.tasks.seq2seq_rows import Pair
-from teacher_cache.tasks.window_rows import Asked, answers_of
+from teacher_cache.corpus.documents import (
+    Asked,
+    Conversation,
+    Exchange,
+    Label,
+    Labelled,
+    Pair,
+    Tagged,
+    answers_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +148,7 @@ class Corpus:
         if problem_type == "regression":
             return _numbered(longest)
         named = longest <= 2 and not any(isinstance(value, bool | float) for value in known)
-        vectors = lengths == {longest} and known <= {0, 1} and not named  # label_rows.is_vector
+        vectors = lengths == {longest} and known <= {0, 1} and not named  # documents.is_vector
         if problem_type == "multi_label" and vectors:
             return _numbered(longest)
         if all(isinstance(label, str) for label in known):

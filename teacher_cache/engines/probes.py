@@ -4,13 +4,12 @@ B rows, T tokens, V logit width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from shared.tasks import Layout
-from teacher_cache.engines.streamed_head import TeacherBatch, same_values
+from teacher_cache.engines.streamed_head import same_values
+from teacher_cache.tasks.inputs import SEQUENCES, ForwardInputs, TeacherBatch
 
 LogitsFn = Callable[[TeacherBatch], Tensor]  # a batch to the logits of its N positions, [N, V]
 
@@ -23,21 +22,16 @@ SAME_SHAPE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 PACKED_ROWS = ((9, 10, 5), (6, 11, 7))  # lengths of segments; the last of each stands for padding
 
 
-def padded_batch(num_classes: int, layout: Layout = "tokens") -> TeacherBatch:
+def padded_batch(num_classes: int, inputs: ForwardInputs = SEQUENCES) -> TeacherBatch:
     """2 rows of 12 tokens, the second padded after 7; every token a position.
 
     Of pairs that is what the decoder reads, after 9 and 5 tokens for the encoder.
     """
-    ids_BT, mask_BT = _tokens((2, 12), num_classes, seed=0), _mask((12, 7))
-    index_N = mask_BT.flatten().nonzero()[:, 0]
-    if layout != "pair":
-        return TeacherBatch(input_ids=ids_BT, attention_mask=mask_BT, position_index=index_N)
-    return TeacherBatch(
-        input_ids=_tokens((2, 9), num_classes, seed=3),
-        attention_mask=_mask((9, 5)),
-        decoder_input_ids=ids_BT,
-        decoder_attention_mask=mask_BT,
-        position_index=index_N,
+    mask_BT = _mask((12, 7))
+    return inputs.trial(
+        predicted=(_tokens((2, 12), num_classes, seed=0), mask_BT),
+        source=(_tokens((2, 9), num_classes, seed=3), _mask((9, 5))),
+        position_index=mask_BT.flatten().nonzero()[:, 0],
     )
 
 
@@ -45,9 +39,11 @@ def _mask(lengths: Sequence[int]) -> Tensor:
     return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
 
 
-def sees_later_tokens(logits: LogitsFn, num_classes: int, layout: Layout = "tokens") -> bool:
+def sees_later_tokens(
+    logits: LogitsFn, num_classes: int, inputs: ForwardInputs = SEQUENCES
+) -> bool:
     """Whether another last token changes the logits before it, as in a bidirectional encoder."""
-    first, second = _with_other_last_tokens(logits, num_classes, layout)
+    first, second = _with_other_last_tokens(logits, num_classes, inputs)
     return not same_values(first, second, OTHER_SHAPE[first.dtype])
 
 
@@ -61,7 +57,7 @@ def ignores_later_tokens(logits: LogitsFn, num_classes: int) -> bool:
 
 
 def _with_other_last_tokens(
-    logits: LogitsFn, num_classes: int, layout: Layout = "tokens"
+    logits: LogitsFn, num_classes: int, inputs: ForwardInputs = SEQUENCES
 ) -> tuple[Tensor, Tensor]:
     """Logits of all tokens but the last, which differs, of one row: [11, V] each.
 
@@ -72,19 +68,9 @@ def _with_other_last_tokens(
     other_BT[:, -1] = (other_BT[:, -1] + 1) % num_classes
     ones_BT, index_N = torch.ones_like(tokens_BT), torch.arange(11)
     batches = [
-        TeacherBatch(input_ids=ids_BT, attention_mask=ones_BT, position_index=index_N)
+        inputs.trial((ids_BT, ones_BT), source=(tokens_BT, ones_BT), position_index=index_N)
         for ids_BT in (tokens_BT, other_BT)
     ]
-    if layout == "pair":
-        batches = [
-            replace(
-                batch,
-                input_ids=tokens_BT,
-                decoder_input_ids=batch.input_ids,
-                decoder_attention_mask=ones_BT,
-            )
-            for batch in batches
-        ]
     first, second = map(logits, batches)
     return first, second
 

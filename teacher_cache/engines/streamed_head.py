@@ -19,47 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from teacher_cache.tasks.inputs import TeacherBatch
+
 # Largest difference between two ways to the same logits, as a share of the largest logit. The trunk
 # runs alike in both ways, so this is the rounding of one matrix product of another shape.
 SAME_LOGITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherBatch:
-    """One forward of the teacher: padded rows with a mask, or packed rows with position ids.
-
-    With packed rows a mask, even one of ones, lets their documents attend to each other. Of an
-    encoder-decoder `input_ids` are what the encoder reads, and T is the decoder's in
-    `position_index`.
-    """
-
-    input_ids: Tensor  # int64 [B, T]
-    position_index: Tensor  # int64 [N], flat in B * T: where logits are wanted
-    attention_mask: Tensor | None = None  # int64 [B, T], 1 = token, 0 = padding
-    position_ids: Tensor | None = None  # int64 [B, T], from 0 in each segment
-    token_type_ids: Tensor | None = None  # int64 [B, T], 1 in the second of two texts
-    segments: Tensor | None = None  # int64 [B, S], lengths of the parts of padded rows; 0: none
-    decoder_input_ids: Tensor | None = None  # int64 [B, T of the decoder]
-    decoder_attention_mask: Tensor | None = None  # int64, as decoder_input_ids
-
-    def __post_init__(self) -> None:
-        if self.attention_mask is not None and self.position_ids is not None:
-            raise ValueError("a batch has an attention mask (padded) or position ids (packed)")
-
-    def to(self, device: torch.device) -> "TeacherBatch":
-        def moved(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.to(device)
-
-        return TeacherBatch(
-            input_ids=self.input_ids.to(device),
-            position_index=self.position_index.to(device),
-            attention_mask=moved(self.attention_mask),
-            position_ids=moved(self.position_ids),
-            token_type_ids=moved(self.token_type_ids),
-            segments=moved(self.segments),
-            decoder_input_ids=moved(self.decoder_input_ids),
-            decoder_attention_mask=moved(self.decoder_attention_mask),
-        )
 
 
 def model_inputs(model: nn.Module, batch: TeacherBatch) -> dict[str, Any]:

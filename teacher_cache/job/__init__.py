@@ -1,1 +1,1 @@
-"""A capture job: resolve the options, calibrate, publish, capture shard by shard."""
+"""A capture job: resolve the options (`draft.py`), calibrate, publish, capture shard by shard."""

@@ -21,30 +21,20 @@ import numpy as np
 import torch
 import xxhash
 from safetensors.numpy import save as save_safetensors
-from torch import Tensor
 
 from shared.errors import CacheMismatch, CorpusError, Refused
 from shared.format import manifest as manifests
-from shared.format.manifest import (
-    BatchPlan,
-    HiddenSpec,
-    Manifest,
-)
-from shared.format.schema import ROW_CHUNK_BITS, optional_columns
+from shared.format.manifest import BatchPlan, Manifest
+from shared.format.schema import ROW_CHUNK_BITS
 from shared.storage import Storage
-from shared.targets.hidden import ChannelScale, ChannelStatistics, int8_scale, without_massive
-from shared.targets.spec import MAX_ENTRIES, ClassRanks, TargetSpec
-from shared.tasks import TASKS
-from teacher_cache.engines.batches import forward_batches
-from teacher_cache.engines.generation import stand_ins
-from teacher_cache.engines.memory import is_out_of_memory
-from teacher_cache.engines.teacher import (
-    Teacher,
-)
-from teacher_cache.job.draft import Draft, asked_targets
-from teacher_cache.select.targets import select, values_of
-from teacher_cache.select.thresholds import find_threshold, inclusion
-from teacher_cache.tasks.rows import Row
+from shared.targets.spec import ClassRanks, TargetSpec
+from teacher_cache.engines.base import Engine
+from teacher_cache.job.draft import Draft
+from teacher_cache.job.like import asked_targets
+from teacher_cache.job.writing import stand_ins
+from teacher_cache.select.kinds import SELECTORS
+from teacher_cache.select.largest import Largest
+from teacher_cache.tasks.rows import TrainingRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +47,6 @@ _SAMPLE_TOKENS = 1 << 20  # the sample stops here even if few documents were rea
 _LEARN_TOKENS = 1 << 14  # tokens the teacher runs over to learn the order of the classes
 _MIN_SHARD_TOKENS = 1 << 15  # smaller shards are all overhead, however small the corpus
 _SHARDS_WANTED = 64  # so that a few workers can share even a small corpus
-_FORWARD_TOKENS = {"cpu": 4096, "cuda": 32768}  # tried first; halved until it fits the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +56,7 @@ class Sample:
     documents: int
     tokens: int
     positions: int
-    rows: tuple[Row, ...]
+    rows: tuple[TrainingRow, ...]
     counters: Counter[str]
     token_counts: np.ndarray
 
@@ -83,7 +72,7 @@ def sample_corpus(draft: Draft) -> Sample:
     spread = sorted(picked.tolist(), key=lambda index: (index * 2654435761) % (1 << 32))
     counters: Counter[str] = Counter()
     token_counts = np.zeros(draft.tokenizer_info.num_ids, np.int64)
-    built: list[Row] = []
+    built: list[TrainingRow] = []
     tokens = documents = 0
     documents_of = _sample_documents(draft, spread, counters)
     for index, document in documents_of:
@@ -111,10 +100,10 @@ def _sample_documents(
     if draft.preprocessing.generation is None:
         return read
     few, options = islice(read, _WRITTEN_DOCUMENTS), draft.preprocessing
-    if draft.teacher is None:
-        return stand_ins(few, draft.config.task, draft.tokenizer, options, counters)
+    if draft.engine is None:
+        return stand_ins(few, draft.task, draft.tokenizer, options, counters)
     asked = draft.config.forward_tokens
-    tokens = default_forward_tokens(draft.teacher) if asked == "auto" else asked
+    tokens = draft.engine.default_forward_tokens if asked == "auto" else asked
     return draft.writer(tokens).written(few, counters)
 
 
@@ -136,12 +125,12 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
     per_shard = documents_per_shard(draft, sample)
     side_files = {f"tokenizer/{name}": data for name, data in _tokenizer_files(draft.tokenizer)}
     forward_tokens = chunk_positions = 1
-    if draft.teacher is not None:
-        forward_tokens = _largest_forward(draft.teacher, draft, sample)
-        chunk_positions = draft.teacher.chunk_positions
+    if draft.engine is not None:
+        forward_tokens = _largest_forward(draft.engine, draft, sample)
+        chunk_positions = draft.engine.chunk_positions
         targets, learnt = draft.targets, draft.learnt
-        if learnt is None and targets.kind != "values":
-            targets, learnt = _learn(draft, draft.teacher, sample, forward_tokens)
+        if learnt is None and SELECTORS[targets.kind].learns_classes:
+            targets, learnt = _learn(draft, draft.engine, sample, forward_tokens)
         draft = replace(draft, targets=targets)
         if learnt is not None:
             side_files[f"learnt-{xxhash.xxh3_128_hexdigest(learnt)[:16]}.safetensors"] = learnt
@@ -159,19 +148,11 @@ def calibrate(draft: Draft) -> tuple[Manifest, dict[str, bytes]]:
 
 
 def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> Manifest:
-    its_labels, layout = TASKS[draft.config.task].labels, TASKS[draft.config.task].layout
-    stored = its_labels == "stored" and draft.labelled
-    windows, pairs = layout == "window", layout == "pair"
-    columns = optional_columns(
-        segments=draft.preprocessing.pack or windows or pairs,
-        references=windows or pairs or draft.preprocessing.generation is not None,
-        positions=(draft.corpus.supervised or its_labels != "next")
-        and draft.problem_type == "single_label",
-        labels=stored and draft.problem_type != "regression",
-        label_values=stored and draft.problem_type == "regression",
-        label_logprob=draft.labelled,
-        targets=draft.targets.kind not in ("values", "none"),
-        token_types="text_pair" in draft.corpus.columns or windows,
+    columns = draft.task.columns(
+        draft.preprocessing,
+        draft.corpus.columns,
+        labelled=draft.labelled,
+        distributions=SELECTORS[draft.targets.kind].distributions,
     )
     return Manifest(
         format_version=manifests.FORMAT_VERSION,
@@ -213,13 +194,17 @@ def _without_origin(config: str) -> str:
     return json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def _largest_forward(teacher: Teacher, draft: Draft, sample: Sample) -> int:
+def _largest_forward(engine: Engine, draft: Draft, sample: Sample) -> int:
     """Tokens of one forward: as asked, else the most the device holds, tried on real rows."""
     asked = draft.config.forward_tokens
-    tokens = default_forward_tokens(teacher) if asked == "auto" else asked
+    tokens = engine.default_forward_tokens if asked == "auto" else asked
     longest = max(sample.rows, key=lambda row: len(row.input_ids))
-    while not _fits(draft, teacher, longest, tokens):
+    spec, hidden, packed = draft.targets, draft.hidden, draft.preprocessing.pack
+    while True:
         count = max(1, tokens // len(longest.input_ids))
+        rows = [longest] * count
+        if engine.fits(rows, spec, hidden, forward_tokens=tokens, packed=packed):
+            return tokens
         if count == 1:
             raise Refused(
                 f"--forward-tokens {asked}: one row of {len(longest.input_ids):,} tokens (document "
@@ -232,84 +217,21 @@ def _largest_forward(teacher: Teacher, draft: Draft, sample: Sample) -> int:
                 "not fit into the device's memory together. Use a smaller --forward-tokens, or "
                 "leave it out: the largest that fits is then found."
             )
-        torch.cuda.empty_cache()  # outside the `except`, whose error holds what did not fit
         tokens //= 2
-    return tokens
-
-
-def _fits(draft: Draft, teacher: Teacher, row: Row, forward_tokens: int) -> bool:
-    """Whether as many such rows as one forward takes fit into the device's memory."""
-    count = max(1, forward_tokens // len(row.input_ids))
-    try:
-        run_largest(draft, teacher, [row] * count, forward_tokens)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return False
-    return True
-
-
-def default_forward_tokens(teacher: Teacher) -> int:
-    """Tokens of one forward before calibration has tried it."""
-    return _FORWARD_TOKENS.get(teacher.device.type, _FORWARD_TOKENS["cpu"])
-
-
-def _largest_classes(spec: TargetSpec) -> TargetSpec:
-    """As many of the largest classes as any position of this kind keeps."""
-    if spec.kind == "values":
-        return spec
-    most = min(spec.num_classes, spec.num_entries if spec.kind == "topk" else MAX_ENTRIES)
-    return TargetSpec(kind="topk", num_classes=spec.num_classes, top_k=most)
-
-
-@dataclass(frozen=True, slots=True)
-class Largest:
-    """The largest classes of N positions, descending, and what the asked-for layers look like."""
-
-    ids_NK: Tensor
-    logprobs_NK: Tensor
-    statistics: dict[int, ChannelStatistics]
-    ordinary: dict[int, ChannelStatistics]  # without the massive states
-
-    def scales(self, hidden: HiddenSpec) -> dict[int, ChannelScale]:
-        """Centre and unit of each channel of each layer, where the codec has them."""
-        if hidden.codec != "int8":
-            return {}
-        return {layer: int8_scale(channel) for layer, channel in self.ordinary.items()}
-
-
-def run_largest(draft: Draft, teacher: Teacher, chosen: list[Row], forward_tokens: int) -> Largest:
-    """Runs the teacher over some rows."""
-    spec = _largest_classes(draft.targets)
-    largest: list[tuple[Tensor, Tensor]] = []
-    statistics: dict[int, ChannelStatistics] = {}
-    ordinary: dict[int, ChannelStatistics] = {}
-    layout, packed = TASKS[draft.config.task].layout, draft.preprocessing.pack
-    hidden = draft.hidden
-    for batch in forward_batches(chosen, forward_tokens, packed=packed, layout=layout):
-        output = teacher.forward(batch.inputs, hidden.layers, pooling=hidden.pooling)
-        for _, logits in output.chunks:
-            selected = values_of(logits) if spec.kind == "values" else select(logits, spec)
-            good = ~selected.bad_N
-            largest.append((selected.ids[good].cpu(), selected.logprobs[good].cpu()))
-        for layer, states in output.hidden.items():
-            finite = states[states.isfinite().all(dim=1)]  # --nonfinite drop leaves out the rest
-            bits = finite.to("cpu", torch.bfloat16).view(torch.uint16).numpy()
-            for found, some in ((statistics, bits), (ordinary, without_massive(bits))):
-                of_batch = ChannelStatistics.of(some)
-                found[layer] = found[layer].merge(of_batch) if layer in found else of_batch
-    nothing = torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1)
-    parts = zip(*(largest or [nothing]), strict=True)
-    ids_NK, logprobs_NK = (torch.cat(each) for each in parts)
-    return Largest(ids_NK, logprobs_NK, statistics, ordinary)
 
 
 def _learn(
-    draft: Draft, teacher: Teacher, sample: Sample, forward_tokens: int
+    draft: Draft, engine: Engine, sample: Sample, forward_tokens: int
 ) -> tuple[TargetSpec, bytes]:
     """The targets with their threshold, and the learnt side file: classes in order of how often
     they are kept, channel statistics."""
-    largest = run_largest(draft, teacher, learning_rows(sample), forward_tokens)
+    largest = engine.largest(
+        learning_rows(sample),
+        draft.targets,
+        draft.hidden,
+        forward_tokens=forward_tokens,
+        packed=draft.preprocessing.pack,
+    )
     targets, ranks = learn_targets(draft.targets, largest, sample)
     arrays: dict[str, np.ndarray] = {"class_by_rank": ranks.classes}
     for layer, channel in largest.statistics.items():
@@ -321,9 +243,9 @@ def _learn(
     return targets, save_safetensors(arrays)
 
 
-def learning_rows(sample: Sample) -> list[Row]:
+def learning_rows(sample: Sample) -> list[TrainingRow]:
     """The rows that the teacher runs over before anything is captured."""
-    chosen: list[Row] = []
+    chosen: list[TrainingRow] = []
     tokens = 0
     for row in sample.rows:
         chosen.append(row)
@@ -338,13 +260,10 @@ def learn_targets(
 ) -> tuple[TargetSpec, ClassRanks]:
     """The targets with their threshold, and the classes in order of how often they are kept."""
     ids_NK, logprobs_NK = largest.ids_NK, largest.logprobs_NK
-    if spec.kind == "topk":
-        ids_NK, logprobs_NK = ids_NK[:, : spec.num_entries], logprobs_NK[:, : spec.num_entries]
-    share_NK = torch.ones_like(logprobs_NK)
-    if spec.ragged:
-        if not spec.threshold:  # --like brings its own
-            spec = replace(spec, threshold=find_threshold(logprobs_NK, spec))
-        share_NK, _ = inclusion(logprobs_NK, spec.kind, spec.threshold)
+    selector = SELECTORS[spec.kind]
+    if not spec.threshold:  # --like brings its own
+        spec = replace(spec, threshold=selector.find_threshold(logprobs_NK, spec))
+    ids_NK, share_NK = selector.kept_share(ids_NK, logprobs_NK, spec)
     kept = np.bincount(ids_NK.flatten(), share_NK.flatten().double(), spec.num_classes)
     seen = sample.token_counts[: len(kept)]
     kept[: len(seen)] += seen

@@ -1,6 +1,6 @@
 """Stage one on one screen: a shard as a function of (manifest, i), and the run around it.
 
-documents (-> Writer.written) -> build_rows -> capture_window (Teacher.forward -> select)
+documents (-> Writer.written) -> build_rows -> Engine.capture (forward -> select)
           -> encode_block -> ShardWriter.write -> commit
 """
 
@@ -30,13 +30,14 @@ from shared.storage import Storage
 from shared.targets.hidden import ChannelScales
 from shared.targets.spec import ClassRanks
 from teacher_cache.config import CaptureConfig
-from teacher_cache.engines.teacher import Teacher
+from teacher_cache.engines.base import Engine, LoadEngine
+from teacher_cache.engines.table import DEFAULT_ENGINE, ENGINES
 from teacher_cache.job.calibrate import publish_or_adopt
-from teacher_cache.job.capture import WindowTargets, capture_window
 from teacher_cache.job.draft import Draft, resolve
 from teacher_cache.job.statistics import add, block_sums, encode_and_measure
 from teacher_cache.job.workers import Share, my_shards, run_local_processes, share_of
-from teacher_cache.tasks.rows import Row
+from teacher_cache.select.window import WindowTargets
+from teacher_cache.tasks.rows import TrainingRow
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ class Job:
     tokens_written: int = 0
 
     @property
-    def teacher(self) -> Teacher | None:
-        return self.draft.teacher
+    def engine(self) -> Engine | None:
+        return self.draft.engine
 
     def check_stop(self) -> None:
         """Called between two forwards: a signal drops the shard in work and ends the run."""
@@ -80,13 +81,18 @@ class Job:
             )
 
 
-def run(config: CaptureConfig) -> None:
+def run(config: CaptureConfig, *, load_engine: LoadEngine = ENGINES[DEFAULT_ENGINE]) -> None:
     """Captures this process's share of the cache, then whatever is still missing."""
     with stop_on_signals() as stop:
-        run_stoppable(config, stop)
+        run_stoppable(config, stop, load_engine=load_engine)
 
 
-def run_stoppable(config: CaptureConfig, stop: StopRequest) -> None:
+def run_stoppable(
+    config: CaptureConfig,
+    stop: StopRequest,
+    *,
+    load_engine: LoadEngine = ENGINES[DEFAULT_ENGINE],
+) -> None:
     """As `run`, with the caller's handlers, which may outlive it; a signal raises `Stopped`."""
     share = share_of(config.worker, os.environ)
     count = _local_processes(config, share)
@@ -94,7 +100,7 @@ def run_stoppable(config: CaptureConfig, stop: StopRequest) -> None:
         _run_many(config, share, count, stop)
         return
     storage = Storage(config.out)
-    draft = resolve(config)
+    draft = resolve(config, load_engine=load_engine)
     manifest, cache_id = publish_or_adopt(draft, storage)
     torch.set_num_threads(manifest.plan.cpu_threads)  # on a CPU it decides the last bits
     _record(config, storage, share)
@@ -143,7 +149,7 @@ def _blocks(job: Job, documents: range, statistics: Counter[str]) -> Iterator[Ca
         writer = job.draft.writer(job.manifest.plan.forward_tokens)
         read = writer.written(read, statistics, job.check_stop)
     built = job.draft.build_rows(read, statistics)
-    window: list[list[Row]] = []
+    window: list[list[TrainingRow]] = []
     tokens = 0
     for block in cut_blocks(built):
         job.check_stop()
@@ -162,9 +168,9 @@ def _documents(job: Job, documents: range) -> Iterator[tuple[int, Any]]:
         yield from zip(part, job.draft.corpus.read(part), strict=True)
 
 
-def cut_blocks(built: Iterator[Row]) -> Iterator[list[Row]]:
+def cut_blocks(built: Iterator[TrainingRow]) -> Iterator[list[TrainingRow]]:
     """Consecutive rows, together MIN_BLOCK_POSITIONS; the last block of a shard may be less."""
-    block: list[Row] = []
+    block: list[TrainingRow] = []
     positions = 0
     for row in built:
         block.append(row)
@@ -176,14 +182,16 @@ def cut_blocks(built: Iterator[Row]) -> Iterator[list[Row]]:
         yield block
 
 
-def _captured(job: Job, window: list[list[Row]], statistics: Counter[str]) -> Iterator[Captured]:
+def _captured(
+    job: Job, window: list[list[TrainingRow]], statistics: Counter[str]
+) -> Iterator[Captured]:
     """The blocks of a window with the teacher's targets; rows with NaN or infinity left out."""
     flat = [row for block in window for row in block]
     targets: WindowTargets | None = None
     bad: dict[int, int] = {}
-    if job.teacher is not None:
+    if job.engine is not None:
         with job.waits("teacher"):
-            targets = capture_window(job.teacher, job.manifest, flat, job.check_stop)
+            targets = job.engine.capture(flat, job.manifest, job.check_stop)
         bad = targets.bad_rows()
         for index, position in bad.items():
             _report_nonfinite(job, flat[index], position)
@@ -200,7 +208,7 @@ def _captured(job: Job, window: list[list[Row]], statistics: Counter[str]) -> It
         start += len(block)
 
 
-def _report_nonfinite(job: Job, row: Row, position: int) -> None:
+def _report_nonfinite(job: Job, row: TrainingRow, position: int) -> None:
     document, chunk = row.row_id >> ROW_CHUNK_BITS, row.row_id & ((1 << ROW_CHUNK_BITS) - 1)
     message = (
         f"the teacher gave NaN or infinity in document {document} of {job.draft.config.corpus}, "
@@ -215,7 +223,7 @@ def _report_nonfinite(job: Job, row: Row, position: int) -> None:
 
 
 def assemble(
-    window: Sequence[Row],
+    window: Sequence[TrainingRow],
     kept: Sequence[int],
     targets: WindowTargets | None,
     columns: Sequence[str],
@@ -252,8 +260,8 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray | None:
     return np.concatenate(parts) if parts else None
 
 
-def _types(row: Row) -> np.ndarray:
-    """Of a row of one text they are all 0; written only where the cache has pairs."""
+def _types(row: TrainingRow) -> np.ndarray:
+    """All 0 where a row is one text; written only where the cache has pairs."""
     return np.zeros_like(row.input_ids) if row.token_type_ids is None else row.token_type_ids
 
 
@@ -287,7 +295,7 @@ def _still_needed(job: Job) -> str:
 
 
 def _tokens_left(storage: Storage, manifest: Manifest, share: Share) -> int:
-    """Of this process's share of the shards, as calibration estimated them."""
+    """Tokens of this process's share of the shards that are missing, as calibration saw them."""
     plan = manifest.plan
     left = plan.num_shards - len(committed_shards(storage))
     return round(plan.estimated_tokens * left / plan.num_shards / share.world)

@@ -13,8 +13,9 @@ from shared.format.manifest import Manifest
 from shared.format.shards import EncodedBlock, compress_planes
 from shared.targets import hidden
 from shared.targets.hidden import ChannelScales
-from shared.targets.ragged import drawn_logprob
 from shared.targets.spec import ClassRanks, Floats, Target, TargetSpec
+from teacher_cache.select.base import sums_of_positions
+from teacher_cache.select.kinds import SELECTORS
 
 HIDDEN_ERRORS = ("sum_hidden_squared_error", "sum_hidden_squares", "max_hidden_error")
 
@@ -58,27 +59,12 @@ def kept_masses(
     target: Target, spec: TargetSpec, log_partition_ratio: Mapping[float, Floats]
 ) -> dict[float, Floats]:
     """Kept mass of each position [P] at temperature 1 and at those whose log-partition is given."""
-    masses = {1.0: _kept_mass(target, spec)}
+    masses = {1.0: SELECTORS[spec.kind].kept_mass(target, spec)}
     for temperature, ratio_P in log_partition_ratio.items():
         spread = ratio_P[:, None] if target.counts is None else np.repeat(ratio_P, target.counts)
         kept = np.exp(target.logprobs / np.float32(temperature) - spread)
-        masses[temperature] = _of_positions(kept, target)
+        masses[temperature] = sums_of_positions(kept, target)
     return masses
-
-
-def _kept_mass(target: Target, spec: TargetSpec) -> Floats:
-    if spec.kind != "sample":
-        return -np.expm1(target.log_tail)
-    weights_E = np.exp(target.logprobs)
-    weights_E[target.logprobs == drawn_logprob(spec)] = 0.0
-    return _of_positions(weights_E, target)
-
-
-def _of_positions(values: Floats, target: Target) -> Floats:
-    """Sums over the entries of each position, [P]."""
-    if target.counts is None:
-        return values.sum(axis=1)
-    return np.add.reduceat(values, np.cumsum(target.counts) - target.counts)
 
 
 def encode_and_measure(

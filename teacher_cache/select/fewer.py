@@ -9,32 +9,16 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from shared.arrays import ranges
 from shared.targets.ragged import RANGE_BEYOND, drawn_logprob
 from shared.targets.spec import Floats, Target, TargetSpec
-from teacher_cache.select.thresholds import find_threshold
 
 _UNITS = float(1 << 40)  # of probability 1: a block of 2**22 positions fits 63 bits
 
 
-def fewer(target: Target, spec: TargetSpec) -> Target:
-    """The entries that `spec` keeps of these; a sample needs `random_bits`."""
-    if spec.kind == "topk":
-        return _largest(target, spec.num_entries)
-    if spec.kind == "adaptive":
-        return _above(target, spec.threshold)
-    return _drawn_again(target, spec) if spec.kind == "sample" else target
-
-
-def threshold_of(targets: Sequence[Target], spec: TargetSpec) -> float:
-    """The threshold that leaves `spec.mean_entries` of the entries that these targets have."""
-    widest = max(int(_counts(target).max(initial=1)) for target in targets)
-    padded = [torch.from_numpy(_padded(target, widest)) for target in targets]
-    return find_threshold(torch.cat(padded).sort(dim=1, descending=True).values, spec)
-
-
-def _largest(target: Target, num_entries: int) -> Target:
+def largest_of(target: Target, num_entries: int) -> Target:
     """The most probable entries, ties to the smaller class; the others join the tail."""
     if num_entries == target.ids.shape[1]:
         return target
@@ -49,7 +33,7 @@ def _largest(target: Target, num_entries: int) -> Target:
     )
 
 
-def _above(target: Target, threshold: float) -> Target:
+def above(target: Target, threshold: float) -> Target:
     """Entries of at least the threshold, and the largest; the others join the tail."""
     starts, position_E = _places(target)
     kept_E = target.logprobs >= math.log(threshold)
@@ -63,7 +47,7 @@ def _above(target: Target, threshold: float) -> Target:
     )
 
 
-def _drawn_again(target: Target, spec: TargetSpec) -> Target:
+def drawn_again(target: Target, spec: TargetSpec) -> Target:
     """A systematic sample, with a wider spacing, of the weights of a sample.
 
     The mean over both draws is the teacher's distribution still: dropping entries would not be.
@@ -124,6 +108,13 @@ def _joined_tail(log_tail_P: Floats, dropped_P: npt.NDArray[np.float64]) -> Floa
     with np.errstate(divide="ignore"):
         tail_P = np.log(np.exp(log_tail_P.astype(np.float64)) + dropped_P)
     return tail_P.astype(np.float32)
+
+
+def logprobs_of(targets: Sequence[Target]) -> Tensor:
+    """Log-probabilities of all positions, descending, -inf where one has fewer entries."""
+    widest = max(int(_counts(target).max(initial=1)) for target in targets)
+    padded = [torch.from_numpy(_padded(target, widest)) for target in targets]
+    return torch.cat(padded).sort(dim=1, descending=True).values
 
 
 def _padded(target: Target, width: int) -> Floats:

@@ -51,24 +51,37 @@ class BlockWeights:
         return torch.where(self.bad_n, 0.0, UNITS / self.mass_n).float()
 
 
-def choose(block: BlockWeights, spec: TargetSpec, offset_n: Tensor | None) -> Entries:
-    """The entries of each position of a block; the weights of those not drawn become 0.
+def choose_above(block: BlockWeights, spec: TargetSpec) -> Entries:
+    """Every class of at least the threshold, and the largest always, but MAX_ENTRIES at most.
 
+    The weights of the entries become 0.
+    """
+    threshold = _units(spec)
+    kept = _with_largest(block, _above(block, threshold), lowest=0.0)
+    kept = _at_most(block, kept, MAX_ENTRIES)
+    block.weights_nC[kept.rows, kept.ids] = 0.0
+    return kept
+
+
+def choose_and_draw(block: BlockWeights, spec: TargetSpec, offset_n: Tensor) -> Entries:
+    """Every class of at least the threshold, and of the others a systematic sample.
+
+    The largest class is kept as it is only as far below the threshold as the codec can write; below
+    that it is drawn like any other. The weights of the entries that are not drawn become 0.
     offset_n: where the sampling grid begins, as a share of the spacing in [0, 1), float64.
     """
-    threshold = max(1, round(spec.threshold * UNITS))
-    kept = _above(block, threshold)
-    kept = _with_largest(block, kept, threshold, spec)
-    if spec.kind == "adaptive":
-        kept = _at_most(block, kept, MAX_ENTRIES)
+    threshold = _units(spec)
+    lowest = threshold * math.exp(-RANGE_BEYOND)
+    kept = _with_largest(block, _above(block, threshold), lowest)
     block.weights_nC[kept.rows, kept.ids] = 0.0
-    if spec.kind == "adaptive":
-        return kept
-    assert offset_n is not None  # every caller of `sample` has one
     rows, ids = _systematic(block, (offset_n * threshold).long(), threshold)
     drawn = torch.ones_like(rows, dtype=torch.bool)
     parts = ((kept.rows, rows), (kept.ids, ids), (kept.drawn, drawn))
     return Entries(*(torch.cat(pair) for pair in parts)).sorted()
+
+
+def _units(spec: TargetSpec) -> int:
+    return max(1, round(spec.threshold * UNITS))
 
 
 def _above(block: BlockWeights, threshold: int) -> Entries:
@@ -84,10 +97,10 @@ def _above(block: BlockWeights, threshold: int) -> Entries:
     return Entries(rows[pairs], ids_SL[pairs, lanes], torch.zeros_like(pairs, dtype=torch.bool))
 
 
-def _with_largest(block: BlockWeights, kept: Entries, threshold: int, spec: TargetSpec) -> Entries:
+def _with_largest(block: BlockWeights, kept: Entries, lowest: float) -> Entries:
     """Adds the largest class, the first of equal ones, where no class reached the threshold.
 
-    In a sample only as far below it as the codec can write; it is drawn like any other below that.
+    Only where it has at least `lowest` units; a bad position, of which nothing is known, has it.
     """
     missing_n = torch.bincount(kept.rows, minlength=len(block.mass_n)) == 0
     rows = torch.nonzero(missing_n)[:, 0]
@@ -96,10 +109,8 @@ def _with_largest(block: BlockWeights, kept: Entries, threshold: int, spec: Targ
     weights_mC = block.weights_nC[rows].masked_fill(block.bad_n[rows, None], 0.0)
     largest_m, ids = weights_mC.max(dim=1)
     ids = (weights_mC == largest_m[:, None]).to(torch.uint8).argmax(dim=1)
-    if spec.kind == "sample":
-        lowest = threshold * math.exp(-RANGE_BEYOND)
-        high_m = (largest_m * block.factor_n[rows] >= lowest) | block.bad_n[rows]
-        rows, ids = rows[high_m], ids[high_m]
+    high_m = (largest_m * block.factor_n[rows] >= lowest) | block.bad_n[rows]
+    rows, ids = rows[high_m], ids[high_m]
     drawn = torch.zeros_like(rows, dtype=torch.bool)
     parts = ((kept.rows, rows), (kept.ids, ids), (kept.drawn, drawn))
     return Entries(*(torch.cat(pair) for pair in parts)).sorted()

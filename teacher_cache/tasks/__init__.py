@@ -1,4 +1,4 @@
-"""What a task is in stage one: how its documents become rows.
+"""What a task is in stage one: one object a task, one file a family, listed in `table.py`.
 
-How documents are read is `teacher_cache/corpus`'s matter.
+How documents are read is `teacher_cache/corpus`'s matter, how a model is run `engines`'s.
 """

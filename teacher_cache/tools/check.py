@@ -21,14 +21,14 @@ from shared.format.manifest import differences
 from shared.models.tokenizer import describe
 from shared.targets.ragged import drawn_logprob
 from shared.targets.spec import MAX_ENTRIES, TargetSpec
-from shared.tasks import TASKS
 from teacher_cache.config import CheckConfig
 from teacher_cache.engines.batches import forward_batches
+from teacher_cache.engines.hf import teacher_info
 from teacher_cache.engines.teacher import Teacher
-from teacher_cache.job.capture import grid_offsets, random_bits
-from teacher_cache.job.draft import teacher_info
+from teacher_cache.select.ragged import grid_offsets, random_bits
 from teacher_cache.select.targets import select
-from teacher_cache.tasks.rows import Row
+from teacher_cache.tasks.rows import TrainingRow
+from teacher_cache.tasks.table import task_of
 from teacher_cache.tools.check_states import CheckedStates, check_states
 from teacher_cache.tools.check_values import CheckedValues, check_values
 
@@ -67,8 +67,8 @@ class Checked:
 def check(config: CheckConfig) -> Checked | CheckedStates | CheckedValues:
     """Runs the teacher over a sample of a cache's rows and compares."""
     cache = open_cache(config.cache, allow_partial=True)
-    of_states = TASKS[cache.manifest.task].target_space == "states"
-    if not cache.has_targets and not of_states:
+    task = task_of(cache.manifest)
+    if task.predicts and not cache.has_targets:
         raise CacheMismatch(f"{config.cache}: holds hard labels only, so no teacher can be checked")
     teacher = Teacher.load(
         config.teacher,
@@ -84,9 +84,9 @@ def check(config: CheckConfig) -> Checked | CheckedStates | CheckedValues:
     chosen = np.unique(np.linspace(0, cache.num_rows - 1, count).astype(np.int64)).tolist()
     rows = [_row(cache, index) for index in chosen]
     differing = tuple(_differences(cache, teacher, config))
-    if of_states:
+    if not task.predicts:
         return check_states(cache, teacher, chosen, rows, [*differing])
-    if cache.manifest.targets.kind == "values":
+    if task.numbers:
         return check_values(teacher, cache, chosen, rows, differing)
     cached = _cached(cache, chosen)
     batched = _live(teacher, cache, rows, cached.ids)
@@ -126,19 +126,18 @@ class _Live(_Cells):
     best: Tensor  # i64 [N]
 
 
-def _row(cache: Cache, index: int) -> Row:
+def _row(cache: Cache, index: int) -> TrainingRow:
     row = cache[index]
     ids, positions = row.input_ids.numpy().astype(np.int32), row.positions.numpy()
     types = None if row.token_type_ids is None else row.token_type_ids.numpy()
-    of_outputs = cache.manifest.layout == "outputs"
-    return Row(
+    return TrainingRow(
         row.row_id,
         ids,
         row.segments,
         positions,
         row.labels.numpy(),
         types,
-        of_outputs=of_outputs,
+        of_outputs=task_of(cache.manifest).positions_are_outputs,
     )
 
 
@@ -168,13 +167,13 @@ def _padded(targets: RowTargets, spec: TargetSpec) -> tuple[Tensor, Tensor]:
     return ids_NK, empty_NK.masked_scatter(there_NK, logprobs)
 
 
-def _live(teacher: Teacher, cache: Cache, rows: list[Row], ids_NK: Tensor) -> _Live:
+def _live(teacher: Teacher, cache: Cache, rows: list[TrainingRow], ids_NK: Tensor) -> _Live:
     """What the teacher says now at the positions of these rows, over the same cells."""
     plan, packed = cache.manifest.plan, cache.manifest.preprocessing.pack
     cells_NJ = torch.empty(len(ids_NK), ids_NK.shape[1] + 1, dtype=torch.float64)
     best_N = torch.empty(len(ids_NK), dtype=torch.int64)
-    layout = cache.manifest.layout
-    for batch in forward_batches(rows, plan.forward_tokens, packed=packed, layout=layout):
+    inputs = task_of(cache.manifest).inputs
+    for batch in forward_batches(rows, plan.forward_tokens, packed=packed, inputs=inputs):
         output = teacher.forward(batch.inputs, chunk_positions=plan.chunk_positions)
         for part, logits_nV in output.chunks:
             at = batch.window_index[part]
@@ -200,13 +199,13 @@ def _entries(cache: Cache, chosen: list[int]) -> list[Tensor]:
     return found
 
 
-def _drawn(teacher: Teacher, cache: Cache, rows: list[Row]) -> list[Tensor]:
+def _drawn(teacher: Teacher, cache: Cache, rows: list[TrainingRow]) -> list[Tensor]:
     """The classes of each position that a capture of these rows would keep or draw now."""
     manifest = cache.manifest
     bits_N, plan = random_bits(manifest.seed, rows), manifest.plan
     found: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * len(bits_N)
-    layout, packed = manifest.layout, manifest.preprocessing.pack
-    for batch in forward_batches(rows, plan.forward_tokens, packed=packed, layout=layout):
+    inputs, packed = task_of(manifest).inputs, manifest.preprocessing.pack
+    for batch in forward_batches(rows, plan.forward_tokens, packed=packed, inputs=inputs):
         output = teacher.forward(batch.inputs, chunk_positions=plan.chunk_positions)
         for part, logits_nV in output.chunks:
             at = batch.window_index[part]

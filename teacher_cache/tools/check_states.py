@@ -15,7 +15,7 @@ from shared.cache import Cache
 from shared.tasks import HiddenCodec
 from teacher_cache.engines.batches import forward_batches
 from teacher_cache.engines.teacher import Teacher
-from teacher_cache.tasks.rows import Row
+from teacher_cache.tasks.rows import TrainingRow
 
 # Of all states together, by their length. bfloat16 costs 0.17 %, fp8 2 to 4 %, int8 0.9 % and a few
 # outliers more; another row or other weights cost about 100 %.
@@ -45,7 +45,7 @@ def check_states(
     cache: Cache,
     teacher: Teacher,
     chosen: Sequence[int],
-    rows: list[Row],
+    rows: list[TrainingRow],
     differences: Sequence[str],
 ) -> CheckedStates:
     """Runs the teacher over these rows of the cache and compares."""
@@ -65,7 +65,7 @@ def check_states(
     )
 
 
-def _live(teacher: Teacher, cache: Cache, rows: list[Row]) -> Tensor:
+def _live(teacher: Teacher, cache: Cache, rows: list[TrainingRow]) -> Tensor:
     """The states of all layers beside each other, f64 [S, layers * D], in row order."""
     hidden, plan = cache.manifest.hidden, cache.manifest.plan
     count = sum(row.num_positions for row in rows)
@@ -80,7 +80,7 @@ def _live(teacher: Teacher, cache: Cache, rows: list[Row]) -> Tensor:
     return states_PD[torch.cat(kept)]
 
 
-def _starts(rows: list[Row]) -> list[int]:
+def _starts(rows: list[TrainingRow]) -> list[int]:
     return [sum(row.num_positions for row in rows[:number]) for number in range(len(rows))]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from shared.cache import Cache
 from teacher_cache.engines.batches import forward_batches
 from teacher_cache.engines.teacher import Teacher
-from teacher_cache.tasks.rows import Row
+from teacher_cache.tasks.rows import TrainingRow
 
 # Numbers are stored exactly; on another machine float32 differs in its last digits.
 _ALLOWED_DISTANCE = 1e-4
@@ -42,7 +42,7 @@ def check_values(
     teacher: Teacher,
     cache: Cache,
     chosen: Sequence[int],
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRow],
     differences: tuple[str, ...],
 ) -> CheckedValues:
     """Runs the teacher over `rows`, which are those numbered `chosen`, together and one by one."""
@@ -67,7 +67,7 @@ def _values_of(cache: Cache, index: int) -> np.ndarray:
     return values.numpy()
 
 
-def _live(teacher: Teacher, cache: Cache, rows: Sequence[Row]) -> np.ndarray:
+def _live(teacher: Teacher, cache: Cache, rows: Sequence[TrainingRow]) -> np.ndarray:
     """The teacher's numbers now, f64 [N]."""
     plan = cache.manifest.plan
     values_N: Tensor = torch.empty(sum(row.num_positions for row in rows), dtype=torch.float64)

@@ -15,15 +15,17 @@ from shared.format import frames
 from shared.format.schema import MIN_BLOCK_POSITIONS
 from shared.targets.codec import decode, encode
 from shared.targets.spec import MAX_ENTRIES, ClassRanks, Floats, Target, TargetKind, TargetSpec
-from shared.tasks import TASKS
 from teacher_cache.engines.batches import forward_batches
-from teacher_cache.engines.teacher import FINAL, Teacher
-from teacher_cache.job.calibrate import Largest, Sample, learn_targets
+from teacher_cache.engines.hidden_states import FINAL
+from teacher_cache.engines.teacher import Teacher
+from teacher_cache.job.calibrate import Sample, learn_targets
 from teacher_cache.job.draft import Draft
 from teacher_cache.job.statistics import kept_masses
-from teacher_cache.select.targets import Selected, select
-from teacher_cache.select.thresholds import most_entries
-from teacher_cache.tasks.rows import Row
+from teacher_cache.select.base import Selected
+from teacher_cache.select.kinds import SELECTORS
+from teacher_cache.select.largest import Largest
+from teacher_cache.select.targets import select
+from teacher_cache.tasks.rows import TrainingRow
 from teacher_cache.tools.gradient_error import (
     PARTS,
     STUDENT_KLS,
@@ -127,8 +129,7 @@ def measure(
         learn_targets(spec, largest, sample)
         for spec in specs(draft)
         if is_asked(spec, asked)
-        or not spec.ragged
-        or most_entries(largest.logprobs_NK, spec.kind) >= spec.mean_entries
+        or SELECTORS[spec.kind].most_entries(largest.logprobs_NK) >= spec.mean_entries
     ]
     tried = [_Tried(spec, ranks) for spec, ranks in learnt]
     students = _Students(asked.num_classes, len(tried))
@@ -153,7 +154,7 @@ def _pieces(
     draft: Draft, teacher: Teacher, sample: Sample, forward_tokens: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits [n, C] and final states [n, D] of positions without NaN or infinity."""
-    chosen: list[Row] = []
+    chosen: list[TrainingRow] = []
     left = _POSITIONS
     for row in reversed(sample.rows):  # the learning rows come first
         chosen.append(row)
@@ -162,9 +163,9 @@ def _pieces(
             break
     classes = draft.targets.num_classes
     step = max(1, _PIECE_BYTES // (4 * classes))
-    layers = (FINAL,) if teacher.trunk is not None else ()
-    layout, packed = TASKS[draft.config.task].layout, draft.preprocessing.pack
-    for batch in forward_batches(chosen, forward_tokens, packed=packed, layout=layout):
+    layers = (FINAL,) if teacher.fitted.trunk is not None else ()
+    inputs, packed = draft.task.inputs, draft.preprocessing.pack
+    for batch in forward_batches(chosen, forward_tokens, packed=packed, inputs=inputs):
         output = teacher.forward(batch.inputs, layers)
         for part, logits in output.chunks:
             # Where no final state is to be had, an output bias stands for the head.

@@ -15,7 +15,6 @@ import numpy as np
 
 from shared.cache import (
     Cache,
-    Row,
     channel_scales,
     check_side_files,
     class_ranks,
@@ -34,9 +33,8 @@ from shared.storage import Storage, temporary_files, temporary_writer
 from shared.targets.ragged import drawn_logprob
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
 from teacher_cache.job.statistics import HIDDEN_ERRORS, add, histogram, kept_masses
-from teacher_cache.tasks import window_view
+from teacher_cache.tasks.table import task_of
 from teacher_cache.tools import seal as seals
-from teacher_cache.tools.said import said_of_row
 
 log = logging.getLogger(__name__)
 
@@ -147,25 +145,14 @@ def _spread(cache: Cache, count: int) -> list[int]:
 def _decoded(cache: Cache, index: int) -> dict[str, Any]:
     """One row as text, with the teacher's best classes at its first positions."""
     tokenizer = load_cached_tokenizer(cache.storage)
-    row = cache[index]
+    row, task = cache[index], task_of(cache.manifest)
     shown: dict[str, Any] = {
         "row_id": row.row_id,
         "document": row.row_id >> 24,
         "tokens": len(row.input_ids),
-        "text": tokenizer.decode(row.input_ids[:64]),
+        **task.shown(row, cache.manifest, tokenizer),
     }
-    if cache.manifest.task == "sequence-classification":
-        return shown | {"said": said_of_row(row, cache.manifest)}
-    if cache.manifest.layout == "window":
-        classes = cache.manifest.targets.num_classes
-        return shown | {"window": window_view.shown(row, classes, tokenizer)}
-    begin = 0  # of the sequence that the positions are in
-    if cache.manifest.layout == "pair":
-        begin = row.segments[0]
-        shown["text"] = tokenizer.decode(row.input_ids[: min(begin, 64)])
-        shown["target"] = tokenizer.decode(row.input_ids[begin:][:64])
-        shown["reference"] = row.reference
-    if row.targets is None:
+    if row.targets is None or not task.shows_positions:
         return shown
     targets, spec = row.targets, cache.manifest.targets
     sample = spec.kind == "sample"
@@ -183,7 +170,7 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
         rest = 1 - float(logprobs[place][as_they_are].exp().sum())
         shown["positions"].append(
             {
-                **_context(cache, tokenizer, row, int(row.positions[place]), begin),
+                **task.shown_around(row, int(row.positions[place]), tokenizer),
                 "hard_label": name_of(int(row.labels[place])) if manifest.labelled else None,
                 "teacher": [
                     {
@@ -202,16 +189,6 @@ def _decoded(cache: Cache, index: int) -> dict[str, Any]:
             }
         )
     return shown
-
-
-def _context(cache: Cache, tokenizer: Any, row: Row, position: int, begin: int) -> dict[str, str]:
-    """The tokens near a position that its prediction is made from; its sequence starts there."""
-    around = tokenizer.decode(row.input_ids[max(0, position - 5) : position + 4])
-    if cache.manifest.labels:
-        return {"of": tokenizer.decode([int(row.input_ids[position])]), "around": around}
-    if cache.manifest.task == "masked-lm":
-        return {"around": around}
-    return {"after": tokenizer.decode(row.input_ids[begin : position + 1][-8:])}
 
 
 def histograms(cache: Cache) -> dict[str, Any]:

@@ -27,9 +27,9 @@ from transformers import AutoConfig, PretrainedConfig
 from shared.errors import ConfigError, Refused
 from shared.folders import check_free, new_folder
 from teacher_cache.config import StudentConfig
+from teacher_cache.engines.loading import load_tokenizer
 from teacher_cache.engines.probes import SAME_SHAPE
 from teacher_cache.engines.streamed_head import same_values
-from teacher_cache.engines.teacher import load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -24,16 +24,15 @@ from shared.format.manifest import BatchPlan, HiddenSpec, Manifest
 from shared.format.shards import encode_block
 from shared.targets.hidden import NO_SCALES, ChannelScales
 from shared.targets.spec import MAX_ENTRIES, ClassRanks, TargetSpec
-from shared.tasks import TASKS
 from teacher_cache.config import PlanConfig
-from teacher_cache.engines.teacher import Teacher
+from teacher_cache.engines.base import Engine
+from teacher_cache.engines.hf import teacher_of
 from teacher_cache.job import calibrate as plan
 from teacher_cache.job.calibrate import Sample
-from teacher_cache.job.capture import capture_window
 from teacher_cache.job.draft import Draft, resolve
 from teacher_cache.job.run import assemble, cut_blocks
 from teacher_cache.job.statistics import histogram
-from teacher_cache.tasks.rows import Row
+from teacher_cache.tasks.rows import TrainingRow
 from teacher_cache.tools import choices
 from teacher_cache.tools.choices import Choice, Measured
 
@@ -67,7 +66,7 @@ class _Calibrated:
 def estimate(config: PlanConfig) -> dict[str, Any]:
     """Documents, rows, tokens, positions, shards; bytes of every choice; hours where calibrated."""
     draft = resolve(config, load_teacher=config.calibrate)
-    if config.calibrate and draft.problem_type == "regression":
+    if config.calibrate and draft.task.numbers:
         raise ConfigError(
             "--calibrate compares what may be kept of a distribution; of a regression the "
             "teacher's numbers are kept as they are. Leave it out."
@@ -76,8 +75,8 @@ def estimate(config: PlanConfig) -> dict[str, Any]:
     scale = len(draft.corpus) / sample.documents
     per_shard = plan.documents_per_shard(draft, sample)
     calibrated = None
-    if draft.teacher is not None:
-        calibrated = _calibrate(draft, draft.teacher, sample)
+    if draft.engine is not None:
+        calibrated = _calibrate(draft, draft.engine, sample)
     shown = _from_table(draft, sample) if calibrated is None else calibrated.measured.choices
     each = _bytes_by_part(draft, sample, shown, calibrated)
     total = sample.positions * scale * sum(each.values())
@@ -161,22 +160,16 @@ def _part_of(column: str) -> str:
 def _from_table(draft: Draft, sample: Sample) -> list[Choice]:
     if draft.targets.kind in ("values", "none"):
         return []
+    possible = draft.task.possible_classes(sample.rows, draft.targets.num_classes)
     return [
         Choice(
             kind=spec.kind,
             size=choices.size_of(spec),
             asked=choices.is_asked(spec, draft.targets),
-            bytes_per_position=round(_tabled(spec, _possible(draft, sample)), 1),
+            bytes_per_position=round(_tabled(spec, possible), 1),
         )
         for spec in choices.specs(draft)
     ]
-
-
-def _possible(draft: Draft, sample: Sample) -> float:
-    """Classes with a probability at a position; in a window the context is all that has one."""
-    if TASKS[draft.config.task].layout == "window":
-        return sum(row.segments[1] + 1 for row in sample.rows) / len(sample.rows)
-    return draft.targets.num_classes
 
 
 def _tabled(spec: TargetSpec, possible_classes: float) -> float:
@@ -193,7 +186,7 @@ def _row_bytes(draft: Draft, sample: Sample) -> float:
     """Of tokens and lengths, encoded as a run does it."""
     bare = replace(
         draft,
-        teacher=None,
+        engine=None,
         teacher_info=None,
         targets=TargetSpec(kind="none", num_classes=draft.targets.num_classes),
         hidden=HiddenSpec(layers=(), widths=(), codec=draft.hidden.codec),
@@ -217,8 +210,8 @@ def _batch_plan(forward_tokens: int, chunk_positions: int) -> BatchPlan:
     )
 
 
-def _first(rows: Sequence[Row], tokens: int) -> list[Row]:
-    chosen: list[Row] = []
+def _first(rows: Sequence[TrainingRow], tokens: int) -> list[TrainingRow]:
+    chosen: list[TrainingRow] = []
     for row in rows:
         chosen.append(row)
         tokens -= len(row.input_ids)
@@ -228,16 +221,16 @@ def _first(rows: Sequence[Row], tokens: int) -> list[Row]:
 
 
 def _column_bytes(
-    chosen: list[Row],
+    chosen: list[TrainingRow],
     manifest: Manifest,
     ranks: ClassRanks,
     scales: ChannelScales,
-    teacher: Teacher | None,
+    engine: Engine | None,
 ) -> dict[str, float]:
     """Bytes of a position by column, of rows cut into blocks and encoded as a run does it."""
     targets, kept = None, list(range(len(chosen)))
-    if teacher is not None:
-        targets = capture_window(teacher, manifest, chosen, lambda: None)
+    if engine is not None:
+        targets = engine.capture(chosen, manifest, lambda: None)
         bad = targets.bad_rows()
         kept = [index for index in kept if index not in bad]
     sizes: Counter[str] = Counter()
@@ -252,15 +245,18 @@ def _column_bytes(
     return {column: size / max(1, positions) for column, size in sizes.items()}
 
 
-def _calibrate(draft: Draft, teacher: Teacher, sample: Sample) -> _Calibrated:
+def _calibrate(draft: Draft, engine: Engine, sample: Sample) -> _Calibrated:
     """Learns as a run does, runs a part of the job against the clock, then tries every choice."""
     asked = draft.config.forward_tokens
-    forward_tokens = plan.default_forward_tokens(teacher) if asked == "auto" else asked
+    forward_tokens = engine.default_forward_tokens if asked == "auto" else asked
     most = min(MAX_ENTRIES, draft.targets.num_classes)
-    wide = replace(
-        draft, targets=TargetSpec(kind="topk", num_classes=draft.targets.num_classes, top_k=most)
+    largest = engine.largest(
+        plan.learning_rows(sample),
+        TargetSpec(kind="topk", num_classes=draft.targets.num_classes, top_k=most),
+        draft.hidden,
+        forward_tokens=forward_tokens,
+        packed=draft.preprocessing.pack,
     )
-    largest = plan.run_largest(wide, teacher, plan.learning_rows(sample), forward_tokens)
     if not len(largest.ids_NK):
         raise NonFiniteTargets(
             f"{draft.config.teacher}: NaN or infinity at every position of the sample, so there is "
@@ -268,17 +264,17 @@ def _calibrate(draft: Draft, teacher: Teacher, sample: Sample) -> _Calibrated:
         )
     targets, ranks = plan.learn_targets(draft.targets, largest, sample)
     manifest = plan.manifest_of(
-        replace(draft, targets=targets), _batch_plan(forward_tokens, teacher.chunk_positions), {}
+        replace(draft, targets=targets), _batch_plan(forward_tokens, engine.chunk_positions), {}
     )
     chosen = sorted(_first(sample.rows, _CALIBRATE_TOKENS), key=lambda row: row.row_id)
     started = time.perf_counter()
     scales = largest.scales(draft.hidden)
-    column_bytes = _column_bytes(chosen, manifest, ranks, scales, teacher)
+    column_bytes = _column_bytes(chosen, manifest, ranks, scales, engine)
     seconds = time.perf_counter() - started
     return _Calibrated(
         tokens_per_s=sum(len(row.input_ids) for row in chosen) / seconds,
         column_bytes=column_bytes,
-        measured=choices.measure(draft, teacher, sample, largest, forward_tokens),
+        measured=choices.measure(draft, teacher_of(engine), sample, largest, forward_tokens),
     )
 
 

@@ -33,7 +33,8 @@ from shared.targets.planes import Per
 from shared.targets.spec import RAGGED_KINDS, ClassRanks, TargetSpec
 from teacher_cache.config import RepackConfig
 from teacher_cache.job.statistics import HIDDEN_ERRORS, add, block_sums
-from teacher_cache.select.fewer import fewer, threshold_of
+from teacher_cache.select.fewer import logprobs_of
+from teacher_cache.select.kinds import SELECTORS
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ def _smaller_targets(config: RepackConfig, source: Cache) -> TargetSpec:
         return spec
     step = max(1, source.num_blocks // _THRESHOLD_BLOCKS)
     blocks = [source.read_block(number) for number in range(0, source.num_blocks, step)]
-    return replace(spec, threshold=threshold_of([b.target for b in blocks if b.target], spec))
+    logprobs_NK = logprobs_of([block.target for block in blocks if block.target])
+    return replace(spec, threshold=SELECTORS[spec.kind].find_threshold(logprobs_NK, spec))
 
 
 def _fewer_layers(config: RepackConfig, old: HiddenSpec) -> HiddenSpec:
@@ -211,7 +213,7 @@ def _planes(
         block.target.random_bits = bits
         old, new = source.manifest.targets, manifest.targets
         if (old.top_k, old.threshold) != (new.top_k, new.threshold):
-            block.target = fewer(block.target, new)
+            block.target = SELECTORS[new.kind].fewer(block.target, new)
         changed = codec.encode(block.target, manifest.targets, ranks)
     add(statistics, block_sums(block, manifest.targets))
     return part.planes | changed

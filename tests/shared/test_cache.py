@@ -24,7 +24,7 @@ from shared.format.shards import commit_name, file_hash, parse_commit
 from shared.storage import Storage
 from teacher_cache.engines.batches import forward_batches
 from teacher_cache.engines.teacher import Teacher
-from teacher_cache.tasks.rows import Row
+from teacher_cache.tasks.rows import TrainingRow
 from tests.shared.test_shards import assert_same
 from tests.shared.test_storage import tree
 
@@ -153,7 +153,7 @@ def test_in_the_same_batches_ids_and_hidden_states_are_exactly_the_live_ones(
     )
     first = next(i for i, (row_id, _) in enumerate(expected_rows) if row_id >> 24 in documents)
     rows = [
-        Row(row_id, np.array(tokens, np.int32), (len(tokens),))
+        TrainingRow(row_id, np.array(tokens, np.int32), (len(tokens),))
         for row_id, tokens in expected_rows[first : first + commit.rows]
     ]
     starts = np.cumsum([0, *(row.num_positions for row in rows)])

@@ -15,9 +15,10 @@ from shared.errors import CorpusError
 from student_train.config import TrainConfig
 from student_train.run.trainer import run as train
 from teacher_cache.config import CaptureConfig, CheckConfig
-from teacher_cache.corpus.chat import Conversation, Exchange, encode_conversation, encode_exchange
+from teacher_cache.corpus.chat import encode_conversation, encode_exchange
+from teacher_cache.corpus.documents import Conversation, Exchange
 from teacher_cache.corpus.sources import open_corpus
-from teacher_cache.tasks.rows import build
+from teacher_cache.tasks.causal import build
 from teacher_cache.tools.check import check
 
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}

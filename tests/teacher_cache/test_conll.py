@@ -16,9 +16,9 @@ from shared.cache import open_cache
 from shared.errors import ConfigError, CorpusError
 from teacher_cache.config import CaptureConfig
 from teacher_cache.corpus.conll import Columns, columns_of, read_sentences
+from teacher_cache.corpus.documents import Tagged
 from teacher_cache.corpus.sources import open_corpus
 from teacher_cache.job.run import run
-from teacher_cache.tasks.label_rows import Tagged
 from tests.conftest import WORDS
 
 SENTENCES = [
