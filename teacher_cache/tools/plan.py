@@ -28,9 +28,9 @@ from teacher_cache.config import PlanConfig
 from teacher_cache.engines.base import Engine
 from teacher_cache.engines.hf import teacher_of
 from teacher_cache.job import calibrate as plan
+from teacher_cache.job.assemble import assemble, cut_blocks
 from teacher_cache.job.calibrate import Sample
 from teacher_cache.job.draft import Draft, resolve
-from teacher_cache.job.run import assemble, cut_blocks
 from teacher_cache.job.statistics import histogram
 from teacher_cache.tasks.rows import TrainingRow
 from teacher_cache.tools import choices

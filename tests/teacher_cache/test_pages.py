@@ -83,7 +83,7 @@ def cache_of(capture: Capture, tokenizer_dir: Path):
         if name not in made:
             options = {"tokenizer": str(tokenizer_dir)} if name == "none" else {}
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("teacher_cache.job.run.MIN_BLOCK_POSITIONS", 256)
+                patch.setattr("teacher_cache.job.assemble.MIN_BLOCK_POSITIONS", 256)
                 made[name] = capture(limit_documents=60, **KINDS[name], **options)
         return made[name]
 

@@ -529,7 +529,7 @@ def test_a_fault_while_encoding_or_writing_ends_the_run_with_that_error(
     where, capture, tmp_path, monkeypatch
 ):
     """In a thread of its own, or in the writer: no wait for ever, nothing half published."""
-    import teacher_cache.job.run as job
+    import teacher_cache.job.shard as job
 
     owner, _, name = where.rpartition(".")
     target = job.ShardWriter if owner else job
@@ -541,7 +541,7 @@ def test_a_fault_while_encoding_or_writing_ends_the_run_with_that_error(
             raise OSError("the fault of this test")
         return right(*args, **kwargs)
 
-    monkeypatch.setattr("teacher_cache.job.run.MIN_BLOCK_POSITIONS", 500)
+    monkeypatch.setattr("teacher_cache.job.assemble.MIN_BLOCK_POSITIONS", 500)
     options = {"limit_documents": 120, "out": tmp_path / "cache"}
     with monkeypatch.context() as patch:
         patch.setattr(target, name, faulty)
