@@ -37,7 +37,9 @@ class Task:
     decoder reads, targets at all tokens of the second but its last.
     `labels`: the hard labels are the next tokens, stored in a column of their own, or absent.
     `ways`: which columns a document may consist of, by role. `unlabelled`: of which ones, where it
-    has no label and only what a teacher says of it is learnt.
+    has no label and only what a teacher says of it is learnt. `sources`: of which ones, where the
+    teacher writes what is learnt (--generate), so that a corpus need not have the answers.
+    `has_problem_type`: whether its labels may be anything else than one of several.
     """
 
     target_space: Literal["vocabulary", "labels", "tokens", "states"]
@@ -46,6 +48,8 @@ class Task:
     ways: tuple[tuple[str, ...], ...]
     labels: Labels = "stored"
     unlabelled: tuple[tuple[str, ...], ...] = ()
+    sources: tuple[tuple[str, ...], ...] = ()
+    has_problem_type: bool = False
 
 
 TASKS: dict[TaskName, Task] = {
@@ -54,6 +58,7 @@ TASKS: dict[TaskName, Task] = {
         "AutoModelForCausalLM",
         layout="tokens",
         ways=(("messages",), ("text",), ("prompt", "completion")),
+        sources=(("messages",), ("prompt", "completion"), ("prompt",)),
         labels="next",
     ),
     "masked-lm": Task(
@@ -67,6 +72,7 @@ TASKS: dict[TaskName, Task] = {
         "AutoModelForSeq2SeqLM",
         layout="pair",
         ways=(("source", "target"), ("messages",)),
+        sources=(("source", "target"), ("source",), ("messages",)),
         labels="next",
     ),
     "token-classification": Task(
@@ -82,6 +88,7 @@ TASKS: dict[TaskName, Task] = {
         layout="row",
         ways=(("text", "text_pair", "label"), ("text", "label")),
         unlabelled=(("text", "text_pair"), ("text",)),
+        has_problem_type=True,
     ),
     "question-answering": Task(
         "tokens",
