@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from shared.arrays import ranges
 from shared.errors import ConfigError
+from shared.targets.kinds import KINDS, Kind
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
@@ -80,9 +81,44 @@ class TargetSpec:
             raise ConfigError(f"mean_entries={self.mean_entries}: expected 1 to {MAX_ENTRIES}.")
 
     @property
+    def of_kind(self) -> Kind:
+        """The kind itself."""
+        return KINDS[self.kind]
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether anything of a teacher is kept; otherwise there are hard labels only."""
+        return self.of_kind.has_targets
+
+    @property
+    def numbers(self) -> bool:
+        """Whether what is kept of a position is one number, and no distribution over classes."""
+        return self.of_kind.numbers
+
+    @property
+    def distributions(self) -> bool:
+        """Whether what is kept of a position is a distribution over the classes."""
+        return self.of_kind.distributions
+
+    @property
     def ragged(self) -> bool:
         """Whether positions differ in their number of entries."""
-        return self.kind in RAGGED_KINDS
+        return self.of_kind.ragged
+
+    @property
+    def sampled(self) -> bool:
+        """Whether entries are weights of an unbiased sample, which has no tail."""
+        return self.of_kind.sampled
+
+    @property
+    def truncated(self) -> bool:
+        """Whether only the likeliest classes are entries, and all others are one tail."""
+        return self.of_kind.truncated
+
+    @property
+    def every_temperature(self) -> bool:
+        """Whether the distribution is exact at any temperature."""
+        return self.of_kind.every_temperature
 
     @property
     def num_entries(self) -> int:
