@@ -23,7 +23,7 @@ from student_train.evaluate.page import write_evaluation
 from student_train.loss.objective import Objective, attach
 from student_train.loss.spec import LossSpec
 from student_train.student.build import build_student, load_config
-from student_train.student.fit import check_fit, check_labelled
+from student_train.student.fit import check_fit, check_judges
 from student_train.tasks.answers import collector_for
 from student_train.tasks.text_metrics import require_metrics
 from student_train.tasks.vectors import layer_pair, load_projection
@@ -168,7 +168,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     cache = open_cache(config.cache, allow_partial=config.allow_partial)
     model_config = load_config(config.student)
     check_fit(config.student, model_config, cache)
-    check_labelled(cache)
+    check_judges(cache)
     if config.generate:
         check_writes(cache)
         require_metrics()

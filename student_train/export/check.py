@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from shared.cache import Cache, Row
+from shared.cache import Cache
+from shared.rows import Row
 from shared.tasks import TASKS, Layout, ProblemType
 from student_train.export.onnx_files import Arrays, Runner
 from student_train.tasks.metrics import Answers, MetricName, task_numbers

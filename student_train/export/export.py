@@ -28,7 +28,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch
 from shared.folders import check_free, new_folder
 from shared.models.tokenizer import content_hash
-from shared.tasks import ProblemType
+from shared.tasks import PROBLEM_TYPES, ProblemType
 from student_train.config import ExportConfig, ExportFormat
 from student_train.export.check import (
     Check,
@@ -51,7 +51,6 @@ from student_train.export.onnx_files import (
     write_int8,
     write_onnx,
 )
-from student_train.student.build import PROBLEM_TYPES
 from student_train.student.fit import check_fit
 from student_train.student.saved import (
     Run,

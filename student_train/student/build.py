@@ -4,7 +4,6 @@ Weights come from safetensors only, and no code that comes with a model is ever 
 """
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from shared.cache import Cache
 from shared.errors import ConfigError, Refused
 from shared.models.tokenizer import load_cached_tokenizer
-from shared.tasks import TASKS, ProblemType, TaskName
+from shared.tasks import PROBLEM_TYPES, TASKS, TaskName, is_unnamed
 from shared.windows import PLACES
 from student_train.student.adapters import require_peft
 from student_train.student.encoder_decoder import (
@@ -24,14 +23,6 @@ from student_train.student.encoder_decoder import (
 )
 
 log = logging.getLogger(__name__)
-
-
-# As `transformers` names them: its own loss and its pipelines go by it.
-PROBLEM_TYPES: dict[ProblemType, str] = {
-    "single_label": "single_label_classification",
-    "multi_label": "multi_label_classification",
-    "regression": "regression",
-}
 
 _DROPOUTS = ("dropout", "dropout_prob", "dropout_rate", "pdrop")
 
@@ -186,8 +177,3 @@ def _has_weights(folder: Path) -> bool:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def is_unnamed(labels: Sequence[str]) -> bool:
-    """As transformers names the labels of a model that was given no names."""
-    return list(labels) == [f"LABEL_{index}" for index in range(len(labels))]

@@ -6,7 +6,6 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from shared.cache import Cache
 from shared.errors import CacheMismatch
-from shared.models.decoding import decoder_start_of
 from shared.models.tokenizer import end_of_text, load_cached_tokenizer
 
 
@@ -59,14 +58,3 @@ def check_lengths(name: str, places: int, cache: Cache) -> None:
                 f"{name}: takes {places:,} positions, but a side of a row of {cache.path} has "
                 f"{longest:,} tokens. Cache again with {option} {fits}, or use another student."
             )
-
-
-def check_decoder_start(name: str, cache: Cache) -> None:
-    """Refuses a pretrained student whose decoder begins with another token than the rows do."""
-    own, cached = decoder_start_of(name), cache.manifest.preprocessing.decoder_start
-    if own is not None and own != cached:
-        raise CacheMismatch(
-            f"{name}: its decoder starts from token {own}, but the targets of {cache.path} start "
-            f"from {cached}. Cache again with a teacher that starts as the student does, or, with "
-            f"hard labels only, with --decoder-start {own}."
-        )

@@ -164,9 +164,8 @@ def teacher_of(engine: Engine) -> Teacher:
 
 def teacher_info(name: str, teacher: Teacher) -> TeacherInfo:
     """What the manifest says of a teacher loaded as `name`."""
-    folder = Path(name)
     return TeacherInfo(
-        id=folder.resolve().name if folder.is_dir() else name,
+        id=teacher_id(name),
         revision=teacher.revision or "local",
         config_hash=config_hash(teacher.model),
         weights_digest=weights_digest(teacher.model),
@@ -174,3 +173,9 @@ def teacher_info(name: str, teacher: Teacher) -> TeacherInfo:
         attn_implementation=teacher.attn_implementation or "unknown",
         parameters=sum(parameter.numel() for parameter in teacher.model.parameters()),
     )
+
+
+def teacher_id(name: str) -> str:
+    """The Hub id, or the name of the folder without where it lies."""
+    folder = Path(name)
+    return folder.resolve().name if folder.is_dir() else name

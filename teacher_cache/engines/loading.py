@@ -1,13 +1,14 @@
 """A model and its tokenizer from a folder or a Hub id; their hashes; what a config alone says."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import xxhash
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from shared.errors import ConfigError, Refused
@@ -122,10 +123,16 @@ def _config(teacher: str, revision: str | None) -> Any:
 
 def weights_digest(model: nn.Module) -> str:
     """xxh3_128 over name, dtype, shape and bytes of all weights as loaded, in order of name."""
+    return digest_of(sorted(model.state_dict().items()))
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """xxh3_128 over name, dtype, shape and bytes of named tensors, one after another."""
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().data)
     return digest.hexdigest()
 
 

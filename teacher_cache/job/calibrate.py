@@ -12,7 +12,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,9 @@ import torch
 import xxhash
 from safetensors.numpy import save as save_safetensors
 
-from shared.errors import CacheMismatch, CorpusError, Refused
+from shared import compat
+from shared.errors import CorpusError, Refused
+from shared.fit_rules import Side
 from shared.format import manifest as manifests
 from shared.format.manifest import BatchPlan, Manifest
 from shared.format.schema import ROW_CHUNK_BITS
@@ -30,7 +32,6 @@ from shared.storage import Storage
 from shared.targets.spec import ClassRanks, TargetSpec
 from teacher_cache.engines.base import Engine
 from teacher_cache.job.draft import Draft
-from teacher_cache.job.like import asked_targets
 from teacher_cache.job.writing import stand_ins
 from teacher_cache.select.kinds import SELECTORS
 from teacher_cache.select.largest import Largest
@@ -296,15 +297,5 @@ def _mend_tokenizer(draft: Draft, manifest: Manifest, storage: Storage) -> None:
 
 def check_asked(draft: Draft, manifest: Manifest, storage: Storage) -> None:
     """Refuses to go on with a cache that was started for something else, field by field."""
-    fields = asdict(manifest)
-    found = {key: fields.get(key) for key in draft.asked()}
-    found["targets"] = asked_targets(fields["targets"])
-    found["shard_tokens"] = manifest.plan.asked_shard_tokens
-    found["forward_tokens"] = manifest.plan.asked_forward_tokens
-    lines = list(manifests.differences(found, draft.asked()))
-    if lines:
-        raise CacheMismatch(
-            f"{storage.root}: this folder holds another cache. "
-            + "; ".join(lines)
-            + ". Choose another --out, or ask for the same thing to go on with this one."
-        )
+    cached, asked = Side(str(storage.root), manifest), Side("asked", draft.asked_of(manifest))
+    compat.check("resume", cached, asked)

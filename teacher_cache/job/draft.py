@@ -6,13 +6,13 @@ Nothing is measured here and nothing written: what cannot work is refused before
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from shared.format import manifest as manifests
-from shared.format.manifest import HiddenSpec, Preprocessing, TeacherInfo, TokenizerInfo
+from shared.format.manifest import HiddenSpec, Manifest, Preprocessing, TeacherInfo, TokenizerInfo
 from shared.models.tokenizer import describe
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from shared.targets.spec import TargetSpec
 from shared.tasks import ProblemType
 from teacher_cache.config import CaptureConfig
@@ -22,7 +22,7 @@ from teacher_cache.engines.base import Engine, LoadEngine
 from teacher_cache.engines.loading import hidden_width_of, load_tokenizer, logit_width_of
 from teacher_cache.engines.table import DEFAULT_ENGINE, ENGINES
 from teacher_cache.job.labels import label_names, problem_type_for
-from teacher_cache.job.like import as_in, asked_targets, learnt_by
+from teacher_cache.job.like import as_in, learnt_by
 from teacher_cache.job.preprocessing import preprocessing_of
 from teacher_cache.job.writing import Writer
 from teacher_cache.select import kinds
@@ -78,24 +78,30 @@ class Draft:
             self.task, self.tokenizer, self.preprocessing, spec, self.engine, forward_tokens
         )
 
-    def asked(self) -> dict[str, Any]:
-        """Every field that a second run must ask for alike; compared before it may go on."""
-        return {
-            "task": self.config.task,
-            "labels": self.labels,
-            "problem_type": self.problem_type,
-            "labelled": self.labelled,
-            "teacher": None if self.teacher_info is None else asdict(self.teacher_info),
-            "tokenizer": asdict(self.tokenizer_info),
-            "corpus": asdict(self.corpus.info),
-            "preprocessing": asdict(self.preprocessing),
-            "targets": asked_targets(asdict(self.targets)),
-            "hidden": asdict(self.hidden),
-            "seed": self.config.seed,
-            "nonfinite": self.config.nonfinite,
-            "shard_tokens": self.config.shard_tokens,
-            "forward_tokens": self.config.forward_tokens,
-        }
+    def asked_of(self, cached: Manifest) -> Manifest:
+        """The manifest of a cache that this job asks for, had it learnt what `cached` did."""
+        plan = replace(
+            cached.plan,
+            asked_shard_tokens=self.config.shard_tokens,
+            asked_forward_tokens=self.config.forward_tokens,
+        )
+        return replace(
+            cached,
+            task=self.config.task,
+            teacher=self.teacher_info,
+            tokenizer=self.tokenizer_info,
+            corpus=self.corpus.info,
+            preprocessing=self.preprocessing,
+            targets=self.targets,
+            hidden=self.hidden,
+            plan=plan,
+            seed=self.config.seed,
+            nonfinite=self.config.nonfinite,
+            origin=None,
+            labels=self.labels,
+            problem_type=self.problem_type,
+            labelled=self.labelled,
+        )
 
 
 def resolve(
@@ -108,7 +114,7 @@ def resolve(
 
     Without `load_teacher` (for `plan`) only the teacher's config and tokenizer are read.
     """
-    old = None if config.like is None else Storage(config.like)
+    old = None if config.like is None else LocalStorage(config.like)
     known: tuple[str, ...] = ()
     if old is not None:
         manifest, _ = manifests.read(old)
@@ -135,7 +141,7 @@ def resolve(
     )
     if old is None:
         return draft
-    targets, learnt = learnt_by(old, draft.asked(), reads_weights=engine is not None)
+    targets, learnt = learnt_by(old, draft.asked_of, reads_weights=engine is not None)
     return replace(draft, targets=targets, learnt=learnt)
 
 

@@ -1,10 +1,11 @@
 """`--like`: a job that keeps of new documents what an old cache has of others."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from shared.errors import CacheMismatch
+from shared import compat
+from shared.fit_rules import Side
 from shared.format import manifest as manifests
 from shared.format.manifest import Manifest
 from shared.storage import Storage
@@ -12,9 +13,6 @@ from shared.targets.spec import TargetSpec
 from teacher_cache.config import CaptureConfig
 from teacher_cache.select.kinds import SELECTORS
 from teacher_cache.tasks.table import TEACHER_TASKS
-
-# What two caches must have alike to train together, whatever documents they are of.
-_ALIKE = ("teacher", "tokenizer", "targets", "hidden", "problem_type", "labels")
 
 
 def as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
@@ -41,30 +39,16 @@ def as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
 
 
 def learnt_by(
-    old: Storage, asked: Mapping[str, Any], *, reads_weights: bool
+    old: Storage, asked_of: Callable[[Manifest], Manifest], *, reads_weights: bool
 ) -> tuple[TargetSpec, bytes | None]:
     """The targets of the old cache and its learnt file; refuses what would not train with it.
 
     A plan that reads no weights cannot say whose they are.
     """
     manifest, _ = manifests.read(old)
-    fields = asdict(manifest)
-    fields["targets"] = asked_targets(fields["targets"])
-    names = [name for name in _ALIKE if reads_weights or name != "teacher"]
-    lines = list(
-        manifests.differences(
-            {name: fields[name] for name in names}, {name: asked[name] for name in names}
-        )
-    )
-    if lines:
-        raise CacheMismatch(
-            f"--like {old.root}: the new documents would not train together with it. "
-            f"{'; '.join(lines)}."
-        )
+    asked = asked_of(manifest)
+    if not reads_weights:
+        asked = replace(asked, teacher=manifest.teacher)
+    compat.check("like", Side(str(old.root), manifest), Side("the new documents", asked))
     learnt = [name for name in manifest.side_files if name.startswith("learnt-")]
     return manifest.targets, old.read(learnt[0]) if learnt else None
-
-
-def asked_targets(targets: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked for of a target spec: the threshold was found."""
-    return {name: value for name, value in targets.items() if name != "threshold"}

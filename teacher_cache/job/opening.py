@@ -18,7 +18,7 @@ from shared.format.manifest import Manifest
 from shared.options import write_resolved
 from shared.progress import Progress, WaitClock
 from shared.signals import StopRequest
-from shared.storage import Storage
+from shared.storage import LocalStorage, Storage
 from teacher_cache.config import CaptureConfig
 from teacher_cache.engines.base import LoadEngine
 from teacher_cache.engines.table import DEFAULT_ENGINE, ENGINES
@@ -41,11 +41,11 @@ def open_job(
     The first one to open it calibrates and publishes the manifest, all others adopt that. `share`
     is what `Job.my_shards` and the progress bar go by; whoever catches signals passes `stop`.
     """
-    storage = Storage(config.out)
+    storage = LocalStorage(config.out)
     draft = resolve(config, load_engine=load_engine)
     manifest, cache_id = publish_or_adopt(draft, storage)
     torch.set_num_threads(manifest.plan.cpu_threads)  # on a CPU it decides the last bits
-    _record(config, storage, share)
+    record(config, storage, share)
     with (
         Progress("cache-teacher", total=_tokens_left(storage, manifest, share)) as progress,
         ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode") as pool,
@@ -72,7 +72,7 @@ def _tokens_left(storage: Storage, manifest: Manifest, share: Share) -> int:
     return round(plan.estimated_tokens * left / plan.num_shards / share.world)
 
 
-def _record(config: CaptureConfig, storage: Storage, share: Share) -> None:
+def record(config: CaptureConfig, storage: LocalStorage, share: Share) -> None:
     """The resolved config of this process, for the user; never read by stage two."""
     folder = storage.root / "runs"
     folder.mkdir(exist_ok=True)

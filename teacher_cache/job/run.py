@@ -9,13 +9,17 @@ from pathlib import Path
 
 import torch
 
+from shared.cache import committed_shards
 from shared.errors import Stopped, TeacherCacheError
 from shared.options import write_resolved
 from shared.signals import StopRequest, stop_on_signals
+from shared.storage import LocalStorage
 from teacher_cache.config import CaptureConfig
 from teacher_cache.engines.base import LoadEngine
 from teacher_cache.engines.table import DEFAULT_ENGINE, ENGINES
-from teacher_cache.job.opening import open_job
+from teacher_cache.job.calibrate import publish_or_adopt
+from teacher_cache.job.finished import finished_as_asked
+from teacher_cache.job.opening import open_job, record
 from teacher_cache.job.workers import Share, run_local_processes, share_of
 
 log = logging.getLogger(__name__)
@@ -39,11 +43,17 @@ def run_stoppable(
     if count > 1:
         _run_many(config, share, count, stop)
         return
-    with open_job(config, share=share, stop=stop, load_engine=load_engine) as job:
-        for shard in job.my_shards():
-            job.capture_shard(shard)
-    shards = job.manifest.plan.num_shards
-    log.info("%s: %d of %d shards done", job.storage.root, shards - len(job.missing()), shards)
+    storage = LocalStorage(config.out)
+    if (finished := finished_as_asked(config, storage)) is not None:
+        manifest, _ = publish_or_adopt(finished, storage)
+        record(config, storage, share)
+    else:
+        with open_job(config, share=share, stop=stop, load_engine=load_engine) as job:
+            for shard in job.my_shards():
+                job.capture_shard(shard)
+        manifest = job.manifest
+    done, shards = len(committed_shards(storage)), manifest.plan.num_shards
+    log.info("%s: %d of %d shards done", storage.root, done, shards)
 
 
 def _local_processes(config: CaptureConfig, share: Share) -> int:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shared.cache import Row
 from shared.errors import ConfigError
 from shared.format.manifest import Manifest, Preprocessing
 from shared.format.schema import optional_columns
+from shared.rows import Row
 from shared.tasks import TASKS, Pooling, ProblemType, TaskName
 from teacher_cache.tasks.inputs import SEQUENCES, ForwardInputs
 from teacher_cache.tasks.rows import TrainingRow

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.cache import Row
 from shared.format.manifest import Manifest
 from shared.format.schema import ROW_CHUNK_BITS
+from shared.rows import Row
 from shared.tasks import ProblemType, TaskName
 from teacher_cache.corpus.documents import Labelled
 from teacher_cache.tasks.base import RowContext, TeacherTask, Vocabulary

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.arrays import mixed_bits
-from shared.cache import Row
 from shared.errors import Refused
 from shared.format.manifest import Manifest, Preprocessing
 from shared.format.schema import ROW_CHUNK_BITS
+from shared.rows import Row
 from teacher_cache.tasks.base import RowContext, TeacherTask, around
 from teacher_cache.tasks.rows import TrainingRow, special_ends
 

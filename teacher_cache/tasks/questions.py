@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from shared.cache import Row
 from shared.errors import CorpusError
 from shared.format.manifest import Manifest
 from shared.format.schema import ROW_CHUNK_BITS
+from shared.rows import Row
 from shared.tasks import MAX_ANSWER_TOKENS
 from shared.windows import NO_ANSWER, PLACES, WindowReference, best_spans, reference_of
 from teacher_cache.corpus.documents import Asked

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.cache import Row
 from shared.errors import CorpusError
 from shared.format.manifest import Manifest, Preprocessing
 from shared.format.schema import ROW_CHUNK_BITS
+from shared.rows import Row
 from teacher_cache.corpus.chat import split_answer, written_prompt
 from teacher_cache.corpus.documents import Conversation, Pair, Written
 from teacher_cache.tasks.base import SHOWN_TOKENS, AskedSource, RowContext, TeacherTask

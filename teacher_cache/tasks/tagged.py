@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shared.cache import Row
 from shared.errors import CorpusError
 from shared.format.schema import ROW_CHUNK_BITS
+from shared.rows import Row
 from teacher_cache.corpus.documents import Tagged
 from teacher_cache.tasks.base import RowContext, TeacherTask, around
 from teacher_cache.tasks.class_labels import class_number

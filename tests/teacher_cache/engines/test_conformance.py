@@ -19,7 +19,7 @@ from shared.cache import open_cache
 from shared.errors import Stopped, TeacherCacheError
 from shared.format.blocks import Block
 from shared.format.manifest import GenerationSpec, Manifest
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from teacher_cache.config import CaptureConfig
 from teacher_cache.engines.base import Engine, LoadEngine
 from teacher_cache.engines.batches import forward_batches
@@ -133,7 +133,7 @@ def case(request: pytest.FixtureRequest, options, tmp_path: Path) -> Case:
 def make_case(name: str, options: dict[str, dict[str, Any]], folder: Path) -> Case:
     config = CaptureConfig(out=folder / "cache", device="cpu", forward_tokens=128, **options[name])
     draft = resolve(config, load_engine=engine_of(name))
-    manifest, _ = publish_or_adopt(draft, Storage(config.out))
+    manifest, _ = publish_or_adopt(draft, LocalStorage(config.out))
     indices = range(len(draft.corpus))
     documents = zip(indices, draft.corpus.read(indices), strict=True)
     rows = list(draft.build_rows(documents, Counter()))
