@@ -22,7 +22,8 @@ from shared.format import shards
 from shared.format.shards import ShardReader, commit_name
 from shared.storage import LocalStorage
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
-from teacher_cache.tools.inspection import clean, inspect, verify
+from teacher_cache.tools.inspect import inspect
+from teacher_cache.tools.verify import clean, verify
 from tests.shared import test_shards as blocks
 from tests.shared.test_storage import tree
 

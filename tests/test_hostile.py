@@ -43,7 +43,7 @@ from shared.format.shards import (
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.storage import LocalStorage
 from teacher_cache.config import VerifyConfig
-from teacher_cache.tools.inspection import verify
+from teacher_cache.tools.verify import verify
 
 
 def ascii_of(value):

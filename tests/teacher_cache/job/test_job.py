@@ -19,8 +19,9 @@ from shared.errors import NonFiniteTargets, Refused, Stopped, TeacherCacheError
 from shared.format import shards
 from teacher_cache.config import VerifyConfig
 from teacher_cache.engines.teacher import Teacher, TeacherOutput
-from teacher_cache.tools.inspection import summary, verify
+from teacher_cache.tools.inspect import summary
 from teacher_cache.tools.report import inspect_text
+from teacher_cache.tools.verify import verify
 from tests.conftest import Capture
 
 SMALL = {"limit_documents": 60, "shard_tokens": 900, "forward_tokens": 256}

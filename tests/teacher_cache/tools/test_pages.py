@@ -17,8 +17,8 @@ from shared.models.tokenizer import load_cached_tokenizer
 from shared.pages.drawing import Axis, Series, histogram, lines, log_axis
 from shared.targets.ragged import drawn_logprob
 from teacher_cache.config import InspectConfig, PlanConfig
-from teacher_cache.tools import inspection
-from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools import inspect as inspection
+from teacher_cache.tools.inspect import inspect
 from teacher_cache.tools.pages import write_inspection, write_plan
 from teacher_cache.tools.plan import estimate
 from teacher_cache.tools.report import inspect_text
@@ -216,7 +216,7 @@ def test_histograms_are_those_of_all_blocks_of_a_small_cache(cache_of, tmp_path,
 
 
 def test_a_page_reads_a_bounded_number_of_blocks(cache_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("teacher_cache.tools.inspection._HISTOGRAM_BLOCKS", 2)
+    monkeypatch.setattr("teacher_cache.tools.inspect._HISTOGRAM_BLOCKS", 2)
     cache = open_cache(cache_of("topk"))
     found = inspected(cache.path, tmp_path / "x.html", rows=0)["histograms"]
     ends = [cache.read_block(number).num_positions.sum() for number in (0, cache.num_blocks - 1)]
