@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -13,7 +12,7 @@ from teacher_cache.config import CaptureConfig
 from teacher_cache.engines import generation
 from teacher_cache.engines.base import Engine
 from teacher_cache.engines.batches import ForwardBatch, forward_batches
-from teacher_cache.engines.loading import config_hash, weights_digest
+from teacher_cache.engines.loading import config_hash, teacher_id, weights_digest
 from teacher_cache.engines.memory import is_out_of_memory
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.engines.windows import capture_window
@@ -173,9 +172,3 @@ def teacher_info(name: str, teacher: Teacher) -> TeacherInfo:
         attn_implementation=teacher.attn_implementation or "unknown",
         parameters=sum(parameter.numel() for parameter in teacher.model.parameters()),
     )
-
-
-def teacher_id(name: str) -> str:
-    """The Hub id, or the name of the folder without where it lies."""
-    folder = Path(name)
-    return folder.resolve().name if folder.is_dir() else name

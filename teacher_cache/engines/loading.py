@@ -176,3 +176,9 @@ def model_source(teacher: str) -> str:
     if path.is_dir() and not (path / "config.json").is_file():
         raise Refused(f"{teacher}: no config.json here. Name a folder saved by transformers.")
     return source
+
+
+def teacher_id(name: str) -> str:
+    """The Hub id, or the name of the folder without where it lies."""
+    folder = Path(name)
+    return folder.resolve().name if folder.is_dir() else name

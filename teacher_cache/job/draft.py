@@ -22,7 +22,7 @@ from teacher_cache.engines.base import Engine, LoadEngine
 from teacher_cache.engines.loading import hidden_width_of, load_tokenizer, logit_width_of
 from teacher_cache.engines.table import DEFAULT_ENGINE, ENGINES
 from teacher_cache.job.labels import label_names, problem_type_for
-from teacher_cache.job.like import as_in, learnt_by
+from teacher_cache.job.like import as_in, check_alike, learnt_by
 from teacher_cache.job.preprocessing import preprocessing_of
 from teacher_cache.job.writing import Writer
 from teacher_cache.select import kinds
@@ -115,16 +115,15 @@ def resolve(
     Without `load_teacher` (for `plan`) only the teacher's config and tokenizer are read.
     """
     old = None if config.like is None else LocalStorage(config.like)
-    known: tuple[str, ...] = ()
-    if old is not None:
-        manifest, _ = manifests.read(old)
-        config, known = as_in(config, manifest), manifest.labels
+    manifest = None if old is None else manifests.read(old)[0]
+    if manifest is not None:
+        config = as_in(config, manifest)
     corpus = open_corpus(config)
     task = task_for(config.task, problem_type_for(config, corpus))
     engine = load_engine(config, task) if load_teacher and config.uses_teacher else None
     tokenizer = _tokenizer(config)
     info = describe(tokenizer)
-    labels = label_names(config, corpus, task, engine, known)
+    labels = label_names(config, corpus, task, engine, () if manifest is None else manifest.labels)
     num_classes = task.num_classes(config, len(labels), lambda: _vocabulary(config, engine, info))
     draft = Draft(
         config=config,
@@ -139,10 +138,10 @@ def resolve(
         labels=labels,
         problem_type=task.problem_type,
     )
-    if old is None:
+    if old is None or manifest is None:
         return draft
-    targets, learnt = learnt_by(old, draft.asked_of, reads_weights=engine is not None)
-    return replace(draft, targets=targets, learnt=learnt)
+    check_alike(old, manifest, draft.asked_of(manifest), reads_weights=engine is not None)
+    return replace(draft, targets=manifest.targets, learnt=learnt_by(old, manifest))
 
 
 def _tokenizer(config: CaptureConfig) -> "PreTrainedTokenizerBase":

@@ -27,8 +27,7 @@ from shared.format.manifest import Manifest, TeacherInfo
 from shared.storage import Storage
 from shared.tasks import TASKS
 from teacher_cache.config import CaptureConfig
-from teacher_cache.engines.hf import teacher_id
-from teacher_cache.engines.loading import config_hash, digest_of, model_source
+from teacher_cache.engines.loading import config_hash, digest_of, model_source, teacher_id
 from teacher_cache.job.calibrate import check_asked
 from teacher_cache.job.draft import Draft, resolve
 

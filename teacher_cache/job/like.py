@@ -1,15 +1,12 @@
 """`--like`: a job that keeps of new documents what an old cache has of others."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from shared import compat
 from shared.fit_rules import Side
-from shared.format import manifest as manifests
 from shared.format.manifest import Manifest
 from shared.storage import Storage
-from shared.targets.spec import TargetSpec
 from teacher_cache.config import CaptureConfig
 from teacher_cache.select.kinds import SELECTORS
 from teacher_cache.tasks.table import TEACHER_TASKS
@@ -38,17 +35,17 @@ def as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
     return replace(config, **options)
 
 
-def learnt_by(
-    old: Storage, asked_of: Callable[[Manifest], Manifest], *, reads_weights: bool
-) -> tuple[TargetSpec, bytes | None]:
-    """The targets of the old cache and its learnt file; refuses what would not train with it.
+def check_alike(old: Storage, manifest: Manifest, asked: Manifest, *, reads_weights: bool) -> None:
+    """Refuses new documents that would not train together with the old cache.
 
     A plan that reads no weights cannot say whose they are.
     """
-    manifest, _ = manifests.read(old)
-    asked = asked_of(manifest)
     if not reads_weights:
         asked = replace(asked, teacher=manifest.teacher)
     compat.check("like", Side(str(old.root), manifest), Side("the new documents", asked))
-    learnt = [name for name in manifest.side_files if name.startswith("learnt-")]
-    return manifest.targets, old.read(learnt[0]) if learnt else None
+
+
+def learnt_by(old: Storage, manifest: Manifest) -> bytes | None:
+    """What the old cache learnt, if anything."""
+    names = [name for name in manifest.side_files if name.startswith("learnt-")]
+    return old.read(names[0]) if names else None

@@ -187,9 +187,10 @@ def test_a_folder_with_a_shared_of_its_own_stops_no_local_process(tmp_path, monk
     (tmp_path / "shared" / "__init__.py").touch()
     (tmp_path / "job.yaml").write_text("corpus: none.txt")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(workers.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(workers.__file__).parents[2]))
     # 2: the command was there, and has read that the job names no cache
-    assert run_local_processes(Path("job.yaml"), 1, one_gpu_each=False) == 2
+    stop = StopRequest()
+    assert run_local_processes(Path("job.yaml"), 1, one_gpu_each=False, stop=stop) == 2
 
 
 @pytest.mark.parametrize(("visible", "expected"), [("", "01"), ("5,7,8", "57")])
