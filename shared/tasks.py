@@ -32,6 +32,29 @@ MAX_ANSWER_TOKENS = 30  # of question answering; as the scripts that go with SQu
 
 
 @dataclass(frozen=True, slots=True)
+class Problem:
+    """What the named labels of a sequence classification are to a row, for `Manifest.problem_type`.
+
+    `layout` stands in the place of the task's own, where each label is an output of the head with a
+    position of its own; then `kind` and `num_classes` are what the targets of a position are.
+    `label_column` holds the hard labels, which are `numbers` or classes.
+    """
+
+    layout: Layout | None = None
+    kind: str = ""
+    num_classes: int = 0
+    label_column: str = "labels"
+    numbers: bool = False
+
+
+PROBLEMS: dict[ProblemType, Problem] = {
+    "single_label": Problem(),  # one of them is right
+    "multi_label": Problem("outputs", "dense", 2),  # each is right or not
+    "regression": Problem("outputs", "values", 1, "label_values", numbers=True),  # each is a number
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """`target_space`: what a class is; states: there are none, and no targets.
     `auto_class`: the class in `transformers` that loads it.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shared.errors import CorpusError
-from shared.tasks import ProblemType
+from shared.tasks import PROBLEMS, ProblemType
 from teacher_cache.corpus.values import Column
 
 
@@ -32,10 +32,10 @@ class _Seen:
 def labels_of(values: Iterable[Any], problem_type: ProblemType, column: Column) -> tuple[str, ...]:
     """The names of all labels there are, sorted; of numbers, the numbers up to the largest.
 
-    In a regression, and where lists say 0 or 1 for each label, there are as many as a list is long.
+    Where each label is a number, or lists say 0 or 1 for each, there are as many as a list is long.
     """
-    seen = _seen(values)
-    if problem_type == "regression" or (problem_type == "multi_label" and seen.vectors):
+    seen, problem = _seen(values), PROBLEMS[problem_type]
+    if problem.numbers or (problem.layout is not None and seen.vectors):
         return _numbered(seen.longest)
     if all(isinstance(label, str) for label in seen.labels):
         return tuple(sorted(map(str, seen.labels)))
