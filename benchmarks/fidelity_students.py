@@ -33,7 +33,7 @@ from student_train.run.trainer import run as train_run
 from student_train.student.build import build_student
 from teacher_cache.config import CaptureConfig
 from teacher_cache.job.run import run as capture_run
-from teacher_cache.tools.inspection import summary
+from teacher_cache.tools.inspect import summary
 
 PIECE_CHARACTERS = 2000  # of a document: paragraphs of one chapter, so many of them
 PUBLISHED_BYTES = 3  # of a unique id of RS-KD: 17 bits of id, 7 of count

@@ -39,7 +39,7 @@ from student_train.config import TrainConfig
 from student_train.run.trainer import run as train
 from teacher_cache.config import CaptureConfig
 from teacher_cache.job.run import run as capture
-from teacher_cache.tools.inspection import summary
+from teacher_cache.tools.inspect import summary
 
 BOOK = Path(__file__).resolve().parent / "data" / "jane-eyre.txt"
 CODECS: tuple[HiddenCodec, ...] = ("bf16", "fp8", "int8")

@@ -59,8 +59,9 @@ class Task:
     decoder reads, targets at all tokens of the second but its last.
     `labels`: the hard labels are the next tokens, stored in a column of their own, or absent.
     `ways`: which columns a document may consist of, by role. `unlabelled`: of which ones, where it
-    has no label and only what a teacher says of it is learnt. `has_problem_type`: whether its
-    labels may be anything else than one of several (`PROBLEMS`).
+    has no label and only what a teacher says of it is learnt. `sources`: of which ones, where the
+    teacher writes what is learnt (--generate), so that a corpus need not have the answers.
+    `has_problem_type`: whether its labels may be anything else than one of several (`PROBLEMS`).
     """
 
     target_space: Literal["vocabulary", "labels", "tokens", "states"]
@@ -69,6 +70,7 @@ class Task:
     ways: tuple[tuple[str, ...], ...]
     labels: Labels = "stored"
     unlabelled: tuple[tuple[str, ...], ...] = ()
+    sources: tuple[tuple[str, ...], ...] = ()
     has_problem_type: bool = False
 
     @property
@@ -83,6 +85,7 @@ TASKS: dict[TaskName, Task] = {
         "AutoModelForCausalLM",
         layout="tokens",
         ways=(("messages",), ("text",), ("prompt", "completion")),
+        sources=(("messages",), ("prompt", "completion"), ("prompt",)),
         labels="next",
     ),
     "masked-lm": Task(
@@ -96,6 +99,7 @@ TASKS: dict[TaskName, Task] = {
         "AutoModelForSeq2SeqLM",
         layout="pair",
         ways=(("source", "target"), ("messages",)),
+        sources=(("source", "target"), ("source",), ("messages",)),
         labels="next",
     ),
     "token-classification": Task(

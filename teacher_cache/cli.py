@@ -70,7 +70,7 @@ def run_command(config: CaptureConfig) -> None:
 @command(app, "inspect", InspectConfig)
 def inspect_command(config: InspectConfig) -> None:
     """Shows what a cache holds: provenance, completeness, sizes, kept mass, a few rows."""
-    from teacher_cache.tools.inspection import inspect
+    from teacher_cache.tools.inspect import inspect
     from teacher_cache.tools.report import inspect_text
 
     numbers = inspect(config)
@@ -84,8 +84,8 @@ def inspect_command(config: InspectConfig) -> None:
 @command(app, "verify", VerifyConfig)
 def verify_command(config: VerifyConfig) -> None:
     """Reads every byte of a cache and checks every checksum and count."""
-    from teacher_cache.tools.inspection import verify
     from teacher_cache.tools.report import verify_text
+    from teacher_cache.tools.verify import verify
 
     found = verify(config)
     _show(asdict(found) | {"sound": found.sound}, verify_text(found), as_json=config.json)
@@ -96,7 +96,7 @@ def verify_command(config: VerifyConfig) -> None:
 @command(app, "check", CheckConfig)
 def check_command(config: CheckConfig) -> None:
     """Runs the teacher again on a few rows and holds the cache against it."""
-    from teacher_cache.tools.check import check
+    from teacher_cache.tools.check.check import check
     from teacher_cache.tools.report import check_text
 
     found = check(config)
@@ -125,7 +125,7 @@ def student_command(config: StudentConfig) -> None:
 @command(app, "clean", CleanConfig)
 def clean_command(config: CleanConfig) -> None:
     """Removes what no commit names, and temporary files without a writer."""
-    from teacher_cache.tools.inspection import clean
+    from teacher_cache.tools.verify import clean
 
     removed = clean(config)
     verb = "would be removed" if config.dry_run else "removed"

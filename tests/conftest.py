@@ -140,7 +140,7 @@ def capture(
 def cache_dir(capture: Capture) -> Path:
     """A cache with several shards of several blocks, a stored temperature and two hidden layers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("teacher_cache.job.run.MIN_BLOCK_POSITIONS", 1024)
+        patch.setattr("teacher_cache.job.assemble.MIN_BLOCK_POSITIONS", 1024)
         return capture(temperature=(2.0,), hidden_layers=(-1, 0))
 
 

@@ -23,7 +23,8 @@ from shared.format.commits import commit_name, packed_lengths
 from shared.format.reader import ShardReader
 from shared.storage import LocalStorage
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
-from teacher_cache.tools.inspection import clean, inspect, verify
+from teacher_cache.tools.inspect import inspect
+from teacher_cache.tools.verify import clean, verify
 from tests.shared.format import test_shards as blocks
 from tests.shared.test_storage import tree
 

@@ -29,7 +29,7 @@ from shared.cache import committed_shards
 from shared.format.commits import commit_name
 from shared.storage import LocalStorage, temporary_files
 from teacher_cache.config import CleanConfig, VerifyConfig
-from teacher_cache.tools.inspection import clean, verify
+from teacher_cache.tools.verify import clean, verify
 
 CRASHED = 77  # as in the script below
 KILLED = -signal.SIGPROF
@@ -51,7 +51,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 from shared import storage
 from shared.format import writer
 from teacher_cache import cli
-from teacher_cache.tools import inspection
+from teacher_cache.tools import inspect, verify
 import teacher_cache.job.run as job
 torch.set_num_threads(1)
 try:  # a refused command, so that what commands import is imported here and not in each run

@@ -29,7 +29,7 @@ from shared.storage import LocalStorage
 from shared.targets.spec import TargetSpec
 from teacher_cache.config import VerifyConfig
 from teacher_cache.tools import seal
-from teacher_cache.tools.inspection import verify
+from teacher_cache.tools.verify import verify
 from tests import plain_reader, questions
 from tests.plain_reader import read_cache
 from tests.shared.format.test_shards import CLASSES, NO_HIDDEN, RANKS, cache_manifest, random_block

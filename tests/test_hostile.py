@@ -44,7 +44,7 @@ from shared.format.schema import planes_of
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.storage import LocalStorage
 from teacher_cache.config import VerifyConfig
-from teacher_cache.tools.inspection import verify
+from teacher_cache.tools.verify import verify
 
 
 def ascii_of(value):

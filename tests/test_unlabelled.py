@@ -27,8 +27,8 @@ from student_train.loss.spec import LossSpec
 from student_train.run.trainer import run as train
 from student_train.student.build import build_student
 from teacher_cache.config import CheckConfig, InspectConfig, PlanConfig
-from teacher_cache.tools.check import check
-from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools.check.check import check
+from teacher_cache.tools.inspect import inspect
 from teacher_cache.tools.pages import write_plan
 from teacher_cache.tools.plan import estimate
 from teacher_cache.tools.report import inspect_text

@@ -1,4 +1,7 @@
-"""Start-up of stage one behind the draft (draft.py): calibrate, publish.
+"""What a job learns before its first shard, and the manifest it publishes: calibrate, publish.
+
+It begins with a draft (`draft.py`). What `cache-teacher plan` says of a job, with --calibrate too,
+is `tools/plan.py`.
 
 *Calibrate* fixes, on a sample of documents spread over the corpus, everything that is learnt: how
 many documents make a shard, how many tokens one forward takes, the order of the classes.

@@ -16,7 +16,8 @@ from shared.storage import LocalStorage
 from shared.targets.spec import TargetSpec
 from shared.tasks import ProblemType
 from teacher_cache.config import CaptureConfig
-from teacher_cache.corpus.sources import Corpus, open_corpus
+from teacher_cache.corpus.corpus import Corpus
+from teacher_cache.corpus.sources import open_corpus
 from teacher_cache.engines.base import Engine, LoadEngine
 from teacher_cache.engines.loading import hidden_width_of, load_tokenizer, logit_width_of
 from teacher_cache.engines.table import DEFAULT_ENGINE, ENGINES

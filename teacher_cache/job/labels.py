@@ -7,7 +7,7 @@ from pathlib import Path
 from shared.errors import CacheMismatch, ConfigError, CorpusError
 from shared.tasks import ProblemType
 from teacher_cache.config import CaptureConfig
-from teacher_cache.corpus.sources import Corpus
+from teacher_cache.corpus.corpus import Corpus
 from teacher_cache.engines.base import Engine
 from teacher_cache.engines.loading import labels_of, problem_type_of
 from teacher_cache.tasks.base import TeacherTask

@@ -6,7 +6,7 @@ from shared.errors import CacheMismatch, ConfigError, Refused
 from shared.format.manifest import GenerationSpec, Preprocessing
 from shared.models.decoding import decoder_start_of
 from teacher_cache.config import CaptureConfig
-from teacher_cache.corpus.sources import Corpus
+from teacher_cache.corpus.corpus import Corpus
 from teacher_cache.engines.base import Engine
 from teacher_cache.engines.loading import model_source
 from teacher_cache.tasks.base import TeacherTask

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -68,6 +68,9 @@ class Selector(ABC):
     has_targets = True
     distributions = True  # what is kept are probabilities of classes
     learns_classes = True  # calibration learns in which order classes are often kept
+    # Bytes of all target columns of a position by its entries, at 7 bits and 151,936 classes:
+    # benchmarks/README.md. Empty where they go with the number of classes.
+    bytes_by_entries: ClassVar[Mapping[float, float]] = {}
 
     # Options
 
@@ -87,6 +90,12 @@ class Selector(ABC):
     def options_like(self, targets: TargetSpec) -> dict[str, Any]:
         """The options of a job that is to keep what a cache keeps; others stay as they are."""
         return {"targets": targets.kind, "top_k": None}
+
+    def compared(
+        self, kind: TargetKind, asked: TargetSpec, config: "CaptureConfig"
+    ) -> list[TargetSpec]:
+        """The sizes of this kind that `plan` holds against what is asked for."""
+        return []
 
     # From a teacher's logits
 

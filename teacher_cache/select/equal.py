@@ -4,7 +4,7 @@ N positions, C classes, K entries of each, G groups of 64 classes.
 """
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # Of the groups that the first of two stages may choose: above it one stage is faster on a CPU, at
 # 640 to 32,000 classes alike. At half of the groups one takes a third longer, below that twice.
 TWO_STAGES_SHARE = 0.75
+COMPARED_KS = (8, 16, 32, 64, 128)
+COMPARED_CLASSES = 2048  # all of more are compared only where they are asked for
 NO_CLASS = torch.iinfo(torch.int64).min  # sorts below the key of every class
 
 
@@ -53,6 +55,8 @@ class Equal(Distribution):
 class TopK(Equal):
     """Exactly the best classes: larger logit first, then smaller id."""
 
+    bytes_by_entries: ClassVar = {8: 18.0, 16: 31.0, 32: 56.0, 64: 104.0, 128: 196.0}
+
     def best(self, block: Logits, spec: TargetSpec) -> tuple[Tensor, Tensor]:
         return best_classes(block.logits_NC, block.maxima_NG, spec.num_entries)
 
@@ -79,6 +83,13 @@ class TopK(Equal):
             "value_bits": targets.value_bits,
         }
 
+    def compared(
+        self, kind: TargetKind, asked: TargetSpec, config: "CaptureConfig"
+    ) -> list[TargetSpec]:
+        ks = {*COMPARED_KS, *([asked.top_k] if asked.kind == kind else [])}
+        classes = asked.num_classes
+        return [self.spec(kind, classes, k, config) for k in sorted(ks) if k <= classes]
+
     def most_entries_of(self, spec: TargetSpec) -> int:
         return spec.num_entries
 
@@ -99,6 +110,13 @@ class Dense(Equal):
         self, kind: TargetKind, num_classes: int, top_k: int, config: "CaptureConfig"
     ) -> TargetSpec:
         return TargetSpec(kind=kind, num_classes=num_classes, top_k=1, value_bits=16)
+
+    def compared(
+        self, kind: TargetKind, asked: TargetSpec, config: "CaptureConfig"
+    ) -> list[TargetSpec]:
+        if asked.kind != kind and asked.num_classes > COMPARED_CLASSES:
+            return []
+        return [self.spec(kind, asked.num_classes, 1, config)]
 
     def best(self, block: Logits, spec: TargetSpec) -> tuple[Tensor, Tensor]:
         every_C = torch.arange(spec.num_classes, device=block.logits_NC.device)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from shared.errors import ConfigError
 from shared.targets.base import TargetKind
+from shared.targets.ragged import MAX_ENTRIES
 from shared.targets.spec import TargetSpec
 from teacher_cache.select.base import Selector
 from teacher_cache.select.equal import Dense, TopK
@@ -62,5 +63,17 @@ def largest_classes(spec: TargetSpec) -> TargetSpec:
     selector = SELECTORS[spec.kind]
     if not selector.learns_classes:
         return spec
-    most = min(spec.num_classes, selector.most_entries_of(spec))
-    return TargetSpec(kind="topk", num_classes=spec.num_classes, top_k=most)
+    return most_classes(spec.num_classes, selector.most_entries_of(spec))
+
+
+def most_classes(
+    num_classes: int, most: int = MAX_ENTRIES, temperatures: tuple[float, ...] = ()
+) -> TargetSpec:
+    """The largest classes of each position: so many, or all if there are fewer."""
+    most = min(num_classes, most)
+    return TargetSpec(kind="topk", num_classes=num_classes, top_k=most, temperatures=temperatures)
+
+
+def no_targets(num_classes: int) -> TargetSpec:
+    """Nothing of a teacher."""
+    return TargetSpec(kind="none", num_classes=num_classes)

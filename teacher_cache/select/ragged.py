@@ -6,6 +6,7 @@ N positions, K of the largest classes of each or E entries of all, n positions o
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from teacher_cache.config import CaptureConfig
     from teacher_cache.tasks.rows import TrainingRow
 
+COMPARED_MEANS = (4, 8, 16, 32, 64)
 _LOWEST_ABOVE = 1e-7  # far below what a byte of entries can reach
 
 
@@ -60,6 +62,30 @@ class Ragged(Distribution):
             "mean_entries": targets.mean_entries,
             "value_bits": targets.value_bits,
         }
+
+    def compared(
+        self, kind: TargetKind, asked: TargetSpec, config: "CaptureConfig"
+    ) -> list[TargetSpec]:
+        means = {*map(float, COMPARED_MEANS)}
+        if asked.kind == kind:
+            means.add(asked.mean_entries)
+        plain = TargetSpec(
+            kind=kind,
+            num_classes=asked.num_classes,
+            top_k=1,
+            mean_entries=1.0,
+            value_bits=config.value_bits,
+            temperatures=self.exact_at(config),
+        )
+        return [
+            replace(plain, mean_entries=mean)
+            for mean in sorted(means)
+            if mean < asked.num_classes or mean == asked.mean_entries
+        ]
+
+    def exact_at(self, config: "CaptureConfig") -> tuple[float, ...]:
+        """The temperatures asked for that this kind can be made exact at."""
+        return asked_temperatures(config)
 
     def buffer(self, positions: int, spec: TargetSpec) -> Buffer:
         return RaggedEntries(positions)
@@ -115,6 +141,7 @@ class Adaptive(Ragged):
     """Every class above the threshold, and the largest always."""
 
     thresholds = Thresholds(_LOWEST_ABOVE, _above)
+    bytes_by_entries: ClassVar = {12: 21.0, 16: 26.0}
 
     def choose(self, weights: BlockWeights, spec: TargetSpec, offset_n: Tensor | None) -> Entries:
         return choose_above(weights, spec)
@@ -137,6 +164,10 @@ class Sample(Ragged):
     """Every class above the threshold, and of the others a systematic sample."""
 
     thresholds = Thresholds(MIN_SPACING, _drawn)
+    bytes_by_entries: ClassVar = {7.5: 13.5, 12: 21.0}
+
+    def exact_at(self, config: "CaptureConfig") -> tuple[float, ...]:
+        return ()
 
     def choose(self, weights: BlockWeights, spec: TargetSpec, offset_n: Tensor | None) -> Entries:
         assert offset_n is not None  # every caller has one

@@ -14,7 +14,7 @@ from torch import Tensor
 from shared.format import frames
 from shared.format.schema import MIN_BLOCK_POSITIONS
 from shared.targets.base import TargetKind
-from shared.targets.ragged import MAX_ENTRIES
+from shared.targets.kinds import KINDS
 from shared.targets.record import ClassRanks, Floats, Target
 from shared.targets.spec import TargetSpec
 from teacher_cache.engines.batches import forward_batches
@@ -24,7 +24,7 @@ from teacher_cache.job.calibrate import Sample, learn_targets
 from teacher_cache.job.draft import Draft
 from teacher_cache.job.statistics import kept_masses
 from teacher_cache.select.base import Selected
-from teacher_cache.select.kinds import SELECTORS
+from teacher_cache.select.kinds import SELECTORS, most_classes
 from teacher_cache.select.largest import Largest
 from teacher_cache.select.targets import select
 from teacher_cache.tasks.rows import TrainingRow
@@ -40,9 +40,6 @@ from teacher_cache.tools.gradient_error import (
     relative,
 )
 
-TOP_KS = (8, 16, 32, 64, 128)
-MEAN_ENTRIES = (4, 8, 16, 32, 64)
-_DENSE_CLASSES = 2048  # more are shown only where they are asked for
 _POSITIONS = 8192  # that errors are measured over
 _PIECE_BYTES = 32 << 20  # of float32 over all classes; about ten of them exist at once
 
@@ -65,7 +62,7 @@ class Choice:
 
     @property
     def text(self) -> str:
-        return self.kind if self.kind == "dense" else f"{self.kind} {self.size:g}"
+        return self.kind if KINDS[self.kind].every_temperature else f"{self.kind} {self.size:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,41 +77,23 @@ class Measured:
 
 def specs(draft: Draft) -> list[TargetSpec]:
     """The kinds and sizes to compare; the one asked for is among them."""
-    asked, classes = draft.targets, draft.targets.num_classes
-    plain = TargetSpec(
-        kind="topk",
-        num_classes=classes,
-        value_bits=draft.config.value_bits,
-        temperatures=tuple(sorted({t for t in draft.config.temperature if t != 1})),
-    )
-    ks = {*TOP_KS, *([asked.top_k] if asked.kind == "topk" else [])}
-    found = [replace(plain, top_k=k) for k in sorted(ks) if k <= classes]
-    for kind in ("adaptive", "sample"):
-        means = {*map(float, MEAN_ENTRIES), *([asked.mean_entries] if asked.kind == kind else [])}
-        found += [
-            replace(
-                plain,
-                kind=kind,
-                top_k=1,
-                mean_entries=mean,
-                temperatures=() if kind == "sample" else plain.temperatures,
-            )
-            for mean in sorted(means)
-            if mean < classes or mean == asked.mean_entries
-        ]
-    if asked.kind == "dense" or classes <= _DENSE_CLASSES:
-        found.append(TargetSpec(kind="dense", num_classes=classes, top_k=1, value_bits=16))
+    asked = draft.targets
+    found = [
+        spec
+        for kind, selector in SELECTORS.items()
+        for spec in selector.compared(kind, asked, draft.config)
+    ]
     # --like brings a threshold with it.
     return [replace(s, threshold=asked.threshold) if is_asked(s, asked) else s for s in found]
 
 
 def size_of(spec: TargetSpec) -> float:
-    if spec.ragged:
-        return spec.mean_entries
-    return spec.num_entries
+    """Entries of a position, on average where they differ."""
+    return spec.mean_entries if spec.ragged else spec.num_entries
 
 
 def is_asked(spec: TargetSpec, asked: TargetSpec) -> bool:
+    """Whether a kind and size is the one that the job is to keep."""
     return spec.kind == asked.kind and size_of(spec) == size_of(asked)
 
 
@@ -217,9 +196,12 @@ class _Tried:
 def _target(
     logits_nC: Tensor, spec: TargetSpec, bits_n: np.ndarray
 ) -> tuple[Target, Mapping[float, Floats]]:
-    """As a run makes it; bits_n, u64, stand for what a run derives from seed, row and position."""
+    """The target as a run makes it.
+
+    bits_n, u64, stand for what a run derives from seed, row and position.
+    """
     offset_n = None
-    if spec.kind == "sample":
+    if spec.sampled:
         offset_n = torch.from_numpy((bits_n >> np.uint64(11)) * 2.0**-53).to(logits_nC.device)
     got: Selected = select(logits_nC, spec, None, offset_n)
     ids = got.ids.to("cpu", torch.int32)
@@ -228,7 +210,7 @@ def _target(
         logprobs=got.logprobs.cpu().numpy(),
         log_tail=got.log_tail.cpu().numpy(),
         counts=None if got.counts is None else got.counts.to("cpu", torch.int32).numpy(),
-        random_bits=bits_n if spec.kind == "sample" else None,
+        random_bits=bits_n if spec.sampled else None,
     )
     return target, {t: ratio.cpu().numpy() for t, ratio in got.log_partition_ratio.items()}
 
@@ -292,13 +274,9 @@ class _KeptByK:
     """Mean kept mass of the k largest classes, for many k, and the entropies."""
 
     def __init__(self, num_classes: int, temperatures: tuple[float, ...]) -> None:
-        most = min(num_classes, MAX_ENTRIES)
-        self.spec = TargetSpec(
-            kind="topk",
-            num_classes=num_classes,
-            top_k=most,
-            temperatures=tuple(sorted({t for t in temperatures if t != 1})),
-        )
+        asked = tuple(sorted({t for t in temperatures if t != 1}))
+        self.spec = most_classes(num_classes, temperatures=asked)
+        most = self.spec.top_k
         self.ks = sorted({*(round(2 ** (i / 2)) for i in range(16)), most})
         self.ks = [k for k in self.ks if k <= most]
         self.sums = {t: np.zeros(len(self.ks)) for t in (1.0, *self.spec.temperatures)}
@@ -336,6 +314,6 @@ def _choice(one: _Tried, students: _Students, asked: bool) -> Choice:
         entries=counts / positions,
         threshold=spec.threshold if spec.ragged else None,
         kept_mass={f"{t:g}": mass / positions for t, mass in one.kept.items()},
-        truncation_kl=None if spec.kind == "sample" else max(0.0, one.truncation / positions),
+        truncation_kl=None if spec.sampled else max(0.0, one.truncation / positions),
         gradient_error=students.errors_of(one),
     )

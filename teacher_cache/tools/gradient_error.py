@@ -96,7 +96,7 @@ def errors(logp_nC: Tensor, logq_nC: Tensor, target: Target, spec: TargetSpec) -
     rows, ids, weights = _entries(target, logp_nC.device)
     w_nC = torch.zeros_like(p_nC)
     w_nC[rows, ids] = weights
-    if spec.kind == "sample":
+    if spec.sampled:
         return (w_nC.sum(dim=1, keepdim=True) - 1) * q_nC + p_nC - w_nC
     kept_nC = torch.zeros_like(p_nC, dtype=torch.bool)
     kept_nC[rows, ids] = True

@@ -10,16 +10,19 @@ from typing import Any
 from shared.pages import drawing
 from shared.pages.drawing import Axis, Chart, Series, log_axis
 from shared.pages.pages import write_page
+from shared.targets.kinds import KINDS
+from shared.targets.spec import TargetSpec
 from teacher_cache.tools.report import (
     CHOICE_NOTES,
     choice_table,
     recommendation,
     size,
+    spec_of,
     targets_text,
     teacher_text,
 )
 
-_COLOURS = {"topk": 0, "adaptive": 1, "sample": 2, "dense": 3}
+_COLOURS = {kind: number for number, kind in enumerate(KINDS)}
 _LARGER_BATCH = 100  # times as many positions: what the dashed lines are for
 _LEAST_ERROR = 1e-4  # drawn; below it is dense, which loses its rounding only
 
@@ -94,18 +97,10 @@ def _gradient_chart(choices: Sequence[dict[str, Any]], student: str) -> Chart | 
         found = [choice for choice in choices if choice["kind"] == kind]
         found = [c for c in found if c["gradient_error"][student]["error"] >= _LEAST_ERROR]
         found.sort(key=lambda choice: choice["bytes_per_position"])
-        now, later, titles = [], [], []
-        for choice in found:
-            error = choice["gradient_error"][student]
-            left = (error["bias"] ** 2 + error["deviation"] ** 2 / _LARGER_BATCH) ** 0.5
-            now.append((choice["bytes_per_position"], error["error"]))
-            later.append((choice["bytes_per_position"], max(left, _LEAST_ERROR)))
-            titles.append(f"{choice['text']}: {now[-1][0]:.1f} bytes, error {now[-1][1]:.4f}")
-            if choice["asked"]:
-                marked.append((*now[-1], f"asked for: {titles[-1]}"))
         if found:
-            series.append(Series(kind, now, colour, titles=titles))
-            series.append(Series(f"{kind}, larger batch", later, colour, dashed=True))
+            of_kind, asked = _gradient_series(kind, colour, found, student)
+            series += of_kind
+            marked += asked
     points = [point for one in series for point in one.points]
     if not points:
         return None
@@ -121,6 +116,26 @@ def _gradient_chart(choices: Sequence[dict[str, Any]], student: str) -> Chart | 
     return chart
 
 
+def _gradient_series(
+    kind: str, colour: int, found: Sequence[dict[str, Any]], student: str
+) -> tuple[list[Series], list[tuple[float, float, str]]]:
+    """The two lines of a kind, and the marks of what was asked for."""
+    now, later, titles, marked = [], [], [], []
+    for choice in found:
+        error = choice["gradient_error"][student]
+        left = (error["bias"] ** 2 + error["deviation"] ** 2 / _LARGER_BATCH) ** 0.5
+        now.append((choice["bytes_per_position"], error["error"]))
+        later.append((choice["bytes_per_position"], max(left, _LEAST_ERROR)))
+        titles.append(f"{choice['text']}: {now[-1][0]:.1f} bytes, error {now[-1][1]:.4f}")
+        if choice["asked"]:
+            marked.append((*now[-1], f"asked for: {titles[-1]}"))
+    lines = [
+        Series(kind, now, colour, titles=titles),
+        Series(f"{kind}, larger batch", later, colour, dashed=True),
+    ]
+    return lines, marked
+
+
 def _kept_chart(numbers: dict[str, Any]) -> Chart:
     series = [
         Series(f"T = {t}", [(float(k), mass) for k, mass in by_k.items()], index % 6)
@@ -129,7 +144,7 @@ def _kept_chart(numbers: dict[str, Any]) -> Chart:
     marked = [
         (choice["size"], mass, f"asked for: k = {choice['size']}, T = {t}: {mass:.1%}")
         for choice in numbers["choices"]
-        if choice["asked"] and choice["kind"] == "topk"
+        if choice["asked"] and "top_k" in KINDS[choice["kind"]].reads
         for t, mass in choice["kept_mass"].items()
     ]
     most = max(x for one in series for x, _ in one.points)
@@ -144,16 +159,7 @@ def _kept_chart(numbers: dict[str, Any]) -> Chart:
 
 def write_inspection(numbers: dict[str, Any], path: Path) -> None:
     """What `inspect` found."""
-    histograms = numbers.get("histograms")
-    kind = numbers["targets"]["kind"]
-    over = ""
-    if histograms is not None:
-        over = (
-            f"The histograms are over {histograms['positions']:,} positions in "
-            f"{histograms['blocks']:,} blocks spread over the cache."
-        )
-    kept = numbers["kept_mass"] if numbers["targets"]["kind"] != "none" else {}
-    missing = numbers["missing_shards"]
+    histograms, spec = numbers.get("histograms"), spec_of(numbers)
     write_page(
         "teacher_cache",
         "inspect.html",
@@ -161,34 +167,51 @@ def write_inspection(numbers: dict[str, Any], path: Path) -> None:
         cache_id=numbers["cache_id"][:16],
         subtitle=_subtitle(numbers),
         tiles=_inspection_tiles(numbers),
-        completeness=[
-            {
-                "name": "shards",
-                "share": numbers["shards"] / numbers["num_shards"],
-                "text": f"{numbers['shards']:,} of {numbers['num_shards']:,}",
-            }
-        ],
-        missing=f"Missing: {', '.join(map(str, missing))}"
-        + (" and more" if numbers["num_shards"] - numbers["shards"] > len(missing) else "")
-        if missing
-        else "",
-        charts=_inspection_charts(histograms, kind) if histograms is not None else [],
-        kept=[
-            {"name": f"T = {t}", "share": min(1.0, mass), "text": f"{mass:.1%}"}
-            for t, mass in kept.items()
-        ],
+        completeness=_completeness(numbers),
+        missing=_missing(numbers),
+        charts=_inspection_charts(histograms, spec) if histograms is not None else [],
+        kept=_kept(numbers) if spec.has_targets else [],
         kept_note="Of the classes kept as they are; all others may be drawn."
-        if kind == "sample"
+        if spec.sampled
         else "Mean probability of the entries.",
-        chart_note=over,
+        chart_note=_histogram_note(histograms) if histograms is not None else "",
         columns=_bars(numbers["column_bytes_per_position"], "{:.2f}"),
         facts=_facts(numbers),
         rows_shown=numbers["rows_shown"],
     )
 
 
+def _completeness(numbers: dict[str, Any]) -> list[dict[str, Any]]:
+    share = numbers["shards"] / numbers["num_shards"]
+    text = f"{numbers['shards']:,} of {numbers['num_shards']:,}"
+    return [{"name": "shards", "share": share, "text": text}]
+
+
+def _missing(numbers: dict[str, Any]) -> str:
+    """The numbers of the missing shards, as far as they are listed."""
+    missing = numbers["missing_shards"]
+    if not missing:
+        return ""
+    more = " and more" if numbers["num_shards"] - numbers["shards"] > len(missing) else ""
+    return f"Missing: {', '.join(map(str, missing))}{more}"
+
+
+def _kept(numbers: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"name": f"T = {t}", "share": min(1.0, mass), "text": f"{mass:.1%}"}
+        for t, mass in numbers["kept_mass"].items()
+    ]
+
+
+def _histogram_note(histograms: dict[str, Any]) -> str:
+    return (
+        f"The histograms are over {histograms['positions']:,} positions in "
+        f"{histograms['blocks']:,} blocks spread over the cache."
+    )
+
+
 def _subtitle(numbers: dict[str, Any]) -> str:
-    if numbers["targets"]["kind"] != "none":
+    if spec_of(numbers).has_targets:
         return targets_text(numbers)
     return "hard labels only, no teacher" if numbers["teacher"] is None else "hidden states alone"
 
@@ -206,7 +229,7 @@ def _inspection_tiles(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if numbers["teacher_mse"] is not None:
         tiles.append((f"{numbers['teacher_mse']:.4g}", "mean squared error of the teacher"))
-    elif numbers["targets"]["kind"] not in ("values", "none"):
+    elif spec_of(numbers).distributions:
         tiles += [
             (f"{numbers['kept_mass']['1']:.1%}", "kept mass at T = 1"),
             (f"{numbers['entropy']:.2f} nats", "entropy of the teacher"),
@@ -217,12 +240,12 @@ def _inspection_tiles(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     return tiles
 
 
-def _inspection_charts(histograms: dict[str, Any], kind: str) -> list[Chart]:
-    tail = "Mass left to the drawn entries" if kind == "sample" else "Tail mass"
+def _inspection_charts(histograms: dict[str, Any], spec: TargetSpec) -> list[Chart]:
+    tail = "Mass left to the drawn entries" if spec.sampled else "Tail mass"
     charts = [drawing.histogram("Entropy of the teacher", "nats", histograms["entropy"])]
     if "entries" in histograms:
         charts.append(drawing.histogram("Entries of a position", "entries", histograms["entries"]))
-    if kind != "dense":
+    if not spec.every_temperature:
         charts.append(drawing.histogram(tail, "mass", histograms["tail_mass"], percent=True))
     return charts
 

@@ -4,6 +4,8 @@ Counts come from a sample of documents spread over the corpus, whose rows are re
 target takes comes from a table measured on a strong teacher's distributions, or, with --calibrate,
 from what this teacher says about this corpus: all columns of the asked-for targets as a run makes
 them, hours, disk speed, and every other kind and size beside it (`choices`).
+
+What a run itself calibrates before its first shard stands in `job/calibrate.py`.
 """
 
 import math
@@ -23,29 +25,23 @@ from shared.errors import ConfigError, NonFiniteTargets
 from shared.format.manifest import BatchPlan, HiddenSpec, Manifest
 from shared.format.writer import encode_block
 from shared.targets.hidden import NO_SCALES, ChannelScales
-from shared.targets.ragged import MAX_ENTRIES
 from shared.targets.record import ClassRanks
 from shared.targets.spec import TargetSpec
 from teacher_cache.config import PlanConfig
 from teacher_cache.engines.base import Engine
 from teacher_cache.engines.hf import teacher_of
-from teacher_cache.job import calibrate as plan
+from teacher_cache.job import calibrate
+from teacher_cache.job.assemble import assemble, cut_blocks
 from teacher_cache.job.calibrate import Sample
 from teacher_cache.job.draft import Draft, resolve
-from teacher_cache.job.run import assemble, cut_blocks
 from teacher_cache.job.statistics import histogram
+from teacher_cache.select.kinds import SELECTORS, most_classes, no_targets
 from teacher_cache.tasks.rows import TrainingRow
 from teacher_cache.tools import choices
 from teacher_cache.tools.choices import Choice, Measured
 
-# Bytes/position of all target columns at 7 bits and 151,936 classes: benchmarks/README.md. A strong
-# teacher's candidates are less driven by frequency, so a quarter is added. Between two sizes, bytes
-# per entry go with the logarithm of the size; beyond them they stay what they are at the nearest.
-_TABLE: dict[str, dict[float, float]] = {
-    "topk": {8: 18.0, 16: 31.0, 32: 56.0, 64: 104.0, 128: 196.0},
-    "adaptive": {12: 21.0, 16: 26.0},
-    "sample": {7.5: 13.5, 12: 21.0},
-}
+# A strong teacher's candidates are less driven by frequency than those of the teacher whose bytes
+# the table (`bytes_by_entries`) has, so a quarter is added.
 _ALLOWANCE = 1.25
 _DENSE_BYTES = 1.4  # of a class: fp16, whose upper byte compresses; 1.31 of a teacher of 1,024
 _LABEL_AND_ENTROPY_BYTES = 2.7  # fp16 and a byte, compressed
@@ -73,17 +69,36 @@ def estimate(config: PlanConfig) -> dict[str, Any]:
             "--calibrate compares what may be kept of a distribution; of a regression the "
             "teacher's numbers are kept as they are. Leave it out."
         )
-    sample = plan.sample_corpus(draft)
-    scale = len(draft.corpus) / sample.documents
-    per_shard = plan.documents_per_shard(draft, sample)
+    sample = calibrate.sample_corpus(draft)
     calibrated = None
     if draft.engine is not None:
         calibrated = _calibrate(draft, draft.engine, sample)
     shown = _from_table(draft, sample) if calibrated is None else calibrated.measured.choices
     each = _bytes_by_part(draft, sample, shown, calibrated)
-    total = sample.positions * scale * sum(each.values())
+    total = sample.positions * _scale(draft, sample) * sum(each.values())
     free = shutil.disk_usage(_existing(config.out)).free
-    numbers: dict[str, Any] = {
+    numbers = {
+        **_counted(draft, sample),
+        "choices": [{"text": choice.text, **asdict(choice)} for choice in shown],
+        "bytes_per_position": each,
+        "bytes": round(total),
+        "free_bytes": free,
+        "enough_space": free >= 1.1 * total,
+        "calibrated": calibrated is not None,
+        "generates": draft.preprocessing.generation is not None,
+    }
+    return numbers if calibrated is None else numbers | _measured(draft, sample, calibrated)
+
+
+def _scale(draft: Draft, sample: Sample) -> float:
+    """Documents of the corpus for each one of the sample."""
+    return len(draft.corpus) / sample.documents
+
+
+def _counted(draft: Draft, sample: Sample) -> dict[str, Any]:
+    """What the sample says of the whole corpus, and what is asked for of it."""
+    scale, per_shard = _scale(draft, sample), calibrate.documents_per_shard(draft, sample)
+    return {
         "documents": len(draft.corpus),
         "sampled_documents": sample.documents,
         "rows": round(len(sample.rows) * scale),
@@ -95,26 +110,21 @@ def estimate(config: PlanConfig) -> dict[str, Any]:
         "classes": draft.targets.num_classes,
         "targets": draft.targets.kind,
         "asked": draft.targets.text,
-        "choices": [{"text": choice.text, **asdict(choice)} for choice in shown],
-        "bytes_per_position": each,
-        "bytes": round(total),
-        "free_bytes": free,
-        "enough_space": free >= 1.1 * total,
-        "calibrated": calibrated is not None,
-        "generates": draft.preprocessing.generation is not None,
     }
-    if calibrated is not None:
-        measured = calibrated.measured
-        numbers["tokens_per_s"] = round(calibrated.tokens_per_s)
-        numbers["hours"] = sample.tokens * scale / calibrated.tokens_per_s / 3600
-        numbers["disk_mb_per_s"] = round(_disk_speed(_existing(config.out)) / 1e6)
-        numbers["measured_positions"] = measured.positions
-        numbers["kept_mass_by_k"] = measured.kept_mass_by_k
-        numbers["entropy"] = float(measured.entropy.mean(dtype=np.float64))
-        numbers["entropy_histogram"] = histogram(
-            measured.entropy, 0, math.log(draft.targets.num_classes)
-        )
-    return numbers
+
+
+def _measured(draft: Draft, sample: Sample, calibrated: _Calibrated) -> dict[str, Any]:
+    """Speed, and what the teacher's distributions look like."""
+    measured, tokens = calibrated.measured, sample.tokens * _scale(draft, sample)
+    return {
+        "tokens_per_s": round(calibrated.tokens_per_s),
+        "hours": tokens / calibrated.tokens_per_s / 3600,
+        "disk_mb_per_s": round(_disk_speed(_existing(draft.config.out)) / 1e6),
+        "measured_positions": measured.positions,
+        "kept_mass_by_k": measured.kept_mass_by_k,
+        "entropy": float(measured.entropy.mean(dtype=np.float64)),
+        "entropy_histogram": histogram(measured.entropy, 0, math.log(draft.targets.num_classes)),
+    }
 
 
 def _existing(path: Path) -> Path:
@@ -134,9 +144,9 @@ def _bytes_by_part(
             parts[_part_of(column)] += size
         return parts
     parts = {"rows": _row_bytes(draft, sample)}
-    if draft.targets.kind == "values":
+    if draft.targets.numbers:
         parts["targets"] = _VALUE_BYTES
-    elif draft.targets.kind != "none":
+    elif draft.targets.distributions:
         parts["targets"] = next(choice.bytes_per_position for choice in shown if choice.asked)
         stored = len(draft.targets.temperatures)
         parts["sums"] = _LABEL_AND_ENTROPY_BYTES + stored * _LOG_PARTITION_BYTES
@@ -160,7 +170,7 @@ def _part_of(column: str) -> str:
 
 
 def _from_table(draft: Draft, sample: Sample) -> list[Choice]:
-    if draft.targets.kind in ("values", "none"):
+    if not draft.targets.distributions:
         return []
     possible = draft.task.possible_classes(sample.rows, draft.targets.num_classes)
     return [
@@ -175,25 +185,28 @@ def _from_table(draft: Draft, sample: Sample) -> list[Choice]:
 
 
 def _tabled(spec: TargetSpec, possible_classes: float) -> float:
-    if spec.kind == "dense":
+    """Bytes of a position; between two sizes of the table those of an entry go with the logarithm
+    of the size, beyond them they stay what they are at the nearest."""
+    if spec.every_temperature:
         return _DENSE_BYTES * possible_classes
-    sizes = np.array(list(_TABLE[spec.kind]))
-    each = np.array(list(_TABLE[spec.kind].values())) / sizes
+    table = SELECTORS[spec.kind].bytes_by_entries
+    sizes = np.array(list(table))
+    each = np.array(list(table.values())) / sizes
     size = choices.size_of(spec)
     of_entry = float(np.interp(np.log(size), np.log(sizes), each))
     return size * (of_entry * _ALLOWANCE + (spec.value_bits - 7) / 8)
 
 
 def _row_bytes(draft: Draft, sample: Sample) -> float:
-    """Of tokens and lengths, encoded as a run does it."""
+    """Bytes of tokens and lengths, encoded as a run does it."""
     bare = replace(
         draft,
         engine=None,
         teacher_info=None,
-        targets=TargetSpec(kind="none", num_classes=draft.targets.num_classes),
+        targets=no_targets(draft.targets.num_classes),
         hidden=HiddenSpec(layers=(), widths=(), codec=draft.hidden.codec),
     )
-    manifest = plan.manifest_of(bare, _batch_plan(1, 1), {})
+    manifest = calibrate.manifest_of(bare, _batch_plan(1, 1), {})
     own = np.arange(draft.targets.num_classes, dtype=np.uint32)
     chosen = sorted(_first(sample.rows, _ROWS_TOKENS), key=lambda row: row.row_id)
     return sum(_column_bytes(chosen, manifest, ClassRanks(own, own), NO_SCALES, None).values())
@@ -251,10 +264,9 @@ def _calibrate(draft: Draft, engine: Engine, sample: Sample) -> _Calibrated:
     """Learns as a run does, runs a part of the job against the clock, then tries every choice."""
     asked = draft.config.forward_tokens
     forward_tokens = engine.default_forward_tokens if asked == "auto" else asked
-    most = min(MAX_ENTRIES, draft.targets.num_classes)
     largest = engine.largest(
-        plan.learning_rows(sample),
-        TargetSpec(kind="topk", num_classes=draft.targets.num_classes, top_k=most),
+        calibrate.learning_rows(sample),
+        most_classes(draft.targets.num_classes),
         draft.hidden,
         forward_tokens=forward_tokens,
         packed=draft.preprocessing.pack,
@@ -264,8 +276,8 @@ def _calibrate(draft: Draft, engine: Engine, sample: Sample) -> _Calibrated:
             f"{draft.config.teacher}: NaN or infinity at every position of the sample, so there is "
             "nothing to measure. Try --dtype float32 or bfloat16."
         )
-    targets, ranks = plan.learn_targets(draft.targets, largest, sample)
-    manifest = plan.manifest_of(
+    targets, ranks = calibrate.learn_targets(draft.targets, largest, sample)
+    manifest = calibrate.manifest_of(
         replace(draft, targets=targets), _batch_plan(forward_tokens, engine.chunk_positions), {}
     )
     chosen = sorted(_first(sample.rows, _CALIBRATE_TOKENS), key=lambda row: row.row_id)

@@ -30,7 +30,6 @@ from shared.format.writer import ShardWriter, compress_planes
 from shared.progress import Progress
 from shared.storage import LocalStorage, Storage
 from shared.targets.hidden import num_states
-from shared.targets.kinds import RAGGED_KINDS
 from shared.targets.planes import Per
 from shared.targets.record import ClassRanks
 from shared.targets.spec import TargetSpec
@@ -42,11 +41,6 @@ from teacher_cache.select.kinds import SELECTORS
 log = logging.getLogger(__name__)
 
 _THRESHOLD_BLOCKS = 16  # looked at for the threshold of fewer entries: 65,536 positions
-_READ_BY = {  # option -> the kinds it says something about
-    "--top-k": ("topk",),
-    "--mean-entries": RAGGED_KINDS,
-    "--value-bits": ("topk", *RAGGED_KINDS),
-}
 
 
 def repack(config: RepackConfig) -> None:
@@ -59,15 +53,24 @@ def repack(config: RepackConfig) -> None:
     with Progress("repack", total=len(source.commits), unit="shards") as progress:
         for index, commit in enumerate(source.commits):
             if not storage.exists(commit_name(commit.shard)):
-                statistics = Counter(_hidden_errors(commit.statistics, manifest.hidden.layers))
                 with ShardWriter(storage, manifest, cache_id, commit.shard) as writer:
-                    parts = _parts(source, manifest, index, documents, statistics)
-                    for number, part in enumerate(parts):
-                        planes = _planes(part, source, manifest, ranks, statistics)
-                        lengths = part.num_tokens, part.num_positions
-                        writer.write(compress_planes(planes, number, manifest, *lengths))
-                    writer.statistics = dict(statistics)
+                    _copy(source, index, documents, ranks, writer)
             progress.advance(1)
+
+
+def _copy(
+    source: Cache, index: int, documents: range, ranks: ClassRanks, writer: ShardWriter
+) -> None:
+    """What is kept of one shard, block by block."""
+    manifest = writer.manifest
+    kept = _hidden_errors(source.commits[index].statistics, manifest.hidden.layers)
+    statistics = Counter(kept)
+    parts = _parts(source, manifest, index, documents, statistics)
+    for number, part in enumerate(parts):
+        planes = _planes(part, source, manifest, ranks, statistics)
+        lengths = part.num_tokens, part.num_positions
+        writer.write(compress_planes(planes, number, manifest, *lengths))
+    writer.statistics = dict(statistics)
 
 
 def _smaller(config: RepackConfig, source: Cache) -> Manifest:
@@ -83,9 +86,14 @@ def _smaller(config: RepackConfig, source: Cache) -> Manifest:
 
 def _smaller_targets(config: RepackConfig, source: Cache) -> TargetSpec:
     old = source.manifest.targets
-    asked = zip(_READ_BY, (config.top_k, config.mean_entries, config.value_bits), strict=True)
-    for option, value in asked:
-        if value and old.kind not in _READ_BY[option]:
+    asked = {
+        "top_k": config.top_k,
+        "mean_entries": config.mean_entries,
+        "value_bits": config.value_bits,
+    }
+    for name, value in asked.items():
+        if value and name not in old.of_kind.reads:
+            option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option}: {config.cache} holds {old.kind} targets")
     entries = old.mean_entries if old.ragged else old.top_k
     wanted = (config.mean_entries if old.ragged else config.top_k) or entries
@@ -99,12 +107,15 @@ def _smaller_targets(config: RepackConfig, source: Cache) -> TargetSpec:
     if not old.ragged:
         return replace(old, top_k=int(wanted), value_bits=bits)
     spec = replace(old, mean_entries=wanted, value_bits=bits)
-    if wanted == entries:
-        return spec
+    return spec if wanted == entries else replace(spec, threshold=_threshold(spec, source))
+
+
+def _threshold(spec: TargetSpec, source: Cache) -> float:
+    """The threshold that gives `spec.mean_entries`, by some blocks of the cache."""
     step = max(1, source.num_blocks // _THRESHOLD_BLOCKS)
     blocks = [source.read_block(number) for number in range(0, source.num_blocks, step)]
     logprobs_NK = logprobs_of([block.target for block in blocks if block.target])
-    return replace(spec, threshold=SELECTORS[spec.kind].find_threshold(logprobs_NK, spec))
+    return SELECTORS[spec.kind].find_threshold(logprobs_NK, spec)
 
 
 def _fewer_layers(config: RepackConfig, old: HiddenSpec) -> HiddenSpec:

@@ -1,16 +1,18 @@
-"""What `plan`, `inspect` and `verify` print for a person; pure functions from numbers to text."""
+"""What the commands print for a person; pure functions from numbers to text."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from shared.format.schema import ROW_CHUNK_BITS
+from shared.targets.kinds import KINDS
+from shared.targets.spec import TargetSpec
 from shared.tasks import TASKS
 
 if TYPE_CHECKING:  # these load torch and transformers
-    from teacher_cache.tools.check import Checked
-    from teacher_cache.tools.check_states import CheckedStates
-    from teacher_cache.tools.check_values import CheckedValues
-    from teacher_cache.tools.inspection import Verification
+    from teacher_cache.tools.check.distributions import Checked
+    from teacher_cache.tools.check.numbers import CheckedValues
+    from teacher_cache.tools.check.states import CheckedStates
+    from teacher_cache.tools.verify import Verification
 
 
 def estimate_text(numbers: dict[str, Any]) -> str:
@@ -25,37 +27,42 @@ def estimate_text(numbers: dict[str, Any]) -> str:
         f"classes     {numbers['classes']:,}",
     ]
     if numbers["generates"]:
-        lines.append(
-            "            rough: how long the teacher's answers are was seen on few documents, and "
-            "writing them takes many forwards more"
-            if numbers["calibrated"]
-            else "            rough: answers taken to be as long as the corpus' own, or half of "
-            "--max-new-tokens; --calibrate lets the teacher write some"
-        )
+        lines.append(_rough(numbers))
     if numbers["choices"]:
-        how = (
-            f"measured over {numbers['measured_positions']:,} positions"
-            if numbers["calibrated"]
-            else "bytes from a table of a strong teacher's; --calibrate measures this one"
-        )
-        lines.append(f"targets     {how}")
-        lines += _choices(numbers["choices"])
+        lines += _choices(numbers)
     if best := recommendation(numbers):
         lines.append(f"so          {best}")
-    each = ", ".join(
-        f"{part} {value:.1f}" for part, value in numbers["bytes_per_position"].items() if value
-    )
-    lines.append(
-        f"disk        about {size(numbers['bytes'])} with --targets {numbers['asked']} "
-        f"({each} bytes for each position), {size(numbers['free_bytes'])} free"
-        + ("" if numbers["enough_space"] else "  NOT ENOUGH (10 % to spare is advised)")
-    )
+    lines.append(_disk(numbers))
     if numbers["calibrated"]:
         lines.append(
             f"time        about {numbers['hours']:.2f} h at {numbers['tokens_per_s']:,} tokens/s, "
             f"one process; the disk writes {numbers['disk_mb_per_s']:,} MB/s"
         )
     return "\n".join(lines)
+
+
+def _rough(numbers: dict[str, Any]) -> str:
+    """How little is known of rows that the teacher has not written yet."""
+    if numbers["calibrated"]:
+        return (
+            "            rough: how long the teacher's answers are was seen on few documents, and "
+            "writing them takes many forwards more"
+        )
+    return (
+        "            rough: answers taken to be as long as the corpus' own, or half of "
+        "--max-new-tokens; --calibrate lets the teacher write some"
+    )
+
+
+def _disk(numbers: dict[str, Any]) -> str:
+    each = ", ".join(
+        f"{part} {value:.1f}" for part, value in numbers["bytes_per_position"].items() if value
+    )
+    enough = "" if numbers["enough_space"] else "  NOT ENOUGH (10 % to spare is advised)"
+    return (
+        f"disk        about {size(numbers['bytes'])} with --targets {numbers['asked']} "
+        f"({each} bytes for each position), {size(numbers['free_bytes'])} free{enough}"
+    )
 
 
 CHOICE_NOTES = (
@@ -78,26 +85,36 @@ def choice_table(choices: Sequence[dict[str, Any]]) -> list[list[str]]:
         for student in students:
             kl = choices[0]["gradient_error"][student]["student_kl"]
             header += [f"error, student at KL {kl:.1f}", "bias"]
-    table = [header]
-    for choice in choices:
-        line = [choice["text"], f"{choice['bytes_per_position']:.1f}"]
-        if students:
-            masses, kl = choice["kept_mass"], choice["truncation_kl"]
-            line.append(f"{choice['entries']:.1f}")
-            line += [f"{masses[t]:.1%}" if t in masses else "" for t in temperatures]
-            line.append("" if kl is None else f"{kl:.4f}")
-            for student in students:
-                found = choice["gradient_error"][student]
-                line += [f"{found['error']:.4f}", f"{found['bias']:.4f}" if found["bias"] else "0"]
-        table.append(line)
-    return table
+    return [header, *(_choice_line(choice, temperatures, students) for choice in choices)]
 
 
-def _choices(choices: Sequence[dict[str, Any]]) -> list[str]:
+def _choice_line(
+    choice: dict[str, Any], temperatures: Sequence[str], students: Sequence[str]
+) -> list[str]:
+    line = [choice["text"], f"{choice['bytes_per_position']:.1f}"]
+    if not students:
+        return line
+    masses, kl = choice["kept_mass"], choice["truncation_kl"]
+    line.append(f"{choice['entries']:.1f}")
+    line += [f"{masses[t]:.1%}" if t in masses else "" for t in temperatures]
+    line.append("" if kl is None else f"{kl:.4f}")
+    for student in students:
+        found = choice["gradient_error"][student]
+        line += [f"{found['error']:.4f}", f"{found['bias']:.4f}" if found["bias"] else "0"]
+    return line
+
+
+def _choices(numbers: dict[str, Any]) -> list[str]:
+    choices = numbers["choices"]
+    how = (
+        f"measured over {numbers['measured_positions']:,} positions"
+        if numbers["calibrated"]
+        else "bytes from a table of a strong teacher's; --calibrate measures this one"
+    )
+    lines = [f"targets     {how}"]
     table = choice_table(choices)
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     marks = ["", *("  <- asked for" if choice["asked"] else "" for choice in choices)]
-    lines = []
     for line, mark in zip(table, marks, strict=True):
         cells = [line[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
@@ -113,12 +130,7 @@ def recommendation(numbers: dict[str, Any]) -> str:
     asked = next((choice for choice in numbers["choices"] if choice["asked"]), None)
     if asked is None or not asked["gradient_error"]:
         return ""
-    fitting = [
-        choice
-        for choice in numbers["choices"]
-        if choice["bytes_per_position"] <= asked["bytes_per_position"]
-        and (choice["kind"] == "dense" or asked["kept_mass"].keys() <= choice["kept_mass"].keys())
-    ]
+    fitting = [choice for choice in numbers["choices"] if _replaces(choice, asked)]
     parts = []
     for student, of_asked in asked["gradient_error"].items():
         best = min(fitting, key=lambda choice: choice["gradient_error"][student]["error"])
@@ -132,15 +144,23 @@ def recommendation(numbers: dict[str, Any]) -> str:
     return f"least gradient error in at most the bytes of {asked['text']}: " + "; ".join(parts)
 
 
+def _replaces(choice: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether a choice takes no more room than another, and is exact wherever that is."""
+    if choice["bytes_per_position"] > asked["bytes_per_position"]:
+        return False
+    if KINDS[choice["kind"]].every_temperature:
+        return True
+    return bool(asked["kept_mass"].keys() <= choice["kept_mass"].keys())
+
+
 def inspect_text(numbers: dict[str, Any]) -> str:
     """The answer of `cache-teacher inspect`."""
-    teacher, plan = numbers["teacher"], numbers["plan"]
-    corpus = numbers["corpus"]
+    plan, corpus = numbers["plan"], numbers["corpus"]
     state = "complete" if numbers["complete"] else "INCOMPLETE"
     lines = [
         f"cache       {numbers['cache_id'][:16]}  format {numbers['format_version']}  {state}: "
         f"{numbers['shards']} of {numbers['num_shards']} shards",
-        f"teacher     {teacher_text(teacher)}",
+        f"teacher     {teacher_text(numbers['teacher'])}",
         f"corpus      {corpus['source']}  {numbers['preprocessing']['split']}  "
         f"{corpus['num_documents']:,} documents, {plan['documents_per_shard']:,} a shard",
         f"task        {task_text(numbers)}",
@@ -151,15 +171,7 @@ def inspect_text(numbers: dict[str, Any]) -> str:
     ]
     if numbers["counters"]:
         lines.append("counted     " + _counted(numbers["counters"]))
-    if numbers["teacher_mse"] is not None:
-        lines.append(f"error       mean squared, of the teacher: {numbers['teacher_mse']:.4g}")
-    elif numbers["targets"]["kind"] == "values":
-        lines.append("error       no hard labels to compare the teacher with")
-    elif teacher is not None and numbers["targets"]["kind"] != "none":
-        lines += [
-            f"kept mass   {kept_text(numbers)}",
-            f"entropy     {numbers['entropy']:.3f} nats; {loss_text(numbers)}",
-        ]
+    lines += _quality(numbers)
     lines += [_hidden(layer, numbers) for layer in numbers["hidden"]["layers"]]
     lines.append("bytes for each position, by column:")
     for name, each in numbers["column_bytes_per_position"].items():
@@ -167,6 +179,26 @@ def inspect_text(numbers: dict[str, Any]) -> str:
     for row in numbers.get("rows_shown", []):
         lines += _row_text(row)
     return "\n".join(lines)
+
+
+def _quality(numbers: dict[str, Any]) -> list[str]:
+    """How much of the teacher is kept, and how good it is."""
+    spec = spec_of(numbers)
+    if numbers["teacher_mse"] is not None:
+        return [f"error       mean squared, of the teacher: {numbers['teacher_mse']:.4g}"]
+    if spec.numbers:
+        return ["error       no hard labels to compare the teacher with"]
+    if numbers["teacher"] is None or not spec.distributions:
+        return []
+    return [
+        f"kept mass   {kept_text(numbers)}",
+        f"entropy     {numbers['entropy']:.3f} nats; {loss_text(numbers)}",
+    ]
+
+
+def spec_of(numbers: dict[str, Any]) -> TargetSpec:
+    """What a cache keeps of each target, of the numbers that `inspect` found."""
+    return TargetSpec(**numbers["targets"])
 
 
 def loss_text(numbers: dict[str, Any]) -> str:
@@ -187,33 +219,29 @@ def teacher_text(teacher: dict[str, Any] | None) -> str:
 
 def targets_text(numbers: dict[str, Any]) -> str:
     """Kind, size asked for and found, bits, temperatures."""
-    targets = numbers["targets"]
-    kind, classes = targets["kind"], f"{targets['num_classes']:,} classes"
-    if kind == "none":
-        return "none"
-    if kind == "values":
-        return "values, a float32 for each position"
-    stored = ", ".join(["1", *(f"{t:g}" for t in targets["temperatures"])])
-    bits = f"{targets['value_bits']} bits"
-    if kind == "dense":
-        return f"dense, all {classes}, {bits}, exact at any T"
-    if kind == "topk":
-        return f"topk, {targets['top_k']} of {classes}, {bits}, exact at T = {stored}"
-    which = (
-        f"every p >= {targets['threshold']:g}"
-        if kind == "adaptive"
-        else f"every p >= {targets['threshold']:g}, the others drawn with that weight"
-    )
-    return (
-        f"{kind}, {numbers['entries']:.1f} of {classes} ({targets['mean_entries']:g} asked for), "
-        f"{which}, {bits}, exact at T = {stored}"
-    )
+    spec = spec_of(numbers)
+    if not spec.has_targets:
+        return spec.kind
+    if spec.numbers:
+        return f"{spec.kind}, a float32 for each position"
+    classes, bits = f"{spec.num_classes:,} classes", f"{spec.value_bits} bits"
+    if spec.every_temperature:
+        return f"{spec.kind}, all {classes}, {bits}, exact at any T"
+    exact = ", ".join(["1", *(f"{t:g}" for t in spec.temperatures)])
+    kept = f"{spec.kind}, {spec.top_k} of {classes}"
+    if spec.ragged:
+        drawn = ", the others drawn with that weight" if spec.sampled else ""
+        kept = (
+            f"{spec.kind}, {numbers['entries']:.1f} of {classes} "
+            f"({spec.mean_entries:g} asked for), every p >= {spec.threshold:g}{drawn}"
+        )
+    return f"{kept}, {bits}, exact at T = {exact}"
 
 
 def kept_text(numbers: dict[str, Any]) -> str:
     """The kept mass at each temperature, and of what it is the mass."""
     kept = ", ".join(f"T={t}: {mass:.1%}" for t, mass in numbers["kept_mass"].items())
-    if numbers["targets"]["kind"] == "sample":
+    if spec_of(numbers).sampled:
         return f"{kept} (of the classes kept as they are; all others may be drawn)"
     return kept
 
@@ -234,8 +262,9 @@ def _counted(counters: dict[str, int]) -> str:
 
 def task_text(numbers: dict[str, Any]) -> str:
     """The task, and what labels are to a row where that may differ."""
-    of_rows = TASKS[numbers["task"]].layout == "row"
-    return f"{numbers['task']}, {numbers['problem_type']}" if of_rows else str(numbers["task"])
+    if TASKS[numbers["task"]].has_problem_type:
+        return f"{numbers['task']}, {numbers['problem_type']}"
+    return str(numbers["task"])
 
 
 def _window_text(window: dict[str, Any]) -> list[str]:
@@ -303,8 +332,8 @@ def verify_text(found: "Verification") -> str:
 def check_text(found: "Checked | CheckedStates | CheckedValues") -> str:
     """The answer of `cache-teacher check`."""
     # Whoever has something to show here has loaded them already.
-    from teacher_cache.tools.check_states import CheckedStates
-    from teacher_cache.tools.check_values import CheckedValues
+    from teacher_cache.tools.check.numbers import CheckedValues
+    from teacher_cache.tools.check.states import CheckedStates
 
     lines = [f"DIFFERS {line}" for line in found.differences]
     if isinstance(found, CheckedStates):

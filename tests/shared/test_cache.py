@@ -28,7 +28,7 @@ from teacher_cache.config import VerifyConfig
 from teacher_cache.engines.batches import forward_batches
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.tasks.rows import TrainingRow
-from teacher_cache.tools.inspection import verify
+from teacher_cache.tools.verify import verify
 from tests.shared.format.test_shards import assert_same
 from tests.shared.test_storage import tree
 

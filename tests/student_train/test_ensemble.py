@@ -41,7 +41,7 @@ def dense(capture: Capture, other_teacher_dir: Path) -> tuple[Path, Path]:
     """Two teachers on the same rows; the second cache is cut into other blocks and shards."""
     first = capture(targets="dense", hidden_layers=(-1,), **FEW)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("teacher_cache.job.run.MIN_BLOCK_POSITIONS", 150)
+        patch.setattr("teacher_cache.job.assemble.MIN_BLOCK_POSITIONS", 150)
         options = FEW | {"shard_tokens": 900, "teacher": str(other_teacher_dir)}
         return first, capture(targets="dense", hidden_layers=(-1,), **options)
 

@@ -29,8 +29,8 @@ from student_train.tasks.metrics import TITLES
 from student_train.tasks.vectors import nearest_agreement, similarity_correlation
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
 from teacher_cache.job.run import run
-from teacher_cache.tools.check import check
-from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools.check.check import check
+from teacher_cache.tools.inspect import inspect
 from teacher_cache.tools.pages import write_inspection
 from teacher_cache.tools.plan import estimate
 from teacher_cache.tools.report import check_text, estimate_text, inspect_text

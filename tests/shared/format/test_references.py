@@ -19,8 +19,8 @@ from shared.format.schema import columns_of
 from shared.format.writer import ShardWriter, encode_block
 from shared.storage import LocalStorage
 from teacher_cache.config import RepackConfig, VerifyConfig
-from teacher_cache.tools.inspection import verify
 from teacher_cache.tools.repack import repack
+from teacher_cache.tools.verify import verify
 from tests import test_hostile as hostile
 from tests.plain_reader import read_cache
 from tests.shared.format.test_manifest import make_manifest

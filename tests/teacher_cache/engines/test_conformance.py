@@ -26,9 +26,10 @@ from teacher_cache.engines.batches import forward_batches
 from teacher_cache.engines.hf import TransformersEngine, teacher_of
 from teacher_cache.engines.table import ENGINES
 from teacher_cache.engines.teacher import Teacher
+from teacher_cache.job.assemble import assemble
 from teacher_cache.job.calibrate import publish_or_adopt
 from teacher_cache.job.draft import Draft, resolve
-from teacher_cache.job.run import assemble, run
+from teacher_cache.job.run import run
 from teacher_cache.tasks.rows import TrainingRow
 from tests import output_caches, questions, seq2seq
 from tests.teacher_cache.engines.toy import ToyEngine

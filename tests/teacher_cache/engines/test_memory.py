@@ -17,7 +17,7 @@ from teacher_cache.config import InspectConfig
 from teacher_cache.engines.memory import is_out_of_memory
 from teacher_cache.engines.teacher import Teacher, TeacherOutput
 from teacher_cache.tasks.inputs import TeacherBatch
-from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools.inspect import inspect
 from teacher_cache.tools.report import inspect_text
 
 ON_CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

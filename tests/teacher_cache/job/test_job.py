@@ -19,8 +19,9 @@ from shared.errors import NonFiniteTargets, Refused, Stopped, TeacherCacheError
 from shared.format import writer as shard_writer
 from teacher_cache.config import VerifyConfig
 from teacher_cache.engines.teacher import Teacher, TeacherOutput
-from teacher_cache.tools.inspection import summary, verify
+from teacher_cache.tools.inspect import summary
 from teacher_cache.tools.report import inspect_text
+from teacher_cache.tools.verify import verify
 from tests.conftest import Capture
 
 SMALL = {"limit_documents": 60, "shard_tokens": 900, "forward_tokens": 256}
@@ -529,7 +530,7 @@ def test_a_fault_while_encoding_or_writing_ends_the_run_with_that_error(
     where, capture, tmp_path, monkeypatch
 ):
     """In a thread of its own, or in the writer: no wait for ever, nothing half published."""
-    import teacher_cache.job.run as job
+    import teacher_cache.job.shard as job
 
     owner, _, name = where.rpartition(".")
     target = job.ShardWriter if owner else job
@@ -541,7 +542,7 @@ def test_a_fault_while_encoding_or_writing_ends_the_run_with_that_error(
             raise OSError("the fault of this test")
         return right(*args, **kwargs)
 
-    monkeypatch.setattr("teacher_cache.job.run.MIN_BLOCK_POSITIONS", 500)
+    monkeypatch.setattr("teacher_cache.job.assemble.MIN_BLOCK_POSITIONS", 500)
     options = {"limit_documents": 120, "out": tmp_path / "cache"}
     with monkeypatch.context() as patch:
         patch.setattr(target, name, faulty)

@@ -18,7 +18,7 @@ from teacher_cache.config import CaptureConfig, CheckConfig, PlanConfig
 from teacher_cache.corpus.sources import open_corpus
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.job.run import run
-from teacher_cache.tools.check import check
+from teacher_cache.tools.check.check import check
 from teacher_cache.tools.plan import estimate
 from teacher_cache.tools.report import estimate_text
 from tests.seq2seq import END, capture, make_corpus, make_teachers

@@ -11,7 +11,7 @@ from shared.cache import Cache, open_cache
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.targets.sample import drawn_logprob
 from teacher_cache.config import InspectConfig
-from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools.inspect import inspect
 from tests.conftest import Capture
 
 

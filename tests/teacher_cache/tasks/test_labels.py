@@ -27,8 +27,8 @@ from teacher_cache.corpus.documents import Labelled, Tagged
 from teacher_cache.corpus.sources import open_corpus
 from teacher_cache.job.run import run
 from teacher_cache.tasks import labelled, tagged
-from teacher_cache.tools.check import check
-from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools.check.check import check
+from teacher_cache.tools.inspect import inspect
 from teacher_cache.tools.report import inspect_text
 from tests.conftest import WORDS
 from tests.student_train.test_objective import batches

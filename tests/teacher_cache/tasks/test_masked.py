@@ -42,8 +42,8 @@ from teacher_cache.engines.teacher import Teacher
 from teacher_cache.job.draft import resolve
 from teacher_cache.job.run import run
 from teacher_cache.tasks.masked import build
-from teacher_cache.tools.check import check
-from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools.check.check import check
+from teacher_cache.tools.inspect import inspect
 from teacher_cache.tools.plan import estimate
 from teacher_cache.tools.report import inspect_text
 from tests.student_train.test_objective import batches

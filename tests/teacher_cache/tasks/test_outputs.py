@@ -29,12 +29,13 @@ from teacher_cache.corpus.sources import open_corpus
 from teacher_cache.job.labels import problem_type_for
 from teacher_cache.tasks.class_labels import values, yes_or_no
 from teacher_cache.tasks.labelled import build
-from teacher_cache.tools.check import check
-from teacher_cache.tools.inspection import inspect, verify
+from teacher_cache.tools.check.check import check
+from teacher_cache.tools.inspect import inspect
 from teacher_cache.tools.pages import write_inspection
 from teacher_cache.tools.plan import estimate
 from teacher_cache.tools.repack import repack
 from teacher_cache.tools.report import check_text, inspect_text
+from teacher_cache.tools.verify import verify
 from tests import plain_reader
 from tests.output_caches import (
     DOCUMENTS,

@@ -19,8 +19,8 @@ from shared.storage import LocalStorage
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
 from teacher_cache.corpus.documents import Answer, Asked, answers_of
 from teacher_cache.tasks.questions import build, windows
-from teacher_cache.tools.check import check
-from teacher_cache.tools.inspection import inspect, summary
+from teacher_cache.tools.check.check import check
+from teacher_cache.tools.inspect import inspect, summary
 from teacher_cache.tools.pages import write_inspection
 from teacher_cache.tools.plan import estimate
 from teacher_cache.tools.report import inspect_text

@@ -18,8 +18,8 @@ from teacher_cache.corpus.documents import Conversation, Pair
 from teacher_cache.corpus.sources import open_corpus
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.tasks.seq2seq import build
-from teacher_cache.tools.check import check
-from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools.check.check import check
+from teacher_cache.tools.inspect import inspect
 from teacher_cache.tools.plan import estimate
 from teacher_cache.tools.report import inspect_text
 from tests import plain_reader

@@ -15,7 +15,8 @@ import pytest
 
 from shared.errors import ConfigError, CorpusError
 from teacher_cache.config import CaptureConfig
-from teacher_cache.corpus.sources import Corpus, open_corpus
+from teacher_cache.corpus.corpus import Corpus
+from teacher_cache.corpus.sources import open_corpus
 
 TEXTS = ["one fish", "two fish", "", "red fish", "blue fish", "naïve – ☃"]
 

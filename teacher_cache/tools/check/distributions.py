@@ -1,38 +1,30 @@
-"""`cache-teacher check`: does a cache still say what its teacher says?
+"""Distributions: KL and the best class, between teacher and cache.
 
-A few rows go through the teacher twice, once batched as in the capture and once alone: how much the
-two differ is the noise floor of this machine. Then the first is held against the cache. Everything
-is compared over the cells that the cache has: its entries, and one for all other classes. Of a
-sample these are the classes kept as they are; what was drawn is drawn again, at the same offsets.
+Everything is compared over the cells that the cache has: its entries, and one for all other
+classes. Of a sample these are the classes kept as they are; what was drawn is drawn again, at the
+same offsets.
 
 N positions, C classes, K entries, J = K + 1 cells.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shared.cache import Cache, open_cache
-from shared.errors import CacheMismatch
-from shared.format.manifest import differences
-from shared.models.tokenizer import describe
+from shared.cache import Cache
 from shared.rows import RowTargets
 from shared.targets.ragged import MAX_ENTRIES
 from shared.targets.sample import drawn_logprob
 from shared.targets.spec import TargetSpec
-from teacher_cache.config import CheckConfig
 from teacher_cache.engines.batches import forward_batches
-from teacher_cache.engines.hf import teacher_info
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.select.ragged import grid_offsets, random_bits
 from teacher_cache.select.targets import select
 from teacher_cache.tasks.rows import TrainingRow
 from teacher_cache.tasks.table import task_of
-from teacher_cache.tools.check_states import CheckedStates, check_states
-from teacher_cache.tools.check_values import CheckedValues, check_values
 
 # The codec alone costs 4e-5 nats on average (benchmarks/README.md); a shift by one position, a
 # swapped row or other weights cost whole nats.
@@ -66,30 +58,14 @@ class Checked:
         return kl and self.agreement_live_cached >= floor and not self.differences
 
 
-def check(config: CheckConfig) -> Checked | CheckedStates | CheckedValues:
-    """Runs the teacher over a sample of a cache's rows and compares."""
-    cache = open_cache(config.cache, allow_partial=True)
-    task = task_of(cache.manifest)
-    if task.predicts and not cache.has_targets:
-        raise CacheMismatch(f"{config.cache}: holds hard labels only, so no teacher can be checked")
-    teacher = Teacher.load(
-        config.teacher,
-        task=cache.manifest.task,
-        problem_type=cache.manifest.problem_type,
-        max_length=cache.manifest.preprocessing.max_length,
-        revision=config.revision,
-        dtype=config.dtype if config.dtype != "auto" else _cached_dtype(cache),
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
-    count = min(config.rows, cache.num_rows)
-    chosen = np.unique(np.linspace(0, cache.num_rows - 1, count).astype(np.int64)).tolist()
-    rows = [_row(cache, index) for index in chosen]
-    differing = tuple(_differences(cache, teacher, config))
-    if not task.predicts:
-        return check_states(cache, teacher, chosen, rows, [*differing])
-    if task.numbers:
-        return check_values(teacher, cache, chosen, rows, differing)
+def check_distributions(
+    cache: Cache,
+    teacher: Teacher,
+    chosen: Sequence[int],
+    rows: Sequence[TrainingRow],
+    differences: tuple[str, ...],
+) -> Checked:
+    """Runs the teacher over `rows`, which are those numbered `chosen`, together and one by one."""
     cached = _cached(cache, chosen)
     batched = _live(teacher, cache, rows, cached.ids)
     sizes = [row.num_positions for row in rows]
@@ -97,7 +73,7 @@ def check(config: CheckConfig) -> Checked | CheckedStates | CheckedValues:
     alone = _joined([_live(teacher, cache, [row], ids) for row, ids in parts])
     kl_live, kl_cached = _kl(batched.cells, alone.cells), _kl(batched.cells, cached.cells)
     live_live, live_cached = _agreement(batched, alone), _agreement_with(cached, batched)
-    if cache.manifest.targets.kind == "sample" and cache.manifest.origin is None:
+    if cache.manifest.targets.sampled and cache.manifest.origin is None:
         again = _drawn(teacher, cache, rows)
         live_live = _overlap(again, [ids for row in rows for ids in _drawn(teacher, cache, [row])])
         live_cached = _overlap(_entries(cache, chosen), again)
@@ -109,7 +85,7 @@ def check(config: CheckConfig) -> Checked | CheckedStates | CheckedValues:
         worst_kl=float(kl_cached.max()),
         agreement_live_live=live_live,
         agreement_live_cached=live_cached,
-        differences=differing,
+        differences=differences,
     )
 
 
@@ -123,27 +99,12 @@ class _Cells:
 
 @dataclass(frozen=True, slots=True)
 class _Live(_Cells):
-    """The same cells as the teacher fills them now, and its most probable class."""
+    """These cells as the teacher fills them now, and its most probable class."""
 
     best: Tensor  # i64 [N]
 
 
-def _row(cache: Cache, index: int) -> TrainingRow:
-    row = cache[index]
-    ids, positions = row.input_ids.numpy().astype(np.int32), row.positions.numpy()
-    types = None if row.token_type_ids is None else row.token_type_ids.numpy()
-    return TrainingRow(
-        row.row_id,
-        ids,
-        row.segments,
-        positions,
-        row.labels.numpy(),
-        types,
-        of_outputs=task_of(cache.manifest).positions_are_outputs,
-    )
-
-
-def _cached(cache: Cache, chosen: list[int]) -> _Cells:
+def _cached(cache: Cache, chosen: Sequence[int]) -> _Cells:
     spec = cache.manifest.targets
     parts = []
     for index in chosen:
@@ -158,7 +119,7 @@ def _cached(cache: Cache, chosen: list[int]) -> _Cells:
 def _padded(targets: RowTargets, spec: TargetSpec) -> tuple[Tensor, Tensor]:
     """Ids and log-probabilities [N, K], missing and drawn entries as -1 and -inf."""
     ids, logprobs = targets.ids, targets.logprobs.double()
-    if spec.kind == "sample":
+    if spec.sampled:
         drawn = targets.logprobs == float(drawn_logprob(spec))
         ids, logprobs = ids.masked_fill(drawn, -1), logprobs.masked_fill(drawn, -torch.inf)
     if targets.counts is None:
@@ -169,7 +130,7 @@ def _padded(targets: RowTargets, spec: TargetSpec) -> tuple[Tensor, Tensor]:
     return ids_NK, empty_NK.masked_scatter(there_NK, logprobs)
 
 
-def _live(teacher: Teacher, cache: Cache, rows: list[TrainingRow], ids_NK: Tensor) -> _Live:
+def _live(teacher: Teacher, cache: Cache, rows: Sequence[TrainingRow], ids_NK: Tensor) -> _Live:
     """What the teacher says now at the positions of these rows, over the same cells."""
     plan, packed = cache.manifest.plan, cache.manifest.preprocessing.pack
     cells_NJ = torch.empty(len(ids_NK), ids_NK.shape[1] + 1, dtype=torch.float64)
@@ -184,14 +145,14 @@ def _live(teacher: Teacher, cache: Cache, rows: list[TrainingRow], ids_NK: Tenso
             entry_nK = logp_nC.gather(1, ids_nK).masked_fill(~there_nK, -torch.inf)
             rest_nC = logp_nC.exp().scatter_add(1, ids_nK, -entry_nK.exp())
             tail_n1 = rest_nC.clamp(min=0).sum(dim=1, keepdim=True).log()
-            if cache.manifest.targets.kind == "sample":
+            if cache.manifest.targets.sampled:
                 tail_n1 = torch.full_like(tail_n1, -torch.inf)
             cells_NJ[at] = torch.cat([entry_nK, tail_n1], dim=1)
             best_N[at] = logp_nC.argmax(dim=1)
     return _Live(ids_NK, cells_NJ, best_N)
 
 
-def _entries(cache: Cache, chosen: list[int]) -> list[Tensor]:
+def _entries(cache: Cache, chosen: Sequence[int]) -> list[Tensor]:
     """The cached classes of each position."""
     found = []
     for index in chosen:
@@ -201,7 +162,7 @@ def _entries(cache: Cache, chosen: list[int]) -> list[Tensor]:
     return found
 
 
-def _drawn(teacher: Teacher, cache: Cache, rows: list[TrainingRow]) -> list[Tensor]:
+def _drawn(teacher: Teacher, cache: Cache, rows: Sequence[TrainingRow]) -> list[Tensor]:
     """The classes of each position that a capture of these rows would keep or draw now."""
     manifest = cache.manifest
     bits_N, plan = random_bits(manifest.seed, rows), manifest.plan
@@ -256,22 +217,3 @@ def _agreement_with(cached: _Cells, live: _Live) -> float:
     its_N = entry_NK.masked_fill(cached.ids != live.best[:, None], -torch.inf).amax(dim=1)
     nearly_N = (its_N >= entry_NK.amax(dim=1) - _NEARLY) & (its_N > -torch.inf)
     return float(nearly_N.double().mean())
-
-
-def _cached_dtype(cache: Cache) -> str:
-    teacher = cache.manifest.teacher
-    return "auto" if teacher is None else teacher.dtype
-
-
-def _differences(cache: Cache, teacher: Teacher, config: CheckConfig) -> Iterator[str]:
-    """Fields in which this teacher is not the one of the manifest, whatever its outputs say."""
-    manifest = cache.manifest
-    assert manifest.teacher is not None  # check refuses a cache without
-    now = {
-        "teacher": asdict(teacher_info(config.teacher, teacher)),
-        "tokenizer": asdict(describe(teacher.tokenizer)),
-    }
-    cached = {"teacher": asdict(manifest.teacher), "tokenizer": asdict(manifest.tokenizer)}
-    for side in (now, cached):
-        side["teacher"].pop("id")  # a folder may have been renamed
-    yield from differences(cached, now)

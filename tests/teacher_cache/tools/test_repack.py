@@ -10,8 +10,9 @@ from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError
 from shared.format.schema import planes_of
 from teacher_cache.config import RepackConfig, VerifyConfig
-from teacher_cache.tools.inspection import summary, verify
+from teacher_cache.tools.inspect import summary
 from teacher_cache.tools.repack import repack
+from teacher_cache.tools.verify import verify
 
 
 def test_fewer_entries_are_the_most_probable_and_the_mass_stays(cache_dir, tmp_path):

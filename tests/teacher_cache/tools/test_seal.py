@@ -7,8 +7,8 @@ import pytest
 
 from shared.errors import CorruptCache, IncompleteCache
 from teacher_cache.config import VerifyConfig
-from teacher_cache.tools.inspection import verify
-from tests.teacher_cache.test_check import rewritten, shift
+from teacher_cache.tools.verify import verify
+from tests.teacher_cache.tools.test_check import rewritten, shift
 
 
 def test_a_seal_holds_the_sha256_of_every_shard(cache_copy):

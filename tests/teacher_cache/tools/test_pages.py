@@ -17,8 +17,8 @@ from shared.models.tokenizer import load_cached_tokenizer
 from shared.pages.drawing import Axis, Series, histogram, lines, log_axis
 from shared.targets.sample import drawn_logprob
 from teacher_cache.config import InspectConfig, PlanConfig
-from teacher_cache.tools import inspection
-from teacher_cache.tools.inspection import inspect
+from teacher_cache.tools import inspect as inspection
+from teacher_cache.tools.inspect import inspect
 from teacher_cache.tools.pages import write_inspection, write_plan
 from teacher_cache.tools.plan import estimate
 from teacher_cache.tools.report import inspect_text
@@ -84,7 +84,7 @@ def cache_of(capture: Capture, tokenizer_dir: Path):
         if name not in made:
             options = {"tokenizer": str(tokenizer_dir)} if name == "none" else {}
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("teacher_cache.job.run.MIN_BLOCK_POSITIONS", 256)
+                patch.setattr("teacher_cache.job.assemble.MIN_BLOCK_POSITIONS", 256)
                 made[name] = capture(limit_documents=60, **KINDS[name], **options)
         return made[name]
 
@@ -216,7 +216,7 @@ def test_histograms_are_those_of_all_blocks_of_a_small_cache(cache_of, tmp_path,
 
 
 def test_a_page_reads_a_bounded_number_of_blocks(cache_of, tmp_path, monkeypatch):
-    monkeypatch.setattr("teacher_cache.tools.inspection._HISTOGRAM_BLOCKS", 2)
+    monkeypatch.setattr("teacher_cache.tools.inspect._HISTOGRAM_BLOCKS", 2)
     cache = open_cache(cache_of("topk"))
     found = inspected(cache.path, tmp_path / "x.html", rows=0)["histograms"]
     ends = [cache.read_block(number).num_positions.sum() for number in (0, cache.num_blocks - 1)]

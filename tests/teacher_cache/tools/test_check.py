@@ -12,7 +12,7 @@ from shared.cache import Cache, open_cache
 from shared.format.blocks import Block
 from shared.format.writer import ShardWriter, encode_block
 from teacher_cache.config import CheckConfig
-from teacher_cache.tools.check import check
+from teacher_cache.tools.check.check import check
 
 
 def checked(cache: Path, teacher: Path) -> object:

@@ -19,7 +19,7 @@ from teacher_cache.corpus.chat import encode_conversation, encode_exchange
 from teacher_cache.corpus.documents import Conversation, Exchange
 from teacher_cache.corpus.sources import open_corpus
 from teacher_cache.tasks.causal import build
-from teacher_cache.tools.check import check
+from teacher_cache.tools.check.check import check
 
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
 {%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""

@@ -1,4 +1,4 @@
-"""`cache-teacher check` of a regression: does a cache still hold the numbers of its teacher?
+"""Numbers of a regression: how far apart teacher and cache are.
 
 Distances are by the spread of the cached numbers, for their unit is the corpus's. N positions.
 """
@@ -39,8 +39,8 @@ class CheckedValues:
 
 
 def check_values(
-    teacher: Teacher,
     cache: Cache,
+    teacher: Teacher,
     chosen: Sequence[int],
     rows: Sequence[TrainingRow],
     differences: tuple[str, ...],

@@ -1,6 +1,6 @@
-"""`cache-teacher check` of a cache of hidden states alone: how far are they from the teacher's?
+"""Hidden states alone: how far those of the cache are from the teacher's.
 
-The same three sides as for distributions: live batched as in the capture, live alone, cached.
+There are three sides: live batched as in the capture, live alone, cached.
 
 S states, D channels.
 """
@@ -45,8 +45,8 @@ def check_states(
     cache: Cache,
     teacher: Teacher,
     chosen: Sequence[int],
-    rows: list[TrainingRow],
-    differences: Sequence[str],
+    rows: Sequence[TrainingRow],
+    differences: tuple[str, ...],
 ) -> CheckedStates:
     """Runs the teacher over these rows of the cache and compares."""
     batched = _live(teacher, cache, rows)
@@ -61,11 +61,11 @@ def check_states(
         error_live_cached=error,
         worst_error=float(((cached - batched).norm(dim=1) / length_S).max()),
         allowed=_ALLOWED[cache.manifest.hidden.codec] + _ALLOWED_NOISE * noise,
-        differences=tuple(differences),
+        differences=differences,
     )
 
 
-def _live(teacher: Teacher, cache: Cache, rows: list[TrainingRow]) -> Tensor:
+def _live(teacher: Teacher, cache: Cache, rows: Sequence[TrainingRow]) -> Tensor:
     """The states of all layers beside each other, f64 [S, layers * D], in row order."""
     hidden, plan = cache.manifest.hidden, cache.manifest.plan
     count = sum(row.num_positions for row in rows)
@@ -80,7 +80,7 @@ def _live(teacher: Teacher, cache: Cache, rows: list[TrainingRow]) -> Tensor:
     return states_PD[torch.cat(kept)]
 
 
-def _starts(rows: list[TrainingRow]) -> list[int]:
+def _starts(rows: Sequence[TrainingRow]) -> list[int]:
     return [sum(row.num_positions for row in rows[:number]) for number in range(len(rows))]
 
 
