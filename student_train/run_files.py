@@ -16,7 +16,7 @@ from shared.format.manifest import MAX_SHARDS, build, parse_json
 from shared.options import load, resolved
 from shared.storage import Storage
 from student_train.config import TrainConfig
-from student_train.tasks.metrics import MetricName
+from student_train.metrics.names import MetricName
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from student_train.compare.recipes import (
     score,
 )
 from student_train.config import CompareConfig
+from student_train.metrics.names import TITLES, MetricName
 from student_train.run.folder import RunFolder, kl_of
 from student_train.run_files import CONFIG, read_options
-from student_train.tasks.metrics import TITLES, MetricName
 
 LineKind = Literal["teacher", "run", "seeds"]
 HARD_LABELS_ONLY, NO_GAIN = "hard labels only", "no gain to recover"

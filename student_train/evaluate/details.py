@@ -20,9 +20,9 @@ from shared.models.tokenizer import load_cached_tokenizer
 from shared.tasks import TASKS
 from student_train.config import WorstBy
 from student_train.data.collate import MicroBatch
-from student_train.evaluate.classes import Confusion, LabelCounts
 from student_train.loss.positions import PREFIX
-from student_train.tasks.reliability import Reliability
+from student_train.metrics.confusion import Confusion, LabelCounts
+from student_train.metrics.reliability import Reliability
 
 MOST_MARKED = 12  # tokens marked in a row over a vocabulary
 _CHUNK_BITS = 24  # of a row id: document << 24 | chunk

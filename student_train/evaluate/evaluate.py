@@ -22,10 +22,10 @@ from student_train.evaluate.details import Details
 from student_train.evaluate.page import write_evaluation
 from student_train.loss.objective import Objective, attach
 from student_train.loss.spec import LossSpec
+from student_train.metrics.texts import require_metrics
 from student_train.student.build import build_student, load_config
 from student_train.student.fit import check_fit, check_labelled
 from student_train.tasks.answers import collector_for
-from student_train.tasks.text_metrics import require_metrics
 from student_train.tasks.vectors import layer_pair, load_projection
 from student_train.tasks.writing import Writing, check_writes, written_numbers
 
@@ -46,7 +46,7 @@ def evaluate(
     knows all of it (`dense`; `sample` on average), else `kl_bucketed`, over the kept classes and
     one cell for all others. `agreement`: share of positions where student and teacher have the same
     most probable class. The last two only where the cache has targets. On a label space also the
-    metrics of the task (metrics.py, row_metrics.py), of questions those of span_metrics.py; of
+    metrics of the task (metrics/labels.py, rows.py), of questions those of spans.py; of
     hidden states alone those of vectors.py, and `loss` is 1 - cosine. In a regression `loss` is the
     mean squared error, and `mse_to_teacher` stands for the other two. `details` is shown every
     batch, and what single positions of it were answered with.

@@ -10,8 +10,8 @@ from shared.pages import drawing
 from shared.pages.drawing import Axis, Chart, Series
 from shared.pages.pages import write_page
 from student_train.evaluate.details import MOST_MARKED
-from student_train.tasks.metrics import TITLES
-from student_train.tasks.reliability import NUM_BINS
+from student_train.metrics.names import TITLES
+from student_train.metrics.reliability import NUM_BINS
 
 _STUDENT, _TEACHER, _PERFECT = 0, 1, 2  # colours
 _OUTSIDE = "O"

@@ -17,8 +17,9 @@ from transformers import PretrainedConfig
 from shared.cache import Cache, Row
 from shared.tasks import TASKS, Layout, ProblemType
 from student_train.export.onnx_files import Arrays, Runner
-from student_train.tasks.metrics import Answers, MetricName, task_numbers
-from student_train.tasks.row_metrics import (
+from student_train.metrics.labels import LabelPredictions, task_numbers
+from student_train.metrics.names import MetricName
+from student_train.metrics.rows import (
     mean_squared_error,
     multi_label_numbers,
     regression_numbers,
@@ -274,7 +275,7 @@ def _scores(
     best_P = logprobs_PC.max(dim=1)
     rows = [np.full(len(sample.labels), sample.row) for sample, *_ in answers]
     numbers: dict[str, Any] = task_numbers(
-        Answers(
+        LabelPredictions(
             np.concatenate(rows),
             labels_P.numpy(),
             best_P.indices.numpy(),

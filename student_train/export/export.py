@@ -51,6 +51,7 @@ from student_train.export.onnx_files import (
     write_int8,
     write_onnx,
 )
+from student_train.metrics.names import TITLES
 from student_train.student.build import PROBLEM_TYPES
 from student_train.student.fit import check_fit
 from student_train.student.saved import (
@@ -61,7 +62,6 @@ from student_train.student.saved import (
     load_tokenizer,
     merged,
 )
-from student_train.tasks.metrics import TITLES
 from student_train.tasks.vectors import copy_modules
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from huggingface_hub.errors import HFValidationError
 from shared.format.manifest import Manifest
 from student_train.config import ExportFormat, TrainConfig
 from student_train.export.check import Check
+from student_train.metrics.names import TITLES
 from student_train.student.saved import Run
-from student_train.tasks.metrics import TITLES
 
 CARD = "README.md"
 # End of the class's name -> how the Hub and `pipeline` call what it does.

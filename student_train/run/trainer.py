@@ -29,6 +29,7 @@ from student_train.data.stream import BatchStream, StreamSpec
 from student_train.evaluate.evaluate import evaluate
 from student_train.loss.objective import PROJECTIONS, Attachment, Objective, attach
 from student_train.loss.schedule import LossSchedule, ScheduledLoss
+from student_train.metrics.texts import require_metrics
 from student_train.run.arguments import micro_batch_tokens, refuse_what_breaks, training_arguments
 from student_train.run.callbacks import BeforeTheFirstStep, ProgressLine, StopOnSignal
 from student_train.run.folder import RunFolder, is_main_process, kl_of
@@ -47,7 +48,6 @@ from student_train.student.fit import (
     warn_of_same_rows,
 )
 from student_train.tasks.defaults import Start
-from student_train.tasks.text_metrics import require_metrics
 from student_train.tasks.vectors import projection_of
 from student_train.tasks.vectors import save as save_vectors
 from student_train.tasks.writing import Writing, check_writes, written_numbers

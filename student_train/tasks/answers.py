@@ -18,10 +18,10 @@ from shared.tasks import TASKS
 from shared.windows import PLACES, Spans, WindowReference, best_spans, bounds_of, reference_of
 from student_train.data.collate import MicroBatch
 from student_train.loss.rows import SoftTarget
+from student_train.metrics.labels import LabelPredictions, task_numbers
+from student_train.metrics.rows import multi_label_numbers, regression_numbers
+from student_train.metrics.spans import WindowAnswer, span_numbers
 from student_train.processes import of_all_processes
-from student_train.tasks.metrics import Answers, task_numbers
-from student_train.tasks.row_metrics import multi_label_numbers, regression_numbers
-from student_train.tasks.span_metrics import Window, span_numbers
 from student_train.tasks.vectors import VectorAnswers
 
 
@@ -74,14 +74,14 @@ class LabelAnswers:
         self._answers.append(torch.stack(columns, dim=1))
 
     def numbers(self, device: torch.device) -> dict[str, Any]:
-        """The metrics of metrics.py."""
+        """The metrics of labels.py."""
         of_positions = torch.cat([torch.zeros(0, 5, dtype=torch.int64), *self._answers])
         columns = of_all_processes(of_positions, device).numpy().T
         row_P, labels_P, predicted_P, confidence_P, teacher_P = columns
         confidence_P = np.ascontiguousarray(confidence_P).view(np.float64)
         teacher = teacher_P if self._has_targets else None
         return task_numbers(
-            Answers(row_P, labels_P, predicted_P, confidence_P, teacher), self._names
+            LabelPredictions(row_P, labels_P, predicted_P, confidence_P, teacher), self._names
         )
 
 
@@ -107,7 +107,7 @@ class OutputAnswers:
         self._answers.append(torch.stack([batch["labels"].double(), said_N, teacher_N], dim=1))
 
     def numbers(self, device: torch.device) -> dict[str, Any]:
-        """The metrics of row_metrics.py; a row's positions stand together, in the order of C."""
+        """The metrics of rows.py; a row's positions stand together, in the order of C."""
         of_positions = torch.cat([torch.zeros(0, 3, dtype=torch.float64), *self._answers])
         everyones = of_all_processes(of_positions, device).numpy()
         labels_RC, said_RC, teacher_RC = (
@@ -145,14 +145,14 @@ class SpanAnswers:
         return best_spans(logp_B2T, batch["context"][: len(logp_B2T)], self._max_tokens)
 
     def numbers(self, device: torch.device) -> dict[str, Any]:
-        """The metrics of span_metrics.py, over documents: one question on one text."""
+        """The metrics of spans.py, over documents: one question on one text."""
         of_rows = torch.cat([torch.zeros(0, 9, dtype=torch.int64), *self._answers])
         of_rows = of_all_processes(of_rows, device)
         row_R = of_rows[:, 0].numpy()
         student, teacher = (_as_spans(of_rows[:, 1:5]), _as_spans(of_rows[:, 5:9]))
         there = dict(zip(row_R.tolist(), range(len(row_R)), strict=True))
-        windows: dict[int, list[Window]] = {}
-        teachers: dict[int, list[Window]] = {}
+        windows: dict[int, list[WindowAnswer]] = {}
+        teachers: dict[int, list[WindowAnswer]] = {}
         for row_id, reference in _references(self._cache):
             if row_id not in there:
                 continue
@@ -202,9 +202,9 @@ def _references(cache: Cache) -> Iterator[tuple[int, WindowReference]]:
             yield row_id, reference_of(value, size, f"{cache.path}: reference of row {row_id}")
 
 
-def _window(reference: WindowReference, spans: Spans, index: int) -> Window:
+def _window(reference: WindowReference, spans: Spans, index: int) -> WindowAnswer:
     score = float(spans.score_B[index])
     text = ""
     if score > -math.inf:
         text = reference.between(int(spans.first_B[index]), int(spans.last_B[index]))
-    return Window(reference.answers, text, score, float(spans.null_B[index]))
+    return WindowAnswer(reference.answers, text, score, float(spans.null_B[index]))

@@ -19,11 +19,11 @@ from shared.cache import Cache
 from shared.errors import CacheMismatch, CorruptRun
 from student_train.data.collate import MicroBatch
 from student_train.loss.objective import PROJECTIONS, projection_name
+from student_train.metrics.bootstrap import bootstrap_interval, ratio
+from student_train.metrics.vectors import nearest_agreement, similarity_correlation
 from student_train.processes import of_all_processes
-from student_train.tasks.metrics import bootstrap_interval, ratio
 
 MOST_ROWS = 2000  # whose vectors are kept; their cosines take 32 MB
-_RANKED_ROWS = 500  # 124,750 pairs
 _DENSE, _POOLING = "2_Dense", "1_Pooling"
 _MODES = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
 
@@ -72,34 +72,6 @@ class VectorAnswers:
                 found["nearest_agreement"] = nearest_agreement(ours_RD, theirs_RD)
                 found["similarity_correlation"] = similarity_correlation(ours_RD, theirs_RD)
         return found
-
-
-def nearest_agreement(ours_RD: Tensor, theirs_RD: Tensor) -> float:
-    """Share of rows whose nearest other row, by cosine, is the same for both."""
-    nearest = []
-    for vectors_RD in (ours_RD, theirs_RD):
-        unit_RD = F.normalize(vectors_RD.double(), dim=-1)
-        nearest.append((unit_RD @ unit_RD.T).fill_diagonal_(-torch.inf).argmax(dim=1))
-    return float((nearest[0] == nearest[1]).double().mean())
-
-
-def similarity_correlation(ours_RD: Tensor, theirs_RD: Tensor) -> float:
-    """Spearman's rank correlation of the cosines of all pairs of the first 500 rows."""
-    ours_P, theirs_P = (_pair_ranks(rows[:_RANKED_ROWS]) for rows in (ours_RD, theirs_RD))
-    return float(np.corrcoef(ours_P, theirs_P)[0, 1])
-
-
-def _pair_ranks(vectors_RD: Tensor) -> np.ndarray:
-    unit_RD = F.normalize(vectors_RD.double(), dim=-1)
-    one, other = torch.triu_indices(len(unit_RD), len(unit_RD), 1)
-    return _ranks((unit_RD @ unit_RD.T)[one, other].numpy())
-
-
-def _ranks(values_P: np.ndarray) -> np.ndarray:
-    """From 0 by size; equal values share the mean of their ranks."""
-    _, group_P, count_G = np.unique(values_P, return_inverse=True, return_counts=True)
-    last_G = np.cumsum(count_G)
-    return ((last_G - count_G + last_G - 1) / 2)[group_P]
 
 
 def projection_of(student: Any, cache: Cache) -> nn.Linear | None:

@@ -15,7 +15,7 @@ from shared.cache import Cache, references
 from shared.errors import CacheMismatch
 from shared.models.decoding import caches_all_blocks
 from shared.models.tokenizer import end_of_text, load_cached_tokenizer
-from student_train.tasks.text_metrics import chrf, sentence_chrf, text_numbers
+from student_train.metrics.texts import chrf, sentence_chrf, text_numbers
 
 _SHOWN = 3  # best and worst texts that are kept
 _SHOWN_LETTERS = 300
@@ -54,7 +54,7 @@ def check_writes(cache: Cache) -> None:
 
 
 def written_numbers(student: Any, cache: Cache, writing: Writing) -> dict[str, Any]:
-    """The metrics of text_metrics.py, and the texts that are best and worst by chrF.
+    """The metrics of texts.py, and the texts that are best and worst by chrF.
 
     `teacher_chrf` where the teacher wrote the targets of the rows itself.
     """

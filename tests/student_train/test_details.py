@@ -13,13 +13,13 @@ from shared.cache import Cache, Row, open_cache
 from shared.errors import ConfigError
 from student_train.cli import _evaluation_text
 from student_train.config import EvaluateConfig
-from student_train.evaluate.classes import MOST_CLASSES, Confusion
 from student_train.evaluate.details import Details, row_numbers, token_texts
 from student_train.evaluate.evaluate import evaluate, run
 from student_train.loss.positions import LinearHead, answers_of_logits, answers_of_states
 from student_train.loss.rows import SoftTarget
-from student_train.tasks.metrics import calibration_error
-from student_train.tasks.reliability import Reliability
+from student_train.metrics.confusion import MOST_CLASSES, Confusion
+from student_train.metrics.labels import calibration_error
+from student_train.metrics.reliability import Reliability
 from tests.conftest import llama_config
 from tests.student_train.label_caches import (
     LABELS,

@@ -21,10 +21,10 @@ from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
 from student_train.loss.objective import PROJECTIONS, Objective, attach
 from student_train.loss.spec import LossSpec
+from student_train.metrics.names import TITLES
+from student_train.metrics.vectors import nearest_agreement, similarity_correlation
 from student_train.run.trainer import run as train
 from student_train.student.build import build_student
-from student_train.tasks.metrics import TITLES
-from student_train.tasks.vectors import nearest_agreement, similarity_correlation
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
 from teacher_cache.job.run import run
 from teacher_cache.tools.check import check

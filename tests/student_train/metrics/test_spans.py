@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from student_train.tasks.span_metrics import (
-    Window,
+from student_train.metrics.spans import (
+    WindowAnswer,
     best_of,
     exact_match,
     f1,
@@ -73,8 +73,8 @@ def test_the_best_answer_counts_and_one_of_articles_alone_does_not():
     assert best_of(exact_match, "blue", []) == 0
 
 
-def window(text: str, score: float, null: float, answers: tuple[str, ...] = ("x",)) -> Window:
-    return Window(answers, text, score, null)
+def window(text: str, score: float, null: float, answers: tuple[str, ...] = ("x",)) -> WindowAnswer:
+    return WindowAnswer(answers, text, score, null)
 
 
 def test_the_likeliest_span_of_any_window_is_the_answer():

@@ -5,15 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from student_train.tasks.metrics import (
-    Answers,
+from student_train.metrics.bootstrap import bootstrap_interval, ratio
+from student_train.metrics.labels import (
+    LabelPredictions,
     accuracy,
     bio_spans,
-    bootstrap_interval,
     calibration_error,
     is_bio,
     macro_f1,
-    ratio,
     task_numbers,
 )
 
@@ -66,7 +65,7 @@ def test_entities_by_hand(tags, expected):
 
 
 def answers(labels, predicted, rows, teacher=None):
-    return Answers(rows, labels, predicted, np.full(len(rows), 0.5), teacher)
+    return LabelPredictions(rows, labels, predicted, np.full(len(rows), 0.5), teacher)
 
 
 def test_entity_f1_counts_whole_entities_of_the_right_kind():

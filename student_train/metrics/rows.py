@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from student_train.tasks.metrics import bootstrap_interval, calibration_error, interval_of, ratio
+from student_train.metrics.bootstrap import bootstrap_interval, interval_of, ratio
+from student_train.metrics.labels import calibration_error
 
 _YES = 0.5  # a label is answered with yes above this probability
 
@@ -24,7 +25,7 @@ def multi_label_numbers(
 ) -> dict[str, Any]:
     """Metrics of yes or no for each label; `probs_RC` and `teacher_RC` are probabilities of yes.
 
-    The main one is micro F1, with a bootstrap interval over rows as in `metrics.task_numbers`.
+    The main one is micro F1, with a bootstrap interval over rows as in `labels.task_numbers`.
     `ece` is over all answers: how far the probability of an answer is from how often it is right.
     """
     labels_RC, said_RC = labels_RC == 1, probs_RC > _YES

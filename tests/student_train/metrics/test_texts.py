@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shared.errors import ConfigError
-from student_train.tasks.text_metrics import (
+from student_train.metrics.texts import (
     chrf,
     is_cjk,
     require_metrics,

@@ -5,32 +5,21 @@ Entity F1 is written here, by hand: `seqeval` would bring scikit-learn and scipy
 Shapes: P positions in the order of their rows, R rows, C classes, S spans.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from student_train.tasks.reliability import NUM_BINS, bin_of
+from student_train.metrics.bootstrap import bootstrap_interval, ratio
+from student_train.metrics.names import MetricName
+from student_train.metrics.reliability import NUM_BINS, bin_of
 
-MetricName = Literal["accuracy", "entity_f1", "micro_f1", "pearson", "f1", "cosine", "chrf"]
-TITLES: dict[MetricName, str] = {
-    "accuracy": "accuracy",
-    "entity_f1": "entity F1",
-    "micro_f1": "micro F1",
-    "pearson": "Pearson",
-    "f1": "answer F1",
-    "cosine": "cosine",
-    "chrf": "chrF",
-}
-
-_RESAMPLES = 1000
-_INTERVAL = (2.5, 97.5)  # percent
 _OUTSIDE = "O"
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class LabelPredictions:
     """What student and teacher say at P positions; positions of a row stand together, in order."""
 
     row_P: np.ndarray  # i64, the row of each position: any numbers that differ between rows
@@ -40,13 +29,14 @@ class Answers:
     teacher_P: np.ndarray | None = None  # i64, the teacher's most probable class
 
 
-def task_numbers(answers: Answers, names: Sequence[str], *, seed: int = 0) -> dict[str, Any]:
+def task_numbers(
+    answers: LabelPredictions, names: Sequence[str], *, seed: int = 0
+) -> dict[str, Any]:
     """Every metric that the labels allow; `metric` names the main one, which has an interval.
 
     Of the main one more is better: early stopping relies on it. It is entity F1 where the labels
-    are BIO tags, else accuracy. The interval holds 95 % of its values over `_RESAMPLES` draws of R
-    rows with replacement (the bootstrap's percentiles, Efron and Tibshirani 1993): rows, because
-    the positions of one are not independent.
+    are BIO tags, else accuracy. The interval holds 95 % of its values over draws of R
+    rows with replacement (bootstrap.py).
     """
     metric: MetricName = "entity_f1" if is_bio(names) else "accuracy"
     labels_P, predicted_P = answers.labels_P, answers.predicted_P
@@ -96,7 +86,7 @@ def is_bio(names: Sequence[str]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Spans:
+class Entities:
     """Entities, by the positions of their first and last tag; `kind_S` numbers what they are."""
 
     first_S: np.ndarray
@@ -104,7 +94,7 @@ class Spans:
     kind_S: np.ndarray
 
 
-def bio_spans(tags_P: np.ndarray, row_P: np.ndarray, names: Sequence[str]) -> Spans:
+def bio_spans(tags_P: np.ndarray, row_P: np.ndarray, names: Sequence[str]) -> Entities:
     """The entities that tags stand for, as the CoNLL script reads them (Sang and Buchholz 2000).
 
     One begins at B-X, and at an I-X that continues no X: after O, after another kind, or at the
@@ -121,36 +111,7 @@ def bio_spans(tags_P: np.ndarray, row_P: np.ndarray, names: Sequence[str]) -> Sp
     goes_on_P &= inside_P
     first_S = np.flatnonzero(inside_P & ~goes_on_P)
     last_S = np.flatnonzero(inside_P & ~np.append(goes_on_P[1:], False))
-    return Spans(first_S, last_S, kind_P[first_S])
-
-
-def bootstrap_interval(
-    numerator_R: np.ndarray, denominator_R: np.ndarray, *, seed: int
-) -> tuple[float, float]:
-    """The interval of `ratio` over draws of as many rows, with replacement."""
-
-    def of_rows(rows_R: np.ndarray) -> float:
-        return ratio(numerator_R[rows_R], denominator_R[rows_R])
-
-    return interval_of(of_rows, len(numerator_R), seed=seed)
-
-
-def interval_of(
-    metric: Callable[[np.ndarray], float], rows: int, *, seed: int
-) -> tuple[float, float]:
-    """The interval of a metric, a function of row numbers, over draws with replacement."""
-    rng = np.random.default_rng(seed)
-    if not rows:
-        return 0.0, 0.0
-    values = [metric(rng.integers(0, rows, rows)) for _ in range(_RESAMPLES)]
-    low, high = np.percentile(values, _INTERVAL)
-    return float(low), float(high)
-
-
-def ratio(numerator_R: np.ndarray, denominator_R: np.ndarray) -> float:
-    """One sum by the other; 0 where there is nothing to divide by."""
-    whole = float(denominator_R.sum())
-    return float(numerator_R.sum()) / whole if whole else 0.0
+    return Entities(first_S, last_S, kind_P[first_S])
 
 
 def calibration_error(confidence_P: np.ndarray, right_P: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from student_train.tasks.row_metrics import (
+from student_train.metrics.rows import (
     macro_f1,
     multi_label_numbers,
     pearson,

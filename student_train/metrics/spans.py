@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from student_train.tasks.metrics import bootstrap_interval
+from student_train.metrics.bootstrap import bootstrap_interval
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # Han with its extensions and compatibility forms, kana: written without spaces.
@@ -28,7 +28,7 @@ _CHARACTER = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class WindowAnswer:
     """What a model answers in one window of a document, and how sure it is."""
 
     answers: tuple[str, ...]  # those to the document's question; none: it has no answer
@@ -38,8 +38,8 @@ class Window:
 
 
 def span_numbers(
-    windows_D: Sequence[Sequence[Window]],
-    teacher_D: Sequence[Sequence[Window]] | None,
+    windows_D: Sequence[Sequence[WindowAnswer]],
+    teacher_D: Sequence[Sequence[WindowAnswer]] | None,
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def span_numbers(
 
 
 def _scores(
-    windows_D: Sequence[Sequence[Window]],
+    windows_D: Sequence[Sequence[WindowAnswer]],
     answers_D: Sequence[tuple[str, ...]],
     *,
     may_be_empty: bool,
@@ -79,7 +79,7 @@ def _scores(
     return np.array(f1_D), np.array(exact_D)
 
 
-def joined(windows: Sequence[Window], *, may_be_empty: bool) -> str:
+def joined(windows: Sequence[WindowAnswer], *, may_be_empty: bool) -> str:
     """The answer of all windows of a document: the likeliest span of any, the first of equal.
 
     "" is the answer where even the window that is least sure that it holds none is surer of that
