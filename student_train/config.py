@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from shared.errors import ConfigError
 from shared.options import SET, Option, check_bounds
-from shared.tasks import MAX_ANSWER_TOKENS, TaskName
+from shared.tasks import MAX_ANSWER_TOKENS
 from student_train.loss.schedule import ScheduleKind
 from student_train.loss.spec import HiddenLoss, LossSpec, SoftLoss, Tail
-from student_train.tasks.defaults import Recipe, Start, recipe_for
+from student_train.recipes import Recipe
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 EvalMetric = Literal["loss", "kl", "metric"]
@@ -314,9 +314,8 @@ class TrainConfig:
             label_smoothing=self.label_smoothing,
         )
 
-    def by_task(self, task: TaskName, start: Start) -> "TrainConfig":
-        """The same with a number wherever it said auto in place of one of `Recipe`."""
-        usual = recipe_for(task, start)
+    def with_recipe(self, usual: Recipe) -> "TrainConfig":
+        """The same with a usual number wherever it said auto in place of one of `Recipe`."""
         rate, epochs, decay = self.learning_rate, self.epochs, self.weight_decay
         tokens, warmup = self.batch_tokens, self.warmup_ratio
         return replace(
@@ -330,7 +329,7 @@ class TrainConfig:
 
     @property
     def recipe(self) -> Recipe:
-        """The numbers to train by; `by_task` has left none open."""
+        """The numbers to train by; `with_recipe` has left none open."""
         assert self.learning_rate != "auto"
         assert self.epochs != "auto"
         assert self.batch_tokens != "auto"

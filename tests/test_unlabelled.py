@@ -25,6 +25,7 @@ from student_train.loss.objective import Objective, attach
 from student_train.loss.spec import LossSpec
 from student_train.run.trainer import run as train
 from student_train.student.build import build_student
+from student_train.tasks.table import task_of
 from teacher_cache.config import CheckConfig, InspectConfig, PlanConfig
 from teacher_cache.tools.check import check
 from teacher_cache.tools.inspection import inspect
@@ -260,7 +261,7 @@ def objective_of(cache: Any, **weights: float) -> Objective:
         spec=LossSpec(),
         num_classes=manifest.targets.num_classes,
         target_kind=manifest.targets.kind,
-        problem_type=manifest.problem_type,
+        outputs=task_of(manifest).outputs,
         **weights,
     )
 
@@ -269,13 +270,12 @@ def objective_of(cache: Any, **weights: float) -> Objective:
 def test_rows_without_labels_give_no_hard_loss_and_the_same_soft_loss(kind, folder):
     """Of both in one batch: that of all rows' targets, and of the labelled rows' labels alone."""
     plain, labelled = (open_cache(folder / f"{kind}-{name}") for name in ("plain", "labelled"))
-    layout = labelled.manifest.layout
 
     def loss(cache: Any, soft: float, hard: float) -> dict[str, Any]:
         student = build_student(str(folder / "config"), labelled, seed=1).eval()
         weights = {"soft_weight": soft, "hard_weight": hard}
         attachment = attach(student, objective_of(labelled, **weights))
-        found = [student(**batch) for batch in batches(cache, 10_000, layout=layout)]
+        found = [student(**batch) for batch in batches(cache, 10_000)]
         attachment.detach()
         assert len(found) == 1
         found[0]["loss"].backward()
@@ -328,10 +328,10 @@ def test_pairs_are_read_beside_texts_in_any_order(folder, tmp_path):
     teacher = str(folder / "single_label-teacher")
     pairs = capture(tmp_path / "c", tmp_path / "p.jsonl", teacher=teacher)
     texts = open_cache(folder / "single_label-labelled")
-    expected = sorted(sequences(pairs, layout="row") + sequences(texts, layout="row"))
+    expected = sorted(sequences(pairs) + sequences(texts))
     assert any(1 in types for _, types in expected)
     for caches in ([pairs, texts], [texts, pairs]):
-        assert sequences(CacheSet(caches), layout="row") == expected
+        assert sequences(CacheSet(caches)) == expected
 
 
 def test_what_needs_labels_is_refused(folder, tmp_path):

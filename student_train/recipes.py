@@ -1,4 +1,4 @@
-"""The numbers a student is trained by where an option says auto: one table, each with its reason.
+"""The numbers a student is trained by where an option says auto, each with its reason.
 
 What is usual for fine-tuning an encoder is not what is usual for a language model, and fresh
 weights or adapters take larger steps than pretrained ones. None of these numbers is measured on
@@ -8,14 +8,12 @@ your data: they are where others start, and a flag changes each.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from shared.tasks import TASKS, TaskName
-
 Start = Literal["pretrained", "scratch", "adapters"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """Of AdamW with warm-up. `batch_tokens` are those of an optimiser step, padding excluded."""
+    """The numbers of AdamW with warm-up. A step has `batch_tokens` tokens, padding excluded."""
 
     learning_rate: float
     epochs: int
@@ -33,7 +31,7 @@ class Recipe:
         )
 
 
-# Of both: pretrained weights.
+# Pretrained weights of both.
 #
 # Targets of a teacher are less noisy than labels, so larger steps than the 2e-5 of fine-tuning on
 # labels alone. One pass: text is plenty, and what is seen once needs no weight decay.
@@ -46,14 +44,14 @@ _ENCODER = Recipe(
     learning_rate=5e-5, epochs=3, batch_tokens=2048, weight_decay=0.01, warmup_ratio=0.1
 )
 
-_LANGUAGE_MODELS: dict[Start, Recipe] = {
+LANGUAGE_MODELS: dict[Start, Recipe] = {
     "pretrained": _LANGUAGE_MODEL,
     # Models of 125 to 160 million weights: Brown et al. 2020, table 2.1; Biderman et al. 2023.
     "scratch": replace(_LANGUAGE_MODEL, learning_rate=6e-4),
     # Hu et al. 2021, table 11 (GPT-2); Dettmers et al. 2023, table 9.
     "adapters": replace(_LANGUAGE_MODEL, learning_rate=2e-4),
 }
-_ENCODERS: dict[Start, Recipe] = {
+ENCODERS: dict[Start, Recipe] = {
     "pretrained": _ENCODER,
     # Fresh weights have farther to go. A tagger of two layers on 2,000 rows (one seed) ends at a
     # KL of 0.41 to its teacher so, and at 1.07 with the numbers above.
@@ -61,9 +59,3 @@ _ENCODERS: dict[Start, Recipe] = {
     # Ten times, as Hu et al. 2021, table 9: 4e-4 and 5e-4 for RoBERTa base.
     "adapters": replace(_ENCODER, learning_rate=5e-4),
 }
-
-
-def recipe_for(task: TaskName, start: Start) -> Recipe:
-    """Over a vocabulary a student is taken for a language model, else for an encoder."""
-    of_language = TASKS[task].target_space == "vocabulary"
-    return (_LANGUAGE_MODELS if of_language else _ENCODERS)[start]

@@ -14,16 +14,17 @@ from shared.errors import CacheMismatch, ConfigError
 from student_train.cli import _evaluation_text
 from student_train.compare.report import compare, table
 from student_train.config import AdapterSpec, CompareConfig, EvaluateConfig, TrainConfig
+from student_train.data.arrange import PAIRS
 from student_train.data.collate import Counts, Shape, columns_of, without_rows
 from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
+from student_train.evaluate.writing import Writing, sources_of, write
 from student_train.loss.objective import Objective, attach
 from student_train.loss.spec import LossSpec
 from student_train.run.trainer import run
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, load_config
 from student_train.student.fit import check_fit
-from student_train.tasks.writing import Writing, sources_of, write
 from tests.conftest import llama_config
 from tests.seq2seq import (
     END,
@@ -106,7 +107,7 @@ def objective(cache: Cache, **changes: Any) -> Objective:
 
 
 def stream(cache: Cache, batch_tokens: int = 400, **spec: Any) -> list[dict[str, torch.Tensor]]:
-    return batches(cache, batch_tokens, layout="pair", **spec)
+    return batches(cache, batch_tokens, **spec)
 
 
 def test_both_sides_of_a_row_reach_the_model_and_positions_are_the_decoder_s(caches):
@@ -234,7 +235,7 @@ def test_a_micro_batch_without_rows_has_no_loss_and_no_gradient(caches):
     student = make_model("bart")
     attach(student, objective(cache))
     columns = columns_of(cache.empty_block(), 1.0)
-    output = student(**without_rows(columns, Shape("pair"), counts=Counts(positions=0)))
+    output = student(**without_rows(columns, Shape(PAIRS), counts=Counts(positions=0)))
     output["loss"].backward()
     assert float(output["loss"]) == 0
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())

@@ -29,6 +29,7 @@ from student_train.run.trainer import run
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, load_config
 from student_train.student.fit import check_fit
+from student_train.tasks.table import task_of
 from tests.questions import (
     MAX_LENGTH,
     bert_config,
@@ -81,6 +82,7 @@ def objective(cache: Cache, **changes: Any) -> Objective:
         "spec": LossSpec(),
         "num_classes": cache.manifest.targets.num_classes,
         "target_kind": cache.manifest.targets.kind,
+        "outputs": task_of(cache.manifest).outputs,
         "soft_weight": 1.0,
         "hard_weight": 0.5,
     }
@@ -109,7 +111,7 @@ def allowed_logits(model: Any, row: Any) -> tuple[list[torch.Tensor], list[int]]
 def test_loss_and_gradient_equal_those_of_rows_one_by_one(caches, loss, temperature):
     """The mean of start and end, as in transformers; dense formulas over the allowed tokens."""
     cache, teacher, student = open_cache(caches["dense"]), make_teacher(), fresh()
-    batch = batches(cache, 400, layout="window", temperature=temperature)[0]
+    batch = batches(cache, 400, temperature=temperature)[0]
     spec = LossSpec(soft_loss=loss, temperature=temperature)
     attachment = attach(student, objective(cache, spec=spec))
     output = student(**batch)
@@ -159,7 +161,7 @@ def test_the_loss_on_labels_is_that_of_transformers(caches):
     """Which takes all tokens for classes: equal where nothing but the allowed has a logit."""
     cache, student = open_cache(caches["none"]), fresh()
     attachment = attach(student, objective(cache, soft_weight=0.0, hard_weight=1.0))
-    batch = batches(cache, 400, layout="window", targets=False)[1]
+    batch = batches(cache, 400, targets=False)[1]
     found = float(student(**batch)["loss"].detach())
     attachment.detach()
     total, of_rows = 0.0, {row.row_id: row for row in cache}
@@ -241,7 +243,7 @@ def test_answers_are_the_best_spans_over_all_windows_of_a_document(caches, longe
 def test_a_micro_batch_without_rows_has_no_loss_and_no_gradient(caches):
     cache, student = open_cache(caches["dense"]), fresh()
     attach(student, objective(cache))
-    batch = batches(cache, 1, world_size=2, rank=1, layout="window")[0]
+    batch = batches(cache, 1, world_size=2, rank=1)[0]
     assert len(batch["position_index"]) == 0
     output = student(**batch)
     output["loss"].backward()

@@ -34,6 +34,7 @@ from student_train.run.trainer import run
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, load_config
 from student_train.student.fit import check_fit
+from student_train.tasks.table import task_of
 from tests.conftest import llama_config
 from tests.student_train.label_caches import (
     CLASSES,
@@ -107,6 +108,7 @@ def objective(cache: Cache, **changes: Any) -> Objective:
         "spec": LossSpec(),
         "num_classes": cache.manifest.targets.num_classes,
         "target_kind": cache.manifest.targets.kind,
+        "outputs": task_of(cache.manifest).outputs,
         "soft_weight": 1.0,
         "hard_weight": 0.5,
     }

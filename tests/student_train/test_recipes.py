@@ -16,7 +16,7 @@ from shared.options import load
 from shared.tasks import TASKS
 from student_train.config import TrainConfig
 from student_train.run.trainer import run, with_numbers
-from student_train.tasks.defaults import recipe_for
+from student_train.tasks.table import STUDENT_TASKS
 from tests.student_train.label_caches import bert_config, make_rows, make_teacher, write_cache
 
 SEQUENCES = "sequence-classification"
@@ -57,7 +57,7 @@ def test_numbers_go_by_task_and_start(students, classes_dir, cache_dir, teacher_
 def test_every_task_has_numbers_that_are_options(tmp_path):
     for task in TASKS:
         for start in ("pretrained", "scratch", "adapters"):
-            recipe = recipe_for(task, start)
+            recipe = STUDENT_TASKS[task].recipes[start]
             config_of(tmp_path, tmp_path, tmp_path, **asdict(recipe))  # within all bounds
             assert set(asdict(recipe)) == NUMBERS
 
@@ -91,7 +91,9 @@ def test_the_trainer_gets_them_and_the_run_folder_says_which(
     assert result["steps"] == pytest.approx(10 * tokens / 2048, abs=1)
     path = tmp_path / "run" / "run.yaml"
     written = yaml.safe_load(path.read_text())
-    assert {name: written[name] for name in NUMBERS} == asdict(recipe_for(SEQUENCES, "scratch"))
+    assert {name: written[name] for name in NUMBERS} == asdict(
+        STUDENT_TASKS[SEQUENCES].recipes["scratch"]
+    )
     again = load(TrainConfig, {}, path)
     assert again == with_numbers(config)
     assert run(again) == result
@@ -126,4 +128,4 @@ def test_pretrained_weights_are_not_fresh_because_of_a_missing_head(
 ):
     torch.manual_seed(0)
     config = with_numbers(config_of(students["pretrained"], classes_dir, tmp_path))
-    assert config.recipe == recipe_for(SEQUENCES, "pretrained")
+    assert config.recipe == STUDENT_TASKS[SEQUENCES].recipes["pretrained"]

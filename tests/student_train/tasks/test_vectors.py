@@ -20,6 +20,7 @@ from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
 from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
 from student_train.loss.objective import PROJECTIONS, Objective, attach
+from student_train.loss.outputs import STATES
 from student_train.loss.spec import LossSpec
 from student_train.metrics.names import TITLES
 from student_train.metrics.vectors import nearest_agreement, similarity_correlation
@@ -137,7 +138,7 @@ def test_loss_and_gradient_equal_plain_torch_on_rows_alone(files, caches, poolin
         hidden_loss=hidden_loss,
         layer_pairs=((-1, -1),),
         deviations={-1: cache.channel_deviation(-1)},
-        states_only=True,
+        outputs=STATES,
         pooling=pooling,
     )
     batch = batches(cache, 300, targets=False, hidden_layers=(-1,))[1]
@@ -195,7 +196,7 @@ def test_a_micro_batch_without_rows_has_no_loss(files, caches):
         hidden_weight=1,
         layer_pairs=((-1, -1),),
         deviations={-1: cache.channel_deviation(-1)},
-        states_only=True,
+        outputs=STATES,
         pooling="mean",
     )
     attach(student, objective)

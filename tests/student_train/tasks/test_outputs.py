@@ -27,6 +27,7 @@ from student_train.loss.objective import Objective, attach
 from student_train.loss.spec import LossSpec
 from student_train.run.trainer import run
 from student_train.student.build import build_student
+from student_train.tasks.table import task_of
 from tests.output_caches import (
     HF,
     NAMES,
@@ -90,7 +91,7 @@ def objective(cache: Any, **changes: Any) -> Objective:
         "spec": LossSpec(),
         "num_classes": cache.manifest.targets.num_classes,
         "target_kind": cache.manifest.targets.kind,
-        "problem_type": cache.manifest.problem_type,
+        "outputs": task_of(cache.manifest).outputs,
         "soft_weight": 0.7,
         "hard_weight": 0.4,
     }
@@ -117,7 +118,7 @@ def test_loss_and_gradient_equal_a_dense_reference(problem, temperature, folder)
     teacher = str(folder / f"{problem}-teacher")
     torch.manual_seed(5)
     student = AutoModelForSequenceClassification.from_config(bert(NAMES[problem])).eval()
-    batch = batches(cache, 150, layout="outputs", temperature=temperature)[1]
+    batch = batches(cache, 150, temperature=temperature)[1]
     attachment = attach(student, objective(cache, spec=LossSpec(temperature=temperature)))
     output = student(**batch)
     output["loss"].backward()
@@ -156,7 +157,7 @@ def test_a_micro_batch_without_rows_has_loss_0(problem, folder):
     cache = open_cache(folder / problem)
     student = build_student(str(folder / "config"), cache, seed=0)
     attach(student, objective(cache))
-    found = batches(cache, 10**6, layout="outputs", accumulation=2, world_size=40, rank=39)
+    found = batches(cache, 10**6, accumulation=2, world_size=40, rank=39)
     empty = [batch for batch in found if not len(batch["labels"])]
     assert empty
     output = student(**empty[0])

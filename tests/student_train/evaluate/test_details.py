@@ -30,7 +30,7 @@ from tests.student_train.label_caches import (
     make_teacher,
     write_cache,
 )
-from tests.student_train.test_labels import fresh
+from tests.student_train.tasks.test_labels import fresh
 
 ROWS = 90
 

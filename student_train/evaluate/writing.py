@@ -16,6 +16,7 @@ from shared.errors import CacheMismatch
 from shared.models.decoding import caches_all_blocks
 from shared.models.tokenizer import end_of_text, load_cached_tokenizer
 from student_train.metrics.texts import chrf, sentence_chrf, text_numbers
+from student_train.tasks.table import STUDENT_TASKS, task_of
 
 _SHOWN = 3  # best and worst texts that are kept
 _SHOWN_LETTERS = 300
@@ -32,7 +33,7 @@ class Writing:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class HeldOutSource:
     """A held-out row: what the encoder reads, i64 [S], and what an answer is compared with.
 
     `target_ids` are what the row has as its answer, behind the decoder's start.
@@ -46,10 +47,11 @@ class Source:
 
 def check_writes(cache: Cache) -> None:
     """Refuses a cache whose rows have no source of their own."""
-    if cache.manifest.layout != "pair":
+    if not task_of(cache.manifest).writes_text:
+        known = ", ".join(name for name, task in STUDENT_TASKS.items() if task.writes_text)
         raise CacheMismatch(
             f"{cache.path}: is of {cache.manifest.task}, where a student writes no text to be "
-            "scored: that is there for seq2seq-lm. Leave generation out."
+            f"scored: that is there for {known}. Leave generation out."
         )
 
 
@@ -72,7 +74,7 @@ def written_numbers(student: Any, cache: Cache, writing: Writing) -> dict[str, A
     return numbers | {"texts": _shown(cache, sources, texts)}
 
 
-def sources_of(cache: Cache, count: int) -> list[Source]:
+def sources_of(cache: Cache, count: int) -> list[HeldOutSource]:
     """Rows spread over the cache, always the same ones."""
     chosen = np.unique(np.linspace(0, cache.num_rows - 1, count).astype(np.int64))
     starts = np.concatenate([[0], np.cumsum(cache.block_rows)])
@@ -86,11 +88,15 @@ def sources_of(cache: Cache, count: int) -> list[Source]:
         for row in (row - int(starts[number]) for _, row in some):
             ids = block.input_ids[begins[row] : begins[row] + block.num_tokens[row]]
             source, target = np.split(ids.astype(np.int64), [sizes[row]])
-            found.append(Source(int(block.row_ids[row]), source, target[1:], tuple(texts[row])))
+            found.append(
+                HeldOutSource(int(block.row_ids[row]), source, target[1:], tuple(texts[row]))
+            )
     return found
 
 
-def write(student: Any, cache: Cache, sources: Sequence[Source], writing: Writing) -> list[str]:
+def write(
+    student: Any, cache: Cache, sources: Sequence[HeldOutSource], writing: Writing
+) -> list[str]:
     """A text for each source, in their order."""
     tokenizer = load_cached_tokenizer(cache.storage)
     end, pad = end_of_text(tokenizer), tokenizer.pad_token_id
@@ -130,7 +136,9 @@ def text_of(tokens: Sequence[int], tokenizer: Any) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
-def _batches(sources: Sequence[Source], batch_tokens: int, longest: int) -> Iterator[list[int]]:
+def _batches(
+    sources: Sequence[HeldOutSource], batch_tokens: int, longest: int
+) -> Iterator[list[int]]:
     """Indices of sources of similar length, longest first."""
     order = sorted(range(len(sources)), key=lambda index: (-len(sources[index].input_ids), index))
     while order:
@@ -147,7 +155,9 @@ def _padded(sequences: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor
     return ids_BS, (torch.arange(ids_BS.shape[1]) < lengths_B[:, None]).long()
 
 
-def _shown(cache: Cache, sources: Sequence[Source], texts: Sequence[str]) -> list[dict[str, Any]]:
+def _shown(
+    cache: Cache, sources: Sequence[HeldOutSource], texts: Sequence[str]
+) -> list[dict[str, Any]]:
     """The best and the worst texts by their own chrF."""
     tokenizer = load_cached_tokenizer(cache.storage)
     scores = [
@@ -167,7 +177,7 @@ def _shown(cache: Cache, sources: Sequence[Source], texts: Sequence[str]) -> lis
     ]
 
 
-def text_of_source(source: Source, tokenizer: Any) -> str:
+def text_of_source(source: HeldOutSource, tokenizer: Any) -> str:
     """The source as text, cut to what a reader wants to see."""
     text = str(tokenizer.decode(source.input_ids.tolist(), skip_special_tokens=True))
     return text[:_SHOWN_LETTERS]

@@ -100,7 +100,7 @@ def test_what_each_kind_computes():
         base = LlamaForCausalLM(llama_config())
         frozen = base.model.layers[0].mlp.up_proj.weight.detach().clone()
         spec = AdapterSpec(rank=4, kind=kind, alpha=6.0, targets=("up_proj",))
-        student = add_adapters(base, spec)
+        student = add_adapters(base, spec, "causal-lm")
         layer = student.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
         a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
         with torch.no_grad():
