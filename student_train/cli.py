@@ -10,7 +10,14 @@ import typer
 
 from shared.options import command
 from shared.options import main as run_app
-from student_train.config import CompareConfig, EvaluateConfig, ExportConfig, TrainConfig
+from shared.signals import stop_until_exit
+from student_train.config import (
+    CompareConfig,
+    EvaluateConfig,
+    ExportConfig,
+    StatusConfig,
+    TrainConfig,
+)
 
 _TEXT_SHOWN = 160  # characters of a row
 
@@ -24,13 +31,33 @@ app = typer.Typer(
 
 @command(app, "run", TrainConfig)
 def run_command(config: TrainConfig) -> None:
-    """Trains one student from a cache. Run again to resume."""
-    from student_train.run.trainer import run
+    """Trains one student from a cache. Run again to resume.
 
-    result = run(config)
+    SIGTERM and SIGUSR1 save the state and end it with exit code 75: run it again. Under a launcher
+    that has exit codes of its own, train-student status asks the folder.
+    """
+    stop = stop_until_exit()  # the next import takes seconds
+    from student_train.run.trainer import run_stoppable
+
+    result = run_stoppable(config, stop)
     if "validation" in result:
         typer.echo(_evaluation_text(result["validation"]))
     typer.echo(f"saved in {config.out}", err=True)
+
+
+@command(app, "status", StatusConfig)
+def status_command(config: StatusConfig) -> None:
+    """Says how a run ended: finished (exit code 0), stopped, run again (75), or failed (1).
+
+    Ask it when the run has ended: torchrun ends with 1 for any code of its processes. A run that
+    was killed leaves no word, as one still at work: stopped, run again. Exit code 2: no run was
+    started in this folder.
+    """
+    from student_train.run.outcome import status
+
+    found = status(config.run)
+    typer.echo(json.dumps(found.as_json()) if config.json else found.text)
+    raise typer.Exit(found.exit_code)
 
 
 @command(app, "evaluate", EvaluateConfig)

@@ -537,6 +537,17 @@ class CompareConfig:
         check_bounds(self)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatusConfig:
+    """`train-student status`."""
+
+    run: Annotated[Path, Option(help="Folder of a run (its --out).", argument=True)]
+    json: Annotated[bool, Option(help="Print one JSON object.")] = False
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
 ExportFormat = Literal["safetensors", "int8", "onnx"]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shared.errors import ConfigError, CorruptCache, CorruptRun
 from shared.format.manifest import MAX_SHARDS, build, parse_json
@@ -21,9 +21,11 @@ from student_train.metrics.names import MetricName
 log = logging.getLogger(__name__)
 
 CONFIG, SNAPSHOT, RESULT, METRICS = "run.yaml", "snapshot.json", "result.json", "metrics.jsonl"
+STATUS = "status.json"
 
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_RESULT_BYTES = 1 << 20
+_MAX_STATUS_BYTES = 1 << 16
 _MAX_LINE_BYTES = 1 << 16
 _ANOTHER_RUN = "Restore it from a copy, or start a new run with another --out."
 # The number that each kind of line is read for.
@@ -80,6 +82,23 @@ class _Result:
     validation: _Validation | None
     before: _Validation | None
     student: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StatusRecord:
+    """What an unfinished run last wrote of itself."""
+
+    state: Literal["started", "stopped", "failed"]
+    max_steps: int
+    message: str | None
+
+
+def read_status(storage: Storage) -> StatusRecord:
+    """How the last start of an unfinished run ended, as far as it could still say so."""
+    path = storage.path(STATUS)
+    with _explained(_RUN_AGAIN):
+        raw = parse_json(storage.read(STATUS, max_bytes=_MAX_STATUS_BYTES), str(path))
+        return build(StatusRecord, raw, str(path))
 
 
 def read_snapshot(storage: Storage) -> tuple[CacheSnapshot, ...]:

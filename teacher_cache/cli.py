@@ -11,6 +11,7 @@ import typer
 
 from shared.options import command
 from shared.options import main as run_app
+from shared.signals import stop_until_exit
 from teacher_cache.config import (
     CaptureConfig,
     CheckConfig,
@@ -47,9 +48,10 @@ def plan_command(config: PlanConfig) -> None:
 @command(app, "run", CaptureConfig)
 def run_command(config: CaptureConfig) -> None:
     """Runs a teacher over a corpus once and writes a cache. Run again to resume."""
-    from teacher_cache.job.run import run
+    stop = stop_until_exit()  # the next import takes seconds
+    from teacher_cache.job.run import run_stoppable
 
-    run(config)
+    run_stoppable(config, stop)
 
 
 @command(app, "inspect", InspectConfig)

@@ -1,14 +1,19 @@
 """What happens beside the steps: a progress line, and a stop on a signal with the state saved."""
 
-import signal
+import logging
 from collections.abc import Callable
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from shared.errors import Stopped
 from shared.progress import Progress
+from shared.signals import StopRequest
+from student_train.processes import AnyAsked, any_process
+
+log = logging.getLogger(__name__)
 
 
 class ProgressLine(TrainerCallback):
@@ -69,31 +74,47 @@ class BeforeTheFirstStep(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGUSR1 save a checkpoint at the end of the step and end the training."""
+    """A signal to any process saves a checkpoint at the end of a step and ends the training of all.
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
+    The signals reach the processes at different times, or one of them alone. Each would leave at a
+    step of its own and wait for the others for ever, so they agree on the step.
+    """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        numbers = (signal.SIGTERM, signal.SIGUSR1)
-        self._before = {number: signal.signal(number, self._request) for number in numbers}
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+        self.stopped = False
+        """Whether a signal ended the training, and not its last step or early stopping."""
+        self._any_asked = AnyAsked()
+        self._ends = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self.requested:
-            control.should_save = True
-            control.should_training_stop = True
+        if self._any_asked.at_step_end(self.request.requested, args.device):
+            self._ends = control.should_save = True
         return control
 
-    def on_train_end(
+    def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    ) -> TrainerControl:
+        """After the evaluation of this step, by which a run may have stopped early: it is over."""
+        if self._ends and not control.should_training_stop:
+            self.stopped = control.should_training_stop = True
+        return control
 
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+
+def train_or_stop(trainer: Trainer, stop: StopOnSignal, checkpoint: Path | None) -> None:
+    """Trains to the end, or raises `Stopped` in every process, with the state of one step saved."""
+    where = f"{trainer.args.output_dir}: stopped by a signal"
+    again = "Run the same command again to go on."
+    if any_process(stop.request.requested, trainer.args.device):
+        done = "saved so far is nothing" if checkpoint is None else f"{checkpoint.name} is kept"
+        raise Stopped(f"{where} before it trained a step; {done}. {again}")
+    if checkpoint is not None:
+        log.info("%s: going on from %s", trainer.args.output_dir, checkpoint.name)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.stopped:
+        # A launcher ends the others soon after the first one leaves; rank 0 may be saving still.
+        trainer.accelerator.wait_for_everyone()
+        step, max_steps = trainer.state.global_step, trainer.args.max_steps
+        raise Stopped(f"{where} after step {step} of {max_steps}, state saved. {again}")

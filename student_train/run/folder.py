@@ -4,6 +4,7 @@ OUT/run.yaml        the resolved config; a valid --config
 OUT/snapshot.json   cache ids and the hash of every shard this run was started on
 OUT/metrics.jsonl   one line per step, evaluation and speed reading
 OUT/checkpoint-N/   state to go on from; `checkpoints.py` says when it is whole
+OUT/status.json     of a run that is not finished: how its last start ended; `outcome.py`
 OUT/result.json     numbers of the finished run; beside it the model itself
 """
 
@@ -148,8 +149,8 @@ class RunFolder:
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint; a damaged one is passed over with a warning."""
         from student_train.run import (
-            checkpoints,
-        )  # imports transformers, which `compare` never needs
+            checkpoints,  # imports transformers, which `compare` never needs
+        )
 
         found = [path for path in self.path.glob("checkpoint-*") if path.name[11:].isdecimal()]
         for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):

@@ -17,9 +17,10 @@ from transformers import EarlyStoppingCallback, PretrainedConfig, Trainer
 from transformers.trainer_callback import PrinterCallback
 
 from shared.cache import Cache, open_cache
-from shared.errors import ConfigError, Stopped
+from shared.errors import ConfigError
 from shared.format import manifest as manifests
 from shared.models.tokenizer import load_cached_tokenizer
+from shared.signals import StopRequest, stop_on_signals
 from shared.storage import Storage
 from student_train.architecture import trunk_parts
 from student_train.config import TrainConfig
@@ -33,9 +34,15 @@ from student_train.loss.schedule import LossSchedule, ScheduledLoss
 from student_train.metrics.texts import require_metrics
 from student_train.recipes import Start
 from student_train.run.arguments import micro_batch_tokens, refuse_what_breaks, training_arguments
-from student_train.run.callbacks import BeforeTheFirstStep, ProgressLine, StopOnSignal
+from student_train.run.callbacks import (
+    BeforeTheFirstStep,
+    ProgressLine,
+    StopOnSignal,
+    train_or_stop,
+)
 from student_train.run.folder import RunFolder, is_main_process, kl_of
 from student_train.run.metrics_log import MetricsLog
+from student_train.run.outcome import RunRecord
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, is_from_scratch, load_config
 from student_train.student.fit import (
@@ -144,6 +151,17 @@ def _never_called(*args: Any, **kwargs: Any) -> None:
 
 def run(config: TrainConfig) -> dict[str, Any]:
     """Trains one student from a cache; run again to resume. Returns the result it also saves."""
+    with stop_on_signals() as stop:
+        return run_stoppable(config, stop)
+
+
+def run_stoppable(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
+    """As `run`, with the caller's handlers, which may outlive it; a signal raises `Stopped`."""
+    with RunRecord(Storage(config.out), main_process=is_main_process()) as record:
+        return _run(config, stop, record)
+
+
+def _run(config: TrainConfig, stop: StopRequest, record: RunRecord) -> dict[str, Any]:
     refuse_what_breaks(config)
     folder = RunFolder(config.out)
     config = with_numbers(config)
@@ -174,28 +192,20 @@ def run(config: TrainConfig) -> dict[str, Any]:
     objective = objective_for(config, model_config, caches)
     student, attachment = _student(config, objective, caches.first)
     folder.start(config, caches)
-    stop = StopOnSignal()
+    record.started(max_steps)
     checkpoint = folder.last_checkpoint()
-    done = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     if is_main_process():
-        folder.trim_metrics(done)
+        folder.trim_metrics(0 if checkpoint is None else int(checkpoint.name[11:]))
     stream_spec = _stream_spec(config, objective, caches)
     stream = BatchStream(caches, order, stream_spec, max_steps=max_steps)
-    trainer = _trainer(config, folder, student, stream, validation, stop)
+    on_signal = StopOnSignal(stop)
+    trainer = _trainer(config, folder, student, stream, validation, on_signal)
     if config.loss_schedule != "constant":
         schedule = LossSchedule(config.loss_schedule, max_steps, config.scheduled)
         trainer.scheduled = ScheduledLoss(attachment, schedule)
     if validation is not None and folder.before(validation.cache_id) is None:
         trainer.add_callback(BeforeTheFirstStep(lambda: _evaluate_before(trainer)))
-    if checkpoint is not None:
-        log.info("%s: going on from %s", config.out, checkpoint.name)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    step = trainer.state.global_step
-    if stop.requested and step < max_steps:
-        raise Stopped(
-            f"{config.out}: stopped by a signal after step {step} of {max_steps}, state saved. Run "
-            "the same command again to go on."
-        )
+    train_or_stop(trainer, on_signal, checkpoint)
     attachment.detach()
     return _finish(config, folder, trainer, caches, max_steps)
 

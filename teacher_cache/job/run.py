@@ -25,6 +25,7 @@ from shared.format.schema import MIN_BLOCK_POSITIONS, ROW_CHUNK_BITS
 from shared.format.shards import EncodedBlock, ShardWriter, commit_name
 from shared.options import write_resolved
 from shared.progress import Progress, WaitClock
+from shared.signals import StopRequest, stop_on_signals
 from shared.storage import Storage
 from shared.targets.hidden import ChannelScales
 from shared.targets.spec import ClassRanks
@@ -34,14 +35,7 @@ from teacher_cache.job.calibrate import publish_or_adopt
 from teacher_cache.job.capture import WindowTargets, capture_window
 from teacher_cache.job.draft import Draft, resolve
 from teacher_cache.job.statistics import add, block_sums, encode_and_measure
-from teacher_cache.job.workers import (
-    Share,
-    StopRequest,
-    my_shards,
-    run_local_processes,
-    share_of,
-    stop_on_signals,
-)
+from teacher_cache.job.workers import Share, my_shards, run_local_processes, share_of
 from teacher_cache.tasks.rows import Row
 
 log = logging.getLogger(__name__)
@@ -88,34 +82,37 @@ class Job:
 
 def run(config: CaptureConfig) -> None:
     """Captures this process's share of the cache, then whatever is still missing."""
+    with stop_on_signals() as stop:
+        run_stoppable(config, stop)
+
+
+def run_stoppable(config: CaptureConfig, stop: StopRequest) -> None:
+    """As `run`, with the caller's handlers, which may outlive it; a signal raises `Stopped`."""
     share = share_of(config.worker, os.environ)
     count = _local_processes(config, share)
     if count > 1:
-        _run_many(config, share, count)
+        _run_many(config, share, count, stop)
         return
     storage = Storage(config.out)
-    with stop_on_signals() as stop:
-        draft = resolve(config)
-        manifest, cache_id = publish_or_adopt(draft, storage)
-        torch.set_num_threads(manifest.plan.cpu_threads)  # on a CPU it decides the last bits
-        _record(config, storage, share)
-        shards = manifest.plan.num_shards
-        with (
-            Progress("cache-teacher", total=_tokens_left(storage, manifest, share)) as progress,
-            ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode") as pool,
-        ):
-            ranks = class_ranks(storage, manifest)
-            scales, waits = channel_scales(storage, manifest), WaitClock()
-            job = Job(
-                draft, storage, manifest, cache_id, ranks, scales, stop, progress, waits, pool
-            )
-            for shard in my_shards(shards, share, lambda i: storage.exists(commit_name(i))):
-                job.check_stop()
-                try:
-                    capture_shard(job, shard)
-                except DiskFull as error:
-                    raise DiskFull(f"{error} {_still_needed(job)}") from error
-        log.info("%s: %d of %d shards done", storage.root, len(committed_shards(storage)), shards)
+    draft = resolve(config)
+    manifest, cache_id = publish_or_adopt(draft, storage)
+    torch.set_num_threads(manifest.plan.cpu_threads)  # on a CPU it decides the last bits
+    _record(config, storage, share)
+    shards = manifest.plan.num_shards
+    with (
+        Progress("cache-teacher", total=_tokens_left(storage, manifest, share)) as progress,
+        ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode") as pool,
+    ):
+        ranks = class_ranks(storage, manifest)
+        scales, waits = channel_scales(storage, manifest), WaitClock()
+        job = Job(draft, storage, manifest, cache_id, ranks, scales, stop, progress, waits, pool)
+        for shard in my_shards(shards, share, lambda i: storage.exists(commit_name(i))):
+            job.check_stop()
+            try:
+                capture_shard(job, shard)
+            except DiskFull as error:
+                raise DiskFull(f"{error} {_still_needed(job)}") from error
+    log.info("%s: %d of %d shards done", storage.root, len(committed_shards(storage)), shards)
 
 
 def capture_shard(job: Job, shard: int) -> None:
@@ -302,13 +299,13 @@ def _local_processes(config: CaptureConfig, share: Share) -> int:
     return torch.cuda.device_count() if share.world == 1 and config.device == "auto" else 1
 
 
-def _run_many(config: CaptureConfig, share: Share, count: int) -> None:
+def _run_many(config: CaptureConfig, share: Share, count: int, stop: StopRequest) -> None:
     folder = Path(config.out) / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"processes-{os.getpid()}.yaml"
     write_resolved(config, file)
     own_gpus = torch.cuda.device_count() >= count
-    code = run_local_processes(file, count, one_gpu_each=own_gpus, share=share)
+    code = run_local_processes(file, count, one_gpu_each=own_gpus, stop=stop, share=share)
     if code == 75:
         raise Stopped(f"{config.out}: stopped by a signal. Run the same command again to go on.")
     if code != 0:

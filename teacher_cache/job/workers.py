@@ -1,4 +1,4 @@
-"""Who does which shard: rank and world, local processes, and the signals that stop a run.
+"""Who does which shard: rank and world, and local processes with the signals passed on to them.
 
 There is no lock, no coordinator and no process group: a worker takes the shards of its share, then
 whatever is still missing. Two workers on one shard cost time and nothing else.
@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from shared.errors import ConfigError
+from shared.signals import STOP_SIGNALS, StopRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,59 +92,50 @@ def my_shards(num_shards: int, share: Share, committed: Callable[[int], bool]) -
             yield shard
 
 
-class StopRequest:
-    """Set by SIGTERM or SIGUSR1; the job looks at it between two batches."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """While open, SIGTERM and SIGUSR1 only set a flag."""
-    request = StopRequest()
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run_local_processes(
-    config_file: Path, count: int, *, one_gpu_each: bool, share: Share = WHOLE
+    config_file: Path, count: int, *, one_gpu_each: bool, stop: StopRequest, share: Share = WHOLE
 ) -> int:
     """Runs `count` processes of `cache-teacher run` on parts of a share; returns the exit code.
 
     Each is a process of its own with its own log lines; a signal to this one is passed on. The
     worst exit code wins: a failure (1, 2) before a stop (75) before success.
     """
-    command = [sys.executable, "-m", "teacher_cache.cli", "run", "--config", str(config_file)]
-    processes = []
-    for rank in range(count):
-        environment = dict(os.environ)
-        if one_gpu_each:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            devices = visible.split(",") if visible else [str(index) for index in range(count)]
-            environment["CUDA_VISIBLE_DEVICES"] = devices[rank]
-        part = share.part(Share(rank, count))
-        options = ["--worker", f"{part.rank}/{part.world}", "--processes", "1"]
-        processes.append(subprocess.Popen([*command, *options], env=environment))
+    processes: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         for process in processes:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
+        for rank in range(count):
+            if stop.requested or received:
+                break
+            processes.append(_local_process(config_file, rank, count, one_gpu_each, share))
+            if received:  # it came while this one began, and was passed on to the others only
+                processes[-1].send_signal(received[-1])
         ends = [process.wait() for process in processes]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     # a signal that came before a process could catch it is a stop like any other
     codes = [75 if end in (-signal.SIGTERM, -signal.SIGUSR1) else end for end in ends]
+    codes += [75] * (count - len(ends))
     failed = [code for code in codes if code not in (0, 75)]
     return (1 if failed[0] < 0 else failed[0]) if failed else max(codes)
+
+
+def _local_process(
+    config_file: Path, rank: int, count: int, one_gpu_each: bool, share: Share
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "teacher_cache.cli", "run", "--config", str(config_file)]
+    environment = dict(os.environ)
+    if one_gpu_each:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        devices = visible.split(",") if visible else [str(index) for index in range(count)]
+        environment["CUDA_VISIBLE_DEVICES"] = devices[rank]
+    part = share.part(Share(rank, count))
+    options = ["--worker", f"{part.rank}/{part.world}", "--processes", "1"]
+    return subprocess.Popen([*command, *options], env=environment)

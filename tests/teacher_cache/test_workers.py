@@ -4,21 +4,18 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import teacher_cache.job.run as job
 from shared.errors import ConfigError, Stopped, TeacherCacheError
+from shared.signals import StopRequest, stop_on_signals
 from teacher_cache.config import CaptureConfig
 from teacher_cache.job import workers
-from teacher_cache.job.workers import (
-    Share,
-    my_shards,
-    run_local_processes,
-    share_of,
-    stop_on_signals,
-)
+from teacher_cache.job.workers import Share, my_shards, run_local_processes, share_of
 
 TORCHRUN = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
 ARRAY = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "3"}
@@ -144,19 +141,6 @@ def test_committed_shards_are_looked_up_only_when_their_turn_comes():
     assert asked == [7]
 
 
-# Signals
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_sets_a_flag_and_handlers_come_back(number):
-    before = signal.getsignal(number)
-    with stop_on_signals() as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), number)
-        assert stop.requested
-    assert signal.getsignal(number) is before
-
-
 # Local processes: each one here is a small script that notes how it was called
 
 
@@ -166,11 +150,12 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script = tmp_path / "stub"
     script.write_text(
         f"#!{sys.executable} -S\n"
-        "import json, os, pathlib, sys\n"
+        "import json, os, pathlib, signal, sys\n"
         "folder = pathlib.Path(__file__).parent\n"
         "rank = int(sys.argv[sys.argv.index('--worker') + 1].partition('/')[0])\n"
         "(folder / f'called-{rank}').write_text(json.dumps([sys.argv[1:], dict(os.environ)]))\n"
         "end = json.loads((folder / 'ends').read_text()).get(str(rank), 0)\n"
+        "signal.pause() if end == 'wait' else None\n"
         "os.kill(os.getpid(), -end) if end < 0 else sys.exit(end)\n"
     )
     script.chmod(0o755)
@@ -179,12 +164,18 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def run_processes(count: int, *, one_gpu_each: bool = False) -> int:
+    return run_local_processes(
+        Path("job.yaml"), count, one_gpu_each=one_gpu_each, stop=StopRequest()
+    )
+
+
 def calls(stub: Path) -> list[tuple[list[str], dict[str, str]]]:
     return [json.loads(path.read_text()) for path in sorted(stub.glob("called-*"))]
 
 
 def test_local_processes_share_the_work(stub):
-    assert run_local_processes(Path("job.yaml"), 3, one_gpu_each=False) == 0
+    assert run_processes(3) == 0
     for rank, (arguments, _) in enumerate(calls(stub)):
         expected = "-m teacher_cache.cli run --config job.yaml --worker {}/3 --processes 1"
         assert " ".join(arguments) == expected.format(rank)
@@ -193,7 +184,7 @@ def test_local_processes_share_the_work(stub):
 @pytest.mark.parametrize(("visible", "expected"), [("", "01"), ("5,7,8", "57")])
 def test_each_process_sees_one_gpu(stub, monkeypatch, visible, expected):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    run_local_processes(Path("job.yaml"), 2, one_gpu_each=True)
+    run_processes(2, one_gpu_each=True)
     assert [environment["CUDA_VISIBLE_DEVICES"] for _, environment in calls(stub)] == [*expected]
 
 
@@ -211,7 +202,32 @@ def test_each_process_sees_one_gpu(stub, monkeypatch, visible, expected):
 )
 def test_the_worst_end_of_a_local_process_is_the_end_of_all(stub, ends, expected):
     (stub / "ends").write_text(json.dumps(dict(enumerate(ends))))
-    assert run_local_processes(Path("job.yaml"), 3, one_gpu_each=False) == expected
+    assert run_processes(3) == expected
+
+
+def test_a_signal_while_local_processes_begin_reaches_those_that_have_begun(stub, monkeypatch):
+    """It starts no further one, and leaves none behind."""
+    (stub / "ends").write_text(json.dumps({"0": "wait"}))
+    popen = workers.subprocess.Popen
+
+    def begin(*arguments: Any, **options: Any) -> Any:
+        process = popen(*arguments, **options)
+        while not (stub / "called-0").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(workers.subprocess, "Popen", begin)
+    with stop_on_signals():  # what came before it is the caller's
+        assert run_processes(3) == 75
+    assert len(calls(stub)) == 1
+
+
+def test_no_local_process_begins_after_a_signal(stub):
+    stop = StopRequest()
+    stop(signal.SIGTERM, None)
+    assert run_local_processes(Path("job.yaml"), 2, one_gpu_each=False, stop=stop) == 75
+    assert calls(stub) == []
 
 
 @pytest.mark.parametrize(
