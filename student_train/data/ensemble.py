@@ -17,7 +17,7 @@ from shared.errors import CacheMismatch, ConfigError
 from shared.format.blocks import Block
 from shared.format.manifest import Manifest
 from shared.targets.hidden import Bits, bf16_to_float32
-from shared.targets.spec import Floats, Target
+from shared.targets.record import Floats, Target
 from student_train.data.mixtures import Voice, entropy_of, mixture
 from student_train.data.order import Part
 

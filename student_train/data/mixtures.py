@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from shared.targets.spec import Floats, Target, TargetKind
+from shared.targets.base import TargetKind
+from shared.targets.record import Floats, Target
 
 Doubles = npt.NDArray[np.float64]
 

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from shared.errors import Refused
 from shared.models.pooling import pooled
-from shared.targets.spec import TargetKind
+from shared.targets.base import TargetKind
 from shared.tasks import Pooling
 from student_train.architecture import num_blocks
 from student_train.loss.linear import LinearLossOutput, linear_loss, logits_loss

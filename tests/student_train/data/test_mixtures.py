@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from shared.targets.spec import Target, TargetKind, TargetSpec
+from shared.targets.base import TargetKind
+from shared.targets.record import Target
+from shared.targets.spec import TargetSpec
 from student_train.data.mixtures import Voice, entropy_of, mixture
 from student_train.loss.rows import SoftTarget, prepare_target
 from student_train.loss.spec import LossSpec

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shared.format.blocks import Block
-from shared.targets.spec import Target
+from shared.targets.record import Target
 from student_train.data.collate import Window
 from student_train.data.order import Order, OrderSpec, Part, split
 from student_train.data.stream import BatchStream, StreamSpec, _Background
