@@ -136,7 +136,7 @@ class Ensemble:
             assert each.target is not None  # all caches have the same kind
             voices.append(Voice(each.target, weight, each.log_partition_ratio))
         block.target = mixture(voices, kind, self.temperature)
-        if kind == "dense":
+        if self.manifest.targets.every_temperature:
             at_one = block.target if self.temperature == 1 else mixture(voices, kind)
             block.entropy = entropy_of(at_one)
         elif self.temperature != 1:

@@ -181,9 +181,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 def _check_shown(config: EvaluateConfig, cache: Cache) -> None:
     """Refuses pages and worst rows of what they cannot show or rank."""
-    kind, task = cache.manifest.targets.kind, task_of(cache.manifest)
-    if not task.outputs.states_alone and config.worst_by == "kl" and kind in ("none", "sample"):
-        has = "no teacher" if kind == "none" else "a sample of the teacher's classes"
+    targets, task = cache.manifest.targets, task_of(cache.manifest)
+    unknown = targets.sampled or not targets.has_targets
+    if not task.outputs.states_alone and config.worst_by == "kl" and unknown:
+        has = "a sample of the teacher's classes" if targets.sampled else "no teacher"
         raise ConfigError(
             f"--worst-by kl: {cache.path} holds {has}, so the KL of single rows is not known. "
             "Rank them with --worst-by loss."

@@ -17,6 +17,7 @@ from shared.format.manifest import Manifest
 from student_train.config import ExportFormat, TrainConfig
 from student_train.export.check import Check
 from student_train.metrics.names import TITLES
+from student_train.run_files import kind_of_text
 from student_train.student.saved import Run
 from student_train.tasks.base import Served
 from student_train.tasks.table import served_as
@@ -134,7 +135,7 @@ def _training(run: Run, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
     if run.cache_ids:
         yield "cache", ", ".join(f"`{cache_id}`" for cache_id in run.cache_ids)
     yield "student before", _student_before(config.student)
-    yield "losses", "; ".join(_losses(config, of_numbers="values" in targets))
+    yield "losses", "; ".join(_losses(config, of_numbers=_are_numbers(targets)))
     if "steps" in result:
         yield "steps", f"{result['steps']:,} of {config.batch_tokens:,} tokens"
     yield "learning rate", f"{config.learning_rate:g}, {config.scheduler}"
@@ -145,6 +146,12 @@ def _training(run: Run, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
 
 def _student_before(name: str) -> str:
     return f"`{name}`" if _on_hub(name) else f"a local folder, `{Path(name).name}`"
+
+
+def _are_numbers(targets: Sequence[str]) -> bool:
+    """Whether teachers said numbers."""
+    kinds = [kind_of_text(text) for text in targets]
+    return any(kind is not None and kind.numbers for kind in kinds)
 
 
 def _losses(config: TrainConfig, *, of_numbers: bool) -> Iterator[str]:

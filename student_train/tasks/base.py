@@ -141,7 +141,7 @@ class StudentTask:
         targets = cache.manifest.targets
         if cache.has_targets:
             statistics = [commit.statistics for commit in cache.commits]
-            whole = targets.complete or targets.kind == "sample"
+            whole = targets.complete or targets.sampled
             numbers["kl" if whole else "kl_bucketed"] = sums["soft"] / positions
             numbers["targets"] = targets.text
             numbers["agreement"] = sums["agreement"] / positions
