@@ -216,5 +216,5 @@ def _explained(advice: str) -> Iterator[None]:
 
 
 def kind_of_text(targets: str) -> Kind[Any] | None:
-    """The kind of the targets that a result names, which it begins with; None where it names none."""
+    """The kind that the text of targets in a result begins with; None where it names no kind."""
     return KINDS.get(targets.partition(" ")[0])
