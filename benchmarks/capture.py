@@ -32,7 +32,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from shared.targets.spec import TargetSpec
-from teacher_cache.engines.teacher import Teacher, TeacherBatch
+from teacher_cache.engines.streamed_head import TeacherBatch
+from teacher_cache.engines.teacher import Teacher
 from teacher_cache.select.targets import select
 
 VARIANTS = ("ours", "naive", "bare")

@@ -354,7 +354,6 @@ def optimise(
         target_kind="none",
         soft_weight=0.0,
         hard_weight=1.0,
-        with_entropy=False,
     )
     attachment = attach(student, objective)
     step = Stepper(student, max_steps, learning_rate)
@@ -399,7 +398,6 @@ def objective_of(arm: Arm, cache: Cache) -> Objective:
         target_kind="sample" if arm.source == "rskd" else cache.manifest.targets.kind,
         soft_weight=arm.soft,
         hard_weight=arm.hard,
-        with_entropy=False,
     )
 
 

@@ -33,7 +33,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from shared import open_cache
 from shared.cache import Cache
 from shared.targets import hidden
-from shared.targets.hidden import ChannelStatistics, HiddenCodec, int8_scale, without_massive
+from shared.targets.hidden import ChannelStatistics, int8_scale, without_massive
+from shared.tasks import HiddenCodec
 from student_train.config import TrainConfig
 from student_train.run.trainer import run as train
 from teacher_cache.config import CaptureConfig

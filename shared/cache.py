@@ -125,6 +125,13 @@ class Cache(Sequence[Row]):
     def has_targets(self) -> bool:
         return self.manifest.targets.has_targets
 
+    @property
+    def row_labels(self) -> np.ndarray:
+        """How many positions of each row have a hard label, i32 [R]: all of them, or none."""
+        if self.manifest.hard_labels == "none":
+            return np.zeros_like(self.row_positions)
+        return self.row_positions
+
     def snapshot(self) -> dict[str, str]:
         """Hash of every committed shard by its number: what a student run is started on."""
         return {str(commit.shard): commit.xxh3_128 for commit in self.commits}

@@ -18,6 +18,7 @@ TaskName = Literal[
 Layout = Literal["tokens", "row", "outputs", "window", "pair"]
 Labels = Literal["next", "stored", "none"]
 Pooling = Literal["mean", "cls", "last", "none"]
+HiddenCodec = Literal["bf16", "fp8", "int8"]  # how hidden states are stored: hidden.py
 ProblemType = Literal["single_label", "multi_label", "regression"]
 
 MAX_ANSWER_TOKENS = 30  # of question answering; as the scripts that go with SQuAD have it

@@ -35,6 +35,12 @@ def run_command(config: TrainConfig) -> None:
 
     SIGTERM and SIGUSR1 save the state and end it with exit code 75: run it again. Under a launcher
     that has exit codes of its own, train-student status asks the folder.
+
+    A run names a student, a cache and a folder. What else matters most: --validation-cache (what it
+    is measured on), --hard-weight (how much labels count beside the teacher), --lora-rank (adapters
+    in place of all weights). Learning rate, epochs and batch follow from the task unless given:
+
+        train-student run --student Qwen/Qwen3-0.6B --cache cache --out distilled
     """
     stop = stop_until_exit()  # the next import takes seconds
     from student_train.run.trainer import run_stoppable

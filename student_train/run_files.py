@@ -5,7 +5,7 @@ Each reader names the file, what was found, what was expected, and how to go on.
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -156,6 +156,11 @@ def _check_intervals(numbers: Any, where: str) -> None:
             raise CorruptRun(
                 f"{where}: {name[:80]}: found {_short(value)}, expected a number. {_RUN_AGAIN}"
             )
+
+
+def kl_of(numbers: Mapping[str, Any]) -> float | None:
+    """The KL to the teacher, whole or over the kept classes; None without targets."""
+    return numbers.get("kl", numbers.get("kl_bucketed"))
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

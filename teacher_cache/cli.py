@@ -33,7 +33,13 @@ app = typer.Typer(
 
 @command(app, "plan", PlanConfig)
 def plan_command(config: PlanConfig) -> None:
-    """Counts a job before any GPU hour: documents, rows, tokens, shards, bytes over k."""
+    """Counts a job before any GPU hour: documents, rows, tokens, shards, bytes over k.
+
+    It takes the options of run, and --calibrate to measure with the teacher on a sample of the
+    corpus what each kind and size of targets keeps and costs:
+
+        cache-teacher plan --calibrate --teacher DIR --corpus data.jsonl --out cache
+    """
     from teacher_cache.tools.plan import estimate
     from teacher_cache.tools.report import estimate_text
 
@@ -47,7 +53,14 @@ def plan_command(config: PlanConfig) -> None:
 
 @command(app, "run", CaptureConfig)
 def run_command(config: CaptureConfig) -> None:
-    """Runs a teacher over a corpus once and writes a cache. Run again to resume."""
+    """Runs a teacher over a corpus once and writes a cache. Run again to resume.
+
+    A job names a teacher, a corpus and a folder, and a --task where it is not causal-lm. What else
+    matters most: --mean-entries (how much is kept of each distribution), --max-length (how long a
+    row is), --split (which documents):
+
+        cache-teacher run --teacher Qwen/Qwen3-8B --corpus 'data/*.jsonl' --out cache
+    """
     stop = stop_until_exit()  # the next import takes seconds
     from teacher_cache.job.run import run_stoppable
 

@@ -1,5 +1,6 @@
-"""shared/options.py on toy configs: flags, files, bounds, errors, help, and the round trip."""
+"""shared/options on toy configs: flags, files, bounds, errors, help, and the round trip."""
 
+import json
 import os
 import re
 import subprocess
@@ -15,12 +16,14 @@ from hypothesis import strategies as st
 
 from shared import options
 from shared.errors import ConfigError, CorruptCache, Stopped
-from shared.options import SET, Option, check_bounds, command, load, resolved, write_resolved
+from shared.options import SET, Option, check_bounds, command, group, load, resolved, write_resolved
+from student_train.config import TrainConfig
+from teacher_cache.config import CaptureConfig
 
 ROOT = Path(__file__).parents[1]
 
 TEACHER = Option(help="Hub id or folder.")
-TARGETS = Option(help="What is kept.", group="Targets")
+TARGETS = Option(help="What is kept.")
 TOP_K = Option(help="Entries.", min=1, max=256, read_when={"targets": ("topk", "dense")})
 MEAN = Option(help="Entries on average.", min=1, read_when={"targets": ("adaptive", "sample")})
 SEED = Option(help="Seed.", read_when={"mean_entries": (2.0, 16.0)})
@@ -59,6 +62,30 @@ class Reading:
         check_bounds(self)
 
 
+@group("What is kept")
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    first_kept: Annotated[str, Option(help="A.")] = "a"
+    with_a_name_of_many_words: Annotated[bool, Option(help="A switch.")] = False
+
+
+@group("How it runs")
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    processes: Annotated[int, Option(help="B.", min=1)] = 1
+    worker: Annotated[int, Option(help="C.", read_when={"first_kept": ("b",)})] = 0
+
+
+@group("Which documents")
+@dataclass(frozen=True, kw_only=True)
+class Grouped(Kept, Running):
+    corpus: Annotated[str, Option(help="D.")]
+    processes: Annotated[int, Option(help="One more.", min=1)] = 2
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
 app = typer.Typer(add_completion=False)
 seen: list[Any] = []
 
@@ -69,6 +96,19 @@ def run(config: Toy) -> None:
 
     and keeps
     its targets.
+    """
+    seen.append(config)
+
+
+@command(app, "grouped", Grouped)
+def grouped(config: Grouped) -> None:
+    """Runs with groups.
+
+    Most need
+    no more:
+
+        run grouped --corpus a \\
+            --first-kept b
     """
     seen.append(config)
 
@@ -338,7 +378,7 @@ def test_resolved_holds_what_this_config_reads_as_plain_values():
 ODD = ["1e4", "12", "null", "no", "1_0", "~", "0x1", "1:30", "=", "a\udc80", "\x85", "a\n b", " a "]
 TEXT = st.one_of(
     st.text(), st.sampled_from(ODD), st.text("\n\r\t #:-'\\\"{[&*!|>%@,?\u2028\ufeff\x00é")
-)
+).filter(lambda text: not text.startswith("~/"))  # is the home folder when read
 CONFIGS = st.builds(
     Toy,
     teacher=TEXT,
@@ -371,17 +411,53 @@ def test_the_help_shows_defaults_bounds_choices_and_conditions(capsys, monkeypat
         "Runs a teacher over a corpus [once]",
         "Hub id or folder. [required]",
         "One of topk, adaptive, sample, dense. [default: topk]",
-        "Entries. From 1 to 256. Read with --targets topk|dense. [default: 32]",
+        "Entries. From 1 to 256. Read with --targets topk or dense. [default: 32]",
         "Temperatures [0, C). At least 0.1. [default: 2.0]",
         "Read with --hidden-layers. [default: bf16]",
         "[default: no-pack]",
         "A whole number (at least 1) or auto. [default: auto]",
         "Folder. [default: beside the corpus]",
-        "Seed. Read with --mean-entries 2.0|16.0. [default: 0]",
+        "Seed. Read with --mean-entries 2.0 or 16.0. [default: 0]",
         "--config",
         "--traceback",
     ):
         assert part in text
+
+
+def test_options_stand_under_the_heading_of_the_class_that_declares_them(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert start("grouped", "--help") == 0
+    text = capsys.readouterr().out
+    found = re.findall(r"╭─ ([\w ]+) ─|^│ (--[\w-]+)", text, re.MULTILINE)
+    assert [heading or flag for heading, flag in found] == [
+        *("Which documents", "--corpus", "--processes"),
+        *("What is kept", "--first-kept", "--with-a-name-of-many-words"),
+        *("How it runs", "--worker"),
+        *("Every command", "--config", "--traceback", "--help"),
+    ]
+    assert "One more" in text  # of the field that was declared last
+
+
+def test_the_help_cuts_no_name_and_keeps_the_lines_of_an_example(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert start("grouped", "--help") == 0
+    text = capsys.readouterr().out
+    assert "…" not in text
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert " run grouped --corpus a \\" in lines
+    assert "     --first-kept b" in lines
+    assert " Most need no more:" in lines
+
+
+def test_a_config_of_several_classes_is_flat():
+    config = config_of("grouped", "--corpus", "c", "--first-kept", "b", "--worker", "3")
+    assert config == Grouped(corpus="c", first_kept="b", worker=3)
+    assert list(resolved(config)) == [
+        *("corpus", "processes", "first_kept", "with_a_name_of_many_words", "worker")
+    ]
+    assert config_of("grouped", "--corpus", "c", "--no-with-a-name-of-many-words").processes == 2
+    with pytest.raises(ConfigError, match="--worker is only read with --first-kept b"):
+        Grouped(corpus="c", worker=1)
 
 
 def test_a_field_no_option_can_be_made_of_is_a_programming_error():
@@ -403,3 +479,50 @@ def test_the_help_needs_no_torch():
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert found.stdout.strip() == ""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_a_leading_tilde_is_the_home_folder(home, tmp_path, by_flag):
+    """Also of what may be a Hub id, and of a folder with a weight; nothing else changes."""
+    given = {
+        "student": "~/student",
+        "cache": ["~/one=2", "other/~/two=1"],
+        "validation_cache": "~/held-out",
+        "out": "~/o",
+    }
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({} if by_flag else given))
+    flags = {name: list(map(Path, v)) if name == "cache" else v for name, v in given.items()}
+    flags = {n: Path(v) if n in ("validation_cache", "out") else v for n, v in flags.items()}
+    fields = options.configs.fields_of(TrainConfig)
+    flags = {name: fields[name].from_flag(value) for name, value in flags.items()}
+    config = options.load(TrainConfig, flags if by_flag else {}, file)
+    assert config.student == str(home / "student")
+    assert config.cache_paths == (home / "one", Path("other/~/two"))
+    assert config.cache_weights == (2.0, 1.0)
+    assert config.validation_cache == home / "held-out"
+    assert config.out == home / "o"
+
+
+def test_a_tilde_before_a_name_that_nobody_has_stays(tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"student": "~no-such-user/x", "cache": "c", "out": "o"}))
+    assert options.load(TrainConfig, {}, file).student == "~no-such-user/x"
+
+
+def test_teachers_tokenizers_and_corpora_may_be_at_home_too(home, tmp_path):
+    given = {"teacher": "~/t", "tokenizer": "~/k", "corpus": "~/*.txt", "out": "~/c", "like": "~/l"}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(given))
+    config = options.load(CaptureConfig, {}, file)
+    found = (config.teacher, config.tokenizer, config.corpus, config.out, config.like)
+    assert found == (
+        *(str(home / name) for name in ("t", "k", "*.txt")),
+        *(home / name for name in ("c", "l")),
+    )

@@ -1,9 +1,11 @@
 """What a package's __all__ lists is public: there, documented, and of one meaning everywhere."""
 
 import importlib
-from collections import Counter
+from collections import defaultdict
 
 import pytest
+
+import shared.cache
 
 PACKAGES = ("shared", "teacher_cache", "student_train")
 
@@ -22,6 +24,15 @@ def test_every_public_name_is_there_and_has_a_docstring(package):
         assert not doc.startswith(f"{name}("), f"{package}.{name} has no docstring of its own"
 
 
-def test_no_public_name_is_listed_twice():
-    counts = Counter(name for package in PACKAGES for name in public_names(package))
-    assert [name for name, count in counts.items() if count > 1] == []
+def test_a_public_name_is_one_object_wherever_it_is_listed():
+    homes: dict[str, set[int]] = defaultdict(set)
+    for package in PACKAGES:
+        module = importlib.import_module(package)
+        for name in public_names(package):
+            homes[name].add(id(getattr(module, name)))
+    assert [name for name, objects in homes.items() if len(objects) > 1] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_cache_is_opened_from_whichever_package_is_at_hand(package):
+    assert importlib.import_module(package).open_cache is shared.cache.open_cache

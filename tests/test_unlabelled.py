@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from safetensors.torch import load_file
 from transformers import BertForTokenClassification
 
 from shared.cache import Cache, open_cache
@@ -266,32 +267,98 @@ def objective_of(cache: Any, **weights: float) -> Objective:
     )
 
 
+def whole_step(
+    folder: Path, labelled: Cache, source: Any, soft: float, hard: float, **cut: int
+) -> dict[str, torch.Tensor]:
+    """Loss and gradient of one step over all rows, cut into micro-batches of one or several ranks.
+
+    Both are summed over the micro-batches; `hard` is the sum of the hard losses.
+    """
+    student = build_student(str(folder / "config"), labelled, seed=1).eval()
+    objective = objective_of(labelled, soft_weight=soft, hard_weight=hard)
+    attachment = attach(student, objective)
+    sums = {"loss": torch.zeros(()), "hard": torch.zeros(())}
+    for rank in range(cut.get("world_size", 1)):
+        options = {"rank": rank, **cut}
+        some = batches(source, 100_000, **options)
+        assert len(some) == cut.get("accumulation", 1)
+        for batch in some:
+            output = student(**batch)
+            output["loss"].backward()
+            sums = {name: total + output[name].detach() for name, total in sums.items()}
+    attachment.detach()
+    grads = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
+    return sums | {"gradient": torch.cat(grads)}
+
+
+@pytest.mark.parametrize("times", [1, 9])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_without_labels_give_no_hard_loss_and_the_same_soft_loss(kind, folder):
-    """Of both in one batch: that of all rows' targets, and of the labelled rows' labels alone."""
+def test_each_term_is_a_mean_over_the_positions_that_have_it(kind, times, folder):
+    """However much unlabelled text comes with them, labels weigh what --hard-weight says."""
     plain, labelled = (open_cache(folder / f"{kind}-{name}") for name in ("plain", "labelled"))
-
-    def loss(cache: Any, soft: float, hard: float) -> dict[str, Any]:
-        student = build_student(str(folder / "config"), labelled, seed=1).eval()
-        weights = {"soft_weight": soft, "hard_weight": hard}
-        attachment = attach(student, objective_of(labelled, **weights))
-        found = [student(**batch) for batch in batches(cache, 10_000)]
-        attachment.detach()
-        assert len(found) == 1
-        found[0]["loss"].backward()
-        grads = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
-        return found[0] | {"gradient": torch.cat(grads)}
-
-    alone = loss(plain, 0.7, 0.4)
+    alone = whole_step(folder, labelled, plain, 0.7, 0.4)
     assert alone["hard"] == 0
-    soft, hard = loss(labelled, 0.7, 0.0), loss(labelled, 0.0, 0.4)
+    soft = whole_step(folder, labelled, labelled, 0.7, 0.0)
+    hard = whole_step(folder, labelled, labelled, 0.0, 0.4)
     torch.testing.assert_close(alone["loss"], soft["loss"])
     torch.testing.assert_close(alone["gradient"], soft["gradient"], rtol=1e-4, atol=1e-6)
-    both = loss(CacheSet([labelled, plain]), 0.7, 0.4)
-    expected = soft["loss"] + hard["loss"] / 2  # means over all positions, half of them labelled
-    torch.testing.assert_close(both["loss"], expected)
-    expected = soft["gradient"] + hard["gradient"] / 2
+    both = whole_step(folder, labelled, CacheSet([labelled, *[plain] * times]), 0.7, 0.4)
+    torch.testing.assert_close(both["loss"], soft["loss"] + hard["loss"])
+    expected = soft["gradient"] + hard["gradient"]
     torch.testing.assert_close(both["gradient"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("accumulation", "world_size"), [(2, 1), (4, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_of_rows_with_and_without_labels_may_be_cut_anyhow(
+    kind, accumulation, world_size, folder
+):
+    """In the natural order some micro-batches have labels at every position, others at none."""
+    plain, labelled = (open_cache(folder / f"{kind}-{name}") for name in ("plain", "labelled"))
+    source = CacheSet([labelled, plain, plain])
+    cut = {"accumulation": accumulation, "world_size": world_size}
+    whole = whole_step(folder, labelled, source, 0.7, 0.4)
+    found = whole_step(folder, labelled, source, 0.7, 0.4, **cut)
+    # Sums of float32 in another order.
+    largest = float(whole["gradient"].abs().max())
+    torch.testing.assert_close(found["loss"], whole["loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found["gradient"], whole["gradient"], rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_log_gives_the_mean_over_what_has_labels(kind, folder, tmp_path):
+    """Of runs that accumulate over 1, 2 and 4 micro-batches, which end at the same weights too."""
+    plain, labelled = folder / f"{kind}-plain", folder / f"{kind}-labelled"
+    source = CacheSet([open_cache(labelled), open_cache(plain), open_cache(plain)])
+    hard = whole_step(folder, open_cache(labelled), open_cache(labelled), 0.0, 1.0)["loss"]
+    runs = []
+    for accumulation in (1, 2, 4):
+        out = tmp_path / str(accumulation)
+        tokens = int(source.row_tokens.sum())
+        train(
+            TrainConfig(
+                cache=(labelled, plain, plain),
+                student=str(folder / "config"),
+                out=out,
+                seed=1,
+                max_steps=1,
+                batch_tokens=tokens,
+                micro_batch_tokens=-(-tokens // accumulation),
+                learning_rate=0.1,
+                dropout=0.0,
+                device="cpu",
+                settings=("optim=sgd",),
+            )
+        )
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        (step,) = (line for line in lines if line["kind"] == "train")
+        assert step["positions"] == source.row_positions.sum()
+        assert step["hard"] == pytest.approx(float(hard), rel=1e-5)
+        assert step["loss"] == pytest.approx(step["soft"] + 0.5 * step["hard"], rel=1e-5)
+        runs.append(load_file(out / "model.safetensors"))
+    for other in runs[1:]:
+        for name, weight in runs[0].items():
+            torch.testing.assert_close(other[name], weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,9 +22,8 @@ import xxhash
 from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCache
 from shared.storage import Storage
 from shared.targets.base import TargetKind
-from shared.targets.hidden import HiddenCodec
 from shared.targets.spec import TargetSpec
-from shared.tasks import TASKS, Labels, Layout, Pooling, ProblemType, TaskName
+from shared.tasks import TASKS, HiddenCodec, Labels, Layout, Pooling, ProblemType, TaskName
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -11,19 +11,18 @@ would wake its threads.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from shared.arrays import Plane, join_planes, split_planes
 from shared.errors import CorruptCache, NonFiniteTargets
+from shared.tasks import HiddenCodec
 
 Bits: TypeAlias = npt.NDArray[np.uint16]
 Floats: TypeAlias = npt.NDArray[np.float32]
 Doubles: TypeAlias = npt.NDArray[np.float64]
-HiddenCodec = Literal["bf16", "fp8", "int8"]
 
 SCALE_BYTES: dict[HiddenCodec, int] = {"bf16": 0, "fp8": 1, "int8": 2}  # for each state
 _PIECE = 1 << 15  # numbers of one piece
@@ -111,6 +110,8 @@ def encode_fp8(states_SD: Bits) -> list[Plane]:
     The scale is the power of two that takes a state's largest number into (224, 448], the top of
     e4m3. Any other scale would round no better, and this one makes every decoded number a bfloat16.
     """
+    import torch  # has e4m3, and takes seconds to import
+
     largest_S = (states_SD & _MAGNITUDE).max(axis=1, initial=0).astype(np.int64)
     codes_S = np.clip((largest_S + 0x1F) >> 7, *_FP8_SCALES)  # 0x1F: from 1.75 on one power more
     numbers_SD = np.empty(states_SD.shape, np.uint8)

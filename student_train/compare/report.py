@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.errors import CacheMismatch, ConfigError, IncompleteCache
+from shared.storage import Storage
 from student_train.compare.groups import (
     common_name,
     is_baseline,
@@ -18,8 +19,16 @@ from student_train.compare.groups import (
 )
 from student_train.config import CompareConfig
 from student_train.metrics.names import TITLES, MetricName
-from student_train.run.folder import RunFolder, kl_of
-from student_train.run_files import CONFIG, kind_of_text, read_options
+from student_train.run_files import (
+    CONFIG,
+    METRICS,
+    RESULT,
+    kind_of_text,
+    kl_of,
+    read_metrics,
+    read_options,
+    read_result,
+)
 
 LineKind = Literal["teacher", "run", "seeds"]
 HARD_LABELS_ONLY, NO_GAIN = "hard labels only", "no gain to recover"
@@ -100,13 +109,13 @@ def compare(config: CompareConfig) -> Comparison:
 
 
 def _result(path: Path) -> dict[str, Any]:
-    folder = RunFolder(path)
-    result = folder.result(0)
-    if result is None:
+    storage = Storage(path)
+    if not storage.exists(RESULT):
         raise IncompleteCache(
             f"{path}: no finished run here (result.json is missing). Run train-student run --out "
             f"{path} to its end."
         )
+    result = read_result(storage)
     if "validation" not in result:
         raise CacheMismatch(
             f"{path}: this run has no held-out numbers. Run it with --validation-cache."
@@ -117,7 +126,7 @@ def _result(path: Path) -> dict[str, Any]:
 def _student_line(path: Path, result: dict[str, Any]) -> Line:
     curve = tuple(
         (int(line["step"]), float(line["hard"] if line.get("hard") is not None else line["loss"]))
-        for line in RunFolder(path).metrics()
+        for line in read_metrics(path / METRICS)
         if line["kind"] == "train"
     )
     baseline, before = is_baseline(result), result.get("before")
@@ -173,7 +182,7 @@ def _lines_of_seeds(runs: Sequence[tuple[Path, Line]]) -> list[Line]:
     """A line for all runs of the same options that were run with more than one seed."""
     groups: dict[str, list[Line]] = defaultdict(list)
     for path, line in runs:
-        storage = RunFolder(path).storage
+        storage = Storage(path)
         # A folder without its options stands alone.
         known = storage.exists(CONFIG)
         groups[options_but_seed(read_options(storage)) if known else str(path)].append(line)

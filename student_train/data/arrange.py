@@ -22,14 +22,14 @@ class Arrangement:
     """One way of laying out rows.
 
     `arrange` takes the columns that say where things are out of the columns of some rows, and gets
-    their tokens, where each row starts in these, and whether rows stay packed. `sides`: how many
+    their tokens and where each row starts in these. `sides`: how many
     parts of a row are sequences of their own for the model, which reads them together. With
     `of_windows` the segments of a row are one sequence, whose `context` lies between two bounds.
     With `counts_outputs` a position is an output of a row and not one of its tokens: every row has
     all L of them, and `position_index` counts through the logits [B, L].
     """
 
-    arrange: Callable[[Columns, np.ndarray, np.ndarray, bool], Arranged]
+    arrange: Callable[[Columns, np.ndarray, np.ndarray], Arranged]
     sides: int = 1
     of_windows: bool = False
     counts_outputs: bool = False
@@ -54,34 +54,23 @@ class Arrangement:
         return index
 
 
-def _sequences(
-    columns: Columns, input_ids: np.ndarray, row_starts: np.ndarray, packed: bool
-) -> Arranged:
-    """Every segment, or with `packed` every row, as one sequence."""
+def _sequences(columns: Columns, input_ids: np.ndarray, row_starts: np.ndarray) -> Arranged:
+    """Every segment as one sequence."""
     position_ids = columns.pop("position_ids", None)
-    whole_rows = packed or position_ids is None
-    starts = row_starts if whole_rows else np.flatnonzero(position_ids == 0)
+    starts = row_starts if position_ids is None else np.flatnonzero(position_ids == 0)
     lengths_B1 = np.diff(starts, append=len(input_ids))[:, None]
     column_T = np.arange(lengths_B1.max())
     places = ranges(np.arange(len(starts)) * len(column_T), lengths_B1[:, 0])
     ids_BT = np.zeros((len(starts), len(column_T)), np.int64)
     arrays = {"input_ids": _scatter(input_ids, places, ids_BT)}
-    if not packed:
-        arrays["attention_mask"] = (column_T < lengths_B1).astype(np.int64)
-    elif position_ids is None:
-        arrays["position_ids"] = np.where(column_T < lengths_B1, column_T, column_T - lengths_B1)
-    else:
-        # Padding counts from 0 again: a segment of its own.
-        arrays["position_ids"] = _scatter(position_ids, places, column_T - lengths_B1)
+    arrays["attention_mask"] = (column_T < lengths_B1).astype(np.int64)
     if "token_type_ids" in columns:
         types = columns.pop("token_type_ids")
         arrays["token_type_ids"] = _scatter(types, places, np.zeros_like(ids_BT))
     return arrays, places, np.searchsorted(row_starts, starts, side="right") - 1
 
 
-def _pairs(
-    columns: Columns, input_ids: np.ndarray, row_starts: np.ndarray, packed: bool
-) -> Arranged:
+def _pairs(columns: Columns, input_ids: np.ndarray, row_starts: np.ndarray) -> Arranged:
     """The first segment of each row for the encoder, the second for the decoder.
 
     Places are those in what the decoder reads, 0 for tokens of the encoder: none has a target.

@@ -33,6 +33,9 @@ class CacheSet:
         self.block_rows = np.concatenate([cache.block_rows for cache in self.caches])
         self.row_tokens = np.concatenate([cache.row_tokens for cache in self.caches])
         self.row_positions = np.concatenate([cache.row_positions for cache in self.caches])
+        self.row_labels = self.row_positions  # the same memory where every position has a label
+        if any(cache.manifest.hard_labels == "none" for cache in self.caches):
+            self.row_labels = np.concatenate([cache.row_labels for cache in self.caches])
         self._starts = np.cumsum([0, *(cache.num_blocks for cache in self.caches)])
         self._columns = {name for cache in self.caches for name in cache.manifest.columns}
 

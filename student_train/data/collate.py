@@ -159,6 +159,7 @@ class Counts:
     """What the terms of the loss are divided by: counts of a whole step, over all processes."""
 
     positions: int
+    labels: int  # positions with a hard label
     states: int = 0  # positions with hidden states
     rows: int = 0  # rows with a position
 
@@ -167,14 +168,12 @@ class Counts:
 class Shape:
     """How rows become sequences.
 
-    Every segment of a row becomes a sequence of its own, padded on the right with token 0. With
-    `packed` a row stays one sequence, its `position_ids` restart with every segment, and there is
-    no mask. Of pairs the first segment goes to the encoder, the second to the decoder. Every
-    `hidden_every`-th position of a row has hidden states.
+    Every segment of a row becomes a sequence of its own, padded on the right with token 0. Of pairs
+    the first segment goes to the encoder, the second to the decoder. Every `hidden_every`-th
+    position of a row has hidden states.
     """
 
     arrangement: Arrangement = SEQUENCES
-    packed: bool = False
     hidden_every: int = 1
 
 
@@ -219,12 +218,13 @@ def _assemble(columns: Columns, shape: Shape, counts: Counts) -> MicroBatch:
     token_of_position = np.repeat(row_starts, row_positions)
     token_of_position += columns.pop("positions")
     arrange = shape.arrangement.arrange
-    arrays, places, row_of_sequence = arrange(columns, input_ids, row_starts, shape.packed)
+    arrays, places, row_of_sequence = arrange(columns, input_ids, row_starts)
     arrays["position_index"] = shape.arrangement.position_index(token_of_position, places)
     labels = columns.pop("labels") if "labels" in columns else input_ids[token_of_position + 1]
     arrays["labels"] = labels if labels.dtype == np.float32 else labels.astype(np.int64)
     arrays["row_ids"] = columns.pop("row_ids")[row_of_sequence]
     arrays["num_positions"] = np.array(counts.positions)
+    arrays["num_labels"] = np.array(counts.labels)
     if any(name.startswith("hidden.") for name in columns):
         at = state_positions(row_positions, shape.hidden_every)
         arrays["hidden_index"] = arrays["position_index"][at]

@@ -51,6 +51,7 @@ class Ensemble:
             _check_same_layers(self.first, other, hidden_layers)
         self.block_rows = self.first.block_rows
         self.row_tokens, self.row_positions = self.first.row_tokens, self.first.row_positions
+        self.row_labels = self.first.row_labels  # the others are labelled, or not, as the first is
         self._row_starts = [
             np.concatenate([[0], np.cumsum(cache.block_rows)]) for cache in self.caches
         ]

@@ -53,7 +53,6 @@ class StreamSpec:
     hidden_layers: tuple[int, ...] = ()
     hidden_every: int = 1  # the cache has states of every n-th position of a row
     arrangement: Arrangement = SEQUENCES  # of a row, by its task
-    packed: bool = False  # the student keeps the segments of a row apart by position_ids alone
 
 
 class BatchStream:
@@ -156,6 +155,7 @@ class _Reader:
 
     def __init__(self, cache: "Cache | Source", order: Order, spec: StreamSpec) -> None:
         self.cache, self.order, self.spec = cache, order, spec
+        self._row_labels = cache.row_labels
         self._pool = ThreadPoolExecutor(spec.threads, thread_name_prefix="batch-stream-decode")
         self._windows: dict[int, Window] = {}
         self._unused_memory: list[Columns] = []
@@ -189,6 +189,7 @@ class _Reader:
         positions = self.cache.row_positions[step.rows]
         return Counts(
             positions=int(positions.sum()),
+            labels=int(self._row_labels[step.rows].sum()),
             states=int(num_states(positions, self.spec.hidden_every).sum()),
             rows=int(np.count_nonzero(positions)),
         )
@@ -228,7 +229,7 @@ class _Reader:
             window.fill(first, last - first, columns)
 
     def _collate(self, plans: list[_Plan]) -> Iterator[MicroBatch]:
-        shape = Shape(self.spec.arrangement, self.spec.packed, self.spec.hidden_every)
+        shape = Shape(self.spec.arrangement, self.spec.hidden_every)
         for plan in plans:
             counts = plan.counts
             for rows, windows in plan.micro_batches:

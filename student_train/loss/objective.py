@@ -48,6 +48,7 @@ TARGET_KEYS = (
     "entropy",
     "label_logprob",
     "num_positions",
+    "num_labels",
     "num_rows",
     "num_states",
     "hidden_index",
@@ -59,7 +60,11 @@ PROJECTIONS = "distillation_projections"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What the student is trained on; weights are multiplied by sums over positions."""
+    """What the student is trained on; each weight multiplies the mean of its term.
+
+    The mean is over the positions of the whole step that have what the term is about: targets, a
+    hard label, hidden states.
+    """
 
     spec: LossSpec
     num_classes: int
@@ -72,7 +77,6 @@ class Objective:
     contrastive_temperature: float = 0.05
     layer_pairs: tuple[tuple[int, int], ...] = ()  # (teacher layer, student layer)
     deviations: Mapping[int, Tensor] = field(default_factory=dict)  # teacher layer -> [D]
-    with_entropy: bool = True
     with_answers: bool = False  # also `answers.*`, of every position (positions.py)
     pooling: Pooling = "none"  # a row's states become one
 
@@ -227,8 +231,7 @@ class Attachment:
                 sums["logits"] = logits_NV[:, : objective.num_classes].detach()
         loss = result.loss
         sums["hard"] = result.hard_sum
-        if objective.with_entropy:
-            sums["student_entropy"] = result.student_entropy_sum
+        sums["student_entropy"] = result.student_entropy_sum
         if "target_ids" in targets:
             name, soft = "soft", result.soft_sum
             if objective.target_kind == "sample" and "entropy" in targets:  # cross-entropy to KL
@@ -275,7 +278,7 @@ class Attachment:
         labels_N, answers_N = targets["labels"], numbers_N1[:, 0]
         # NaN is no label; an answer is 0 away from itself.
         hard = squared_error(answers_N, torch.where(labels_N.isnan(), answers_N, labels_N))
-        loss, sums = hard * (objective.hard_weight / count), {"hard": hard.detach()}
+        loss, sums = hard * (objective.hard_weight / _labels(targets)), {"hard": hard.detach()}
         if "target_values" in targets:
             soft = squared_error(numbers_N1[:, 0], targets["target_values"])
             loss, sums["soft"] = loss + soft * (objective.soft_weight / count), soft.detach()
@@ -300,8 +303,8 @@ class Attachment:
             "spec": objective.spec,
             "num_classes": objective.num_classes,
             "soft_scale": objective.soft_weight / count,
-            "hard_scale": objective.hard_weight / count,
-            "with_entropy": objective.with_entropy,
+            "hard_scale": objective.hard_weight / _labels(targets),
+            "with_entropy": True,
         }
 
     def _head_loss(self, states_ND: Tensor, common: dict[str, Any]) -> LinearLossOutput:
@@ -382,6 +385,11 @@ def projection_name(teacher_layer: int, student_layer: int) -> str:
 def _count(targets: dict[str, Tensor]) -> Tensor:
     """Positions of the whole optimiser step, at least 1: a step without any has loss 0."""
     return targets["num_positions"].clamp_min(1).to(torch.float32)
+
+
+def _labels(targets: dict[str, Tensor]) -> Tensor:
+    """Positions with a hard label of the whole optimiser step, at least 1."""
+    return targets["num_labels"].clamp_min(1).to(torch.float32)
 
 
 def probe_head(student: nn.Module, head: nn.Module | None, num_classes: int) -> Head:

@@ -41,6 +41,13 @@ class SoftTarget:
     log_partition_ratio: Tensor | None = None  # float32 [N]: logsumexp(lp / T), lp over all classes
     counts: Tensor | None = None  # int [N], entries of each position
     kind: TargetKind = "topk"
+    most_entries: int | None = None  # of any position: the K of every part; None: each has its own
+
+    def __post_init__(self) -> None:
+        """Waits for a GPU here, once, and not again for every chunk of positions."""
+        counts = self.counts
+        if counts is not None and counts.device.type != "cpu" and self.most_entries is None:
+            self.most_entries = int(counts.max()) if len(counts) else 0
 
     def at(self, rows: slice) -> "SoftTarget":
         """The targets of some positions, [n, K]; missing entries are class 0 with -inf."""
@@ -50,14 +57,16 @@ class SoftTarget:
             log_tail=self.log_tail[rows],
             log_partition_ratio=None if ratio is None else ratio[rows],
             counts=None,
+            most_entries=None,
         )
         if self.counts is None:
             return replace(part, ids=self.ids[rows], logprobs=self.logprobs[rows])
         counts_n = self.counts[rows].long()
         starts_n = (self.counts.cumsum(0) - self.counts)[rows]
-        # A number that a GPU has to be waited for once, not for every chunk.
-        widest = counts_n if counts_n.device.type == "cpu" else self.counts
-        slots_K = torch.arange(int(widest.max()) if len(widest) else 0, device=counts_n.device)
+        K = self.most_entries
+        if K is None:
+            K = int(counts_n.max()) if len(counts_n) else 0
+        slots_K = torch.arange(K, device=counts_n.device)
         there_nK = slots_K < counts_n[:, None]
         entry_nK = torch.where(there_nK, starts_n[:, None] + slots_K, 0)
         return replace(

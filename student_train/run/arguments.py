@@ -105,7 +105,7 @@ def refuse_what_breaks(config: TrainConfig) -> None:
         raise Refused(
             f"{torch.cuda.device_count()} GPUs are visible, but no launcher started this process: "
             "the Trainer would scatter the targets over them wrongly. Start with torchrun "
-            "--nproc-per-node N -m student_train.cli run ..., or choose one GPU with "
+            "--nproc-per-node N --no-python train-student run ..., or choose one GPU with "
             "CUDA_VISIBLE_DEVICES=0."
         )
     if not _uses_cuda(config) and _wants_fsdp(config):

@@ -216,11 +216,6 @@ def _snapshot(caches: Sequence[Cache], weights: Sequence[float]) -> list[CacheSn
     return [CacheSnapshot(cache.cache_id, cache.snapshot(), weight) for cache, weight in pairs]
 
 
-def kl_of(numbers: Mapping[str, Any]) -> float | None:
-    """The KL to the teacher, whole or over the kept classes; None without targets."""
-    return numbers.get("kl", numbers.get("kl_bucketed"))
-
-
 def is_main_process() -> bool:
     """Rank 0 writes; before the process group exists the launcher's variable says who that is."""
     return os.environ.get("RANK", "0") == "0"

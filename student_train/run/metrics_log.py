@@ -32,7 +32,7 @@ class MetricsLog:
         self.path, self.writes = path, writes
         self.seconds = seconds_before
         self._pending: dict[int, list[Tensor]] = {}
-        self._counts: dict[int, Tensor] = {}
+        self._counts: dict[int, Tensor] = {}  # positions, and those with a hard label
         self._scheduled: dict[int, Mapping[str, float]] = {}
         self._terms: tuple[str, ...] = ()
         self._since_log: list[dict[str, float]] = []
@@ -51,7 +51,7 @@ class MetricsLog:
         values = [output["loss"].detach(), *(output[name].detach() for name in self._terms)]
         stacked = torch.stack([value.to(torch.float64) for value in values])
         self._pending.setdefault(step, []).append(stacked)
-        self._counts[step] = inputs["num_positions"]
+        self._counts[step] = torch.stack([inputs["num_positions"], inputs["num_labels"]])
         self._scheduled[step] = scheduled
 
     def flush(self, seconds_waited: float) -> dict[str, float]:
@@ -81,17 +81,18 @@ class MetricsLog:
         sums = torch.stack([torch.stack(self._pending[step]).sum(dim=0) for step in steps])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
-        counts = [int(self._counts[step]) for step in steps]
-        for step, count, row in zip(steps, counts, sums.tolist(), strict=True):
+        counts = torch.stack([self._counts[step] for step in steps]).tolist()
+        for step, (count, labels), row in zip(steps, counts, sums.tolist(), strict=True):
             loss, *terms = row
             numbers = {
-                name: term / max(1, count) for name, term in zip(self._terms, terms, strict=True)
+                name: term / max(1, labels if name == "hard" else count)
+                for name, term in zip(self._terms, terms, strict=True)
             }
             numbers |= self._scheduled[step]
             line = {"loss": loss, "loss_hex": loss.hex(), **numbers, "positions": count}
             self._since_log.append({name: v for name, v in line.items() if isinstance(v, float)})
             self.write("train", step, line)
-        self._last_step, self._positions = steps[-1], sum(counts)
+        self._last_step, self._positions = steps[-1], sum(count for count, _ in counts)
         self._pending.clear()
         self._counts.clear()
         self._scheduled.clear()

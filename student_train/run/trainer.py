@@ -40,9 +40,10 @@ from student_train.run.callbacks import (
     StopOnSignal,
     train_or_stop,
 )
-from student_train.run.folder import RunFolder, is_main_process, kl_of
+from student_train.run.folder import RunFolder, is_main_process
 from student_train.run.metrics_log import MetricsLog
 from student_train.run.outcome import RunRecord
+from student_train.run_files import kl_of
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, is_from_scratch, load_config
 from student_train.student.fit import (
@@ -55,6 +56,7 @@ from student_train.student.fit import (
     warn_of_lost_mass,
     warn_of_same_rows,
 )
+from student_train.student.saved import saved_parameters
 from student_train.tasks.table import task_named, task_of
 
 log = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ _EVAL_TOKENS = 8192
 class DistillTrainer(Trainer):
     """A Trainer whose batches come from a `BatchStream` and whose model returns its own loss.
 
-    The loss of a micro-batch is already divided by the positions of the whole step over all
+    Each term of a micro-batch is already divided by its own count in the whole step over all
     processes; DDP and FSDP average gradients, hence the multiplication by the number of processes.
     """
 
@@ -334,7 +336,7 @@ def _finish(
     numbers: dict[str, Any] = {
         "student": config.student,
         "out": str(config.out),
-        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "parameters": saved_parameters(student, caches.first),
         "task": caches.manifest.task,
         "cache_ids": caches.cache_ids,
         "targets": [cache.manifest.targets.text for cache in caches.caches],

@@ -116,6 +116,10 @@ class StudentTask:
     def save_beside(self, folder: Path, student: Any, cache: Cache) -> None:
         """Saves what the student needs in use besides its weights."""
 
+    def parameters_beside(self, student: Any, cache: Cache) -> int:
+        """How many numbers `save_beside` saves as weights."""
+        return 0
+
     def load_beside(self, name: str, student: Any, cache: Cache) -> None:
         """Gives a loaded student what `save_beside` saved."""
 

@@ -44,6 +44,10 @@ class VectorTask(StudentTask):
         width = int(student.config.get_text_config().hidden_size)
         save(folder, projection_of(student, cache), width, cache)
 
+    def parameters_beside(self, student: Any, cache: Cache) -> int:
+        projection = projection_of(student, cache)
+        return 0 if projection is None else projection.weight.numel()
+
     def load_beside(self, name: str, student: Any, cache: Cache) -> None:
         load_projection(name, student, cache)
 

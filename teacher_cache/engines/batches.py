@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from shared.tasks import Layout
-from teacher_cache.engines.teacher import TeacherBatch
+from teacher_cache.engines.streamed_head import TeacherBatch
 from teacher_cache.tasks.rows import Row
 
 

@@ -29,7 +29,8 @@ from shared.targets.base import TargetKind
 from shared.targets.kinds import RAGGED_KINDS
 from shared.targets.spec import TargetSpec
 from shared.tasks import TASKS, ProblemType
-from teacher_cache.config import CaptureConfig, Targets
+from teacher_cache.config import CaptureConfig
+from teacher_cache.config.targets import Targets
 from teacher_cache.corpus.sources import Corpus, open_corpus
 from teacher_cache.engines.generation import Writer, writer_hash
 from teacher_cache.engines.teacher import (

@@ -130,7 +130,11 @@ def run_local_processes(
 def _local_process(
     config_file: Path, rank: int, count: int, one_gpu_each: bool, share: Share
 ) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "teacher_cache.cli", "run", "--config", str(config_file)]
+    # Without -P, -m would look into the current folder first, where another `shared` may stand.
+    home = Path(__file__).resolve().parents[2]
+    safe = [] if Path.cwd().resolve() == home else ["-P"]
+    command = [sys.executable, *safe, "-m", "teacher_cache.cli", "run", "--config"]
+    command.append(str(config_file))
     environment = dict(os.environ)
     if one_gpu_each:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

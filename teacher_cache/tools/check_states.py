@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shared.cache import Cache
-from shared.targets.hidden import HiddenCodec
+from shared.tasks import HiddenCodec
 from teacher_cache.engines.batches import forward_batches
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.tasks.rows import Row

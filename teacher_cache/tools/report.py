@@ -1,14 +1,16 @@
 """What `plan`, `inspect` and `verify` print for a person; pure functions from numbers to text."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.format.schema import ROW_CHUNK_BITS
 from shared.tasks import TASKS
-from teacher_cache.tools.check import Checked
-from teacher_cache.tools.check_states import CheckedStates
-from teacher_cache.tools.check_values import CheckedValues
-from teacher_cache.tools.inspection import Verification
+
+if TYPE_CHECKING:  # these load torch and transformers
+    from teacher_cache.tools.check import Checked
+    from teacher_cache.tools.check_states import CheckedStates
+    from teacher_cache.tools.check_values import CheckedValues
+    from teacher_cache.tools.inspection import Verification
 
 
 def estimate_text(numbers: dict[str, Any]) -> str:
@@ -282,7 +284,7 @@ def _place(position: dict[str, Any]) -> str:
     return f"in {position['around']!r} stood {label!r}"
 
 
-def verify_text(found: Verification) -> str:
+def verify_text(found: "Verification") -> str:
     """The answer of `cache-teacher verify`."""
     lines = [f"BAD shard {shard}: {reason}" for shard, reason in found.bad.items()]
     if found.dropped:
@@ -298,8 +300,12 @@ def verify_text(found: Verification) -> str:
     return "\n".join(lines)
 
 
-def check_text(found: Checked | CheckedStates | CheckedValues) -> str:
+def check_text(found: "Checked | CheckedStates | CheckedValues") -> str:
     """The answer of `cache-teacher check`."""
+    # Whoever has something to show here has loaded them already.
+    from teacher_cache.tools.check_states import CheckedStates
+    from teacher_cache.tools.check_values import CheckedValues
+
     lines = [f"DIFFERS {line}" for line in found.differences]
     if isinstance(found, CheckedStates):
         lines += _state_lines(found)
@@ -315,7 +321,7 @@ def check_text(found: Checked | CheckedStates | CheckedValues) -> str:
     return "\n".join(lines)
 
 
-def _state_lines(found: CheckedStates) -> list[str]:
+def _state_lines(found: "CheckedStates") -> list[str]:
     return [
         f"rows                  {found.rows:,} with {found.states:,} states",
         f"error live to live    {found.error_live_live:.3%} of their length (the noise floor)",
@@ -324,7 +330,7 @@ def _state_lines(found: CheckedStates) -> list[str]:
     ]
 
 
-def _value_lines(found: CheckedValues) -> list[str]:
+def _value_lines(found: "CheckedValues") -> list[str]:
     unit = "standard deviations of the cached numbers"
     return [
         f"rows                  {found.rows:,} with {found.positions:,} positions",
@@ -333,7 +339,7 @@ def _value_lines(found: CheckedValues) -> list[str]:
     ]
 
 
-def _kl_lines(found: Checked) -> list[str]:
+def _kl_lines(found: "Checked") -> list[str]:
     return [
         f"rows                  {found.rows:,} with {found.positions:,} positions",
         f"KL live to live       {found.kl_live_live:.2e} nats (the noise floor)",

@@ -112,6 +112,7 @@ def write_cache(
     teacher: Any = None,
     *,
     labels: tuple[str, ...] = (),
+    labelled: bool = True,
 ) -> Path:
     """Two shards of blocks of `ROWS_PER_BLOCK`; without a teacher hard labels only."""
     storage, names = Storage(path), labels or LABELS[task]
@@ -128,12 +129,14 @@ def write_cache(
         tokenizer=describe(tokenizer),
         targets=spec,
         hidden=NO_HIDDEN,
+        labelled=labelled,
         columns=tuple(
             optional_columns(
                 segments=False,
                 positions=True,
-                labels=True,
+                labels=labelled,
                 targets=teacher is not None,
+                label_logprob=labelled,
                 token_types=True,
             )
         ),
@@ -148,6 +151,8 @@ def write_cache(
             sums = np.zeros(2)
             for number, first in enumerate(range(0, len(numbered), ROWS_PER_BLOCK)):
                 block = _block(numbered[first : first + ROWS_PER_BLOCK], teacher)
+                if not labelled:
+                    block = replace(block, labels=None, label_logprob=None)
                 if block.label_logprob is not None and block.entropy is not None:
                     sums += (block.label_logprob.sum(), block.entropy.sum())
                 writer.write(encode_block(block, number, manifest, ClassRanks(own, own)))

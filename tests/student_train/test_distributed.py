@@ -11,9 +11,18 @@ import torch
 from shared.cache import open_cache
 from shared.errors import Refused
 from student_train.config import TrainConfig
+from student_train.data.cache_set import CacheSet
 from student_train.run.arguments import refuse_what_breaks
 from tests.student_train.label_caches import make_rows, make_teacher, write_cache
-from tests.student_train.two_ranks import CASES, first_batch, step, student_of, tagger_numbers
+from tests.student_train.two_ranks import (
+    CASES,
+    first_batch,
+    half_labelled_batch,
+    step,
+    student_of,
+    tagger_numbers,
+    tagger_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +33,15 @@ def tags_dir(tmp_path_factory, tokenizer_dir):
 
 
 @pytest.fixture(scope="module")
-def ranks(cache_dir, tags_dir, tmp_path_factory):
+def untagged_dir(tmp_path_factory, tokenizer_dir):
+    """More rows than have tags, and of other lengths."""
+    task = "token-classification"
+    path, rows = tmp_path_factory.mktemp("untagged") / "cache", make_rows(task, 60, seed=1)
+    return write_cache(path, tokenizer_dir, task, rows, make_teacher(task), labelled=False)
+
+
+@pytest.fixture(scope="module")
+def ranks(cache_dir, tags_dir, untagged_dir, tmp_path_factory):
     """The folder of what two ranks computed."""
     out = tmp_path_factory.mktemp("ranks")
     command = [
@@ -35,8 +52,8 @@ def ranks(cache_dir, tags_dir, tmp_path_factory):
         "--nproc-per-node",
         "2",
     ]
-    command += ["-m", "tests.student_train.two_ranks", str(cache_dir), str(tags_dir)]
-    command += [str(out)]
+    command += ["-m", "tests.student_train.two_ranks"]
+    command += list(map(str, (cache_dir, tags_dir, untagged_dir, out)))
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return out
@@ -61,6 +78,25 @@ def test_two_ranks_compute_what_one_does(ranks, cache_dir, case, tied):
             assert largest > 0
             # Sums of float32 in another order.
             torch.testing.assert_close(found[0][what][name], expected, rtol=0, atol=1e-5 * largest)
+
+
+def test_ranks_of_unequal_counts_of_labels_compute_what_one_does(ranks, tags_dir, untagged_dir):
+    caches = CacheSet([open_cache(tags_dir), open_cache(untagged_dir)])
+    batch = half_labelled_batch(caches, rank=0, world_size=1)
+    alone = step(tagger_of(caches.first), batch, world_size=1)
+    found = [torch.load(ranks / f"labels-{rank}.pt", weights_only=True) for rank in range(2)]
+    for count in ("positions", "labelled"):
+        assert sum(each[count] for each in found) == alone[count]
+    assert 0 < alone["labelled"] < alone["positions"]
+    assert found[0]["labelled"] != found[1]["labelled"]
+    torch.testing.assert_close(sum(each["loss"] for each in found), alone["loss"])
+    # Sums of float32 in another order; the bias of the keys in attention has a gradient of 0.
+    largest = max(float(gradient.abs().max()) for gradient in alone["gradients"].values())
+    for name, expected in alone["gradients"].items():
+        for each in found:
+            torch.testing.assert_close(
+                each["gradients"][name], expected, rtol=1e-4, atol=1e-6 * largest
+            )
 
 
 def test_two_ranks_evaluate_as_one(ranks, tags_dir):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from shared.cache import open_cache
 from shared.errors import CacheMismatch
 from student_train.evaluate.evaluate import evaluate
-from student_train.run.folder import kl_of
+from student_train.run_files import kl_of
 from student_train.student.build import build_student
 from tests.conftest import Capture
 

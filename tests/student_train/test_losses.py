@@ -5,8 +5,10 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.errors import ConfigError
+from student_train.loss.linear import linear_loss
 from student_train.loss.rows import (
     PER_STATE,
     SoftTarget,
@@ -282,3 +284,33 @@ def test_no_position_gives_zero(name):
     (gradient,) = torch.autograd.grad(loss, student)
     assert loss.item() == 0
     assert gradient.shape == (0, 3)
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a tensor becomes a number of Python's: a GPU is waited for each time."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_target_that_knows_its_longest_position_waits_for_no_chunk():
+    """On a GPU it finds that number once, when it is made; the loss is that of each chunk's own."""
+    torch.manual_seed(0)
+    counts = torch.randint(1, 6, (40,))
+    ids = torch.cat([torch.randperm(50)[:count] for count in counts.tolist()])
+    logprobs = torch.full((len(ids),), -2.5)
+    options = {"labels_N": None, "spec": LossSpec(), "num_classes": 50, "chunk_rows": 8}
+    states, weight = torch.randn(40, 16), torch.randn(50, 16)
+    found = {}
+    for most in (None, 5):
+        log_tail = torch.full((40,), -1.0)
+        target = SoftTarget(ids, logprobs, log_tail, None, counts, "adaptive", most_entries=most)
+        with Waits() as waits:
+            output = linear_loss(states, weight, None, target=target, **options)
+        found[most] = waits.count, output.soft_sum
+    assert found[None][0] == found[5][0] + 5  # chunks
+    assert found[5][0] == 0
+    torch.testing.assert_close(found[None][1], found[5][1])

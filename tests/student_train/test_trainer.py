@@ -299,7 +299,7 @@ PROJECTED: dict[str, Any] = {"hidden_weight": 0.5, "hidden_map": ("-1:-1", "0:0"
 
 def test_projections_are_in_checkpoints_and_not_in_the_model(train, tmp_path):
     out = tmp_path / "run"
-    train(**PROJECTED, out=out)
+    result = train(**PROJECTED, out=out)
     found = {name: tuple(tensor.shape) for name, tensor in weights(out / "checkpoint-6").items()}
     shapes = {name: shape for name, shape in found.items() if "projections" in name}
     assert shapes == {
@@ -308,6 +308,8 @@ def test_projections_are_in_checkpoints_and_not_in_the_model(train, tmp_path):
     }
     assert weights(out).keys() == found.keys() - shapes.keys()
     assert not [path.name for path in out.iterdir() if "projection" in path.name]
+    saved = load_file(out / "model.safetensors")
+    assert result["parameters"] == sum(weight.numel() for weight in saved.values())
     lines = (out / "metrics.jsonl").read_text().splitlines()
     hidden = [json.loads(line)["hidden"] for line in lines if '"train"' in line]
     assert hidden[-1] < hidden[0]

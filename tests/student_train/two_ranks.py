@@ -1,6 +1,6 @@
 """One step of a student with its loss attached, on as many gloo ranks as this is started on.
 
-torchrun --standalone --nproc-per-node 2 -m tests.student_train.two_ranks CACHE TAGS OUT
+torchrun --standalone --nproc-per-node 2 -m tests.student_train.two_ranks CACHE TAGS UNTAGGED OUT
 """
 
 import json
@@ -15,17 +15,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BertForTokenClassification
 
 from shared.cache import Cache, open_cache
 from shared.errors import Refused
+from student_train.data.cache_set import CacheSet
 from student_train.data.order import Order, OrderSpec
 from student_train.data.stream import BatchStream, StreamSpec
 from student_train.evaluate.evaluate import evaluate
 from student_train.loss.objective import Objective, attach
 from student_train.loss.spec import LossSpec
 from tests.conftest import llama_config
-from tests.student_train.label_caches import make_teacher
+from tests.student_train.label_caches import TAGS, bert_config, make_teacher
 
 # How the student is spread, and whether its head is tied to its embedding.
 CASES = {
@@ -65,6 +66,34 @@ def first_batch(cache: Cache, *, rank: int, world_size: int) -> dict[str, torch.
     return batch
 
 
+def tagger_of(cache: Cache) -> Any:
+    """A tagger that learns from targets and from hard labels, where there are some."""
+    torch.manual_seed(3)
+    student = BertForTokenClassification(bert_config(id2label=dict(enumerate(TAGS))))
+    attach(
+        student,
+        Objective(
+            spec=LossSpec(),
+            num_classes=len(TAGS),
+            target_kind=cache.manifest.targets.kind,
+            soft_weight=1.0,
+            hard_weight=0.5,
+        ),
+    )
+    return student
+
+
+def half_labelled_batch(caches: CacheSet, *, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    """What this rank gets of a step over all rows, labelled ones first."""
+    tokens = int(caches.row_tokens.sum())
+    order = Order(
+        caches.block_rows, caches.row_tokens, OrderSpec(batch_tokens=tokens, shuffle=False)
+    )
+    spec = StreamSpec(rank=rank, world_size=world_size)
+    (batch,) = BatchStream(caches, order, spec, max_steps=1)
+    return batch
+
+
 def spread(student: Any, case: str, world_size: int) -> nn.Module:
     if case == "ddp":
         return DistributedDataParallel(student)
@@ -85,6 +114,7 @@ def step(student: nn.Module, batch: dict[str, torch.Tensor], *, world_size: int)
     return {
         "loss": loss.detach(),
         "positions": len(batch["position_index"]),
+        "labelled": int((batch["labels"] >= 0).sum()),
         "gradients": gradients,
         "weights": {name: _whole(p.detach()) for name, p in parameters.items()},
     }
@@ -103,7 +133,7 @@ def tagger_numbers(cache: Cache) -> dict[str, Any]:
     return evaluate(tagger, cache, batch_tokens=170)
 
 
-def main(cache_path: str, tags_path: str, out: str) -> None:
+def main(cache_path: str, tags_path: str, untagged_path: str, out: str) -> None:
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     cache = open_cache(cache_path)
@@ -112,6 +142,11 @@ def main(cache_path: str, tags_path: str, out: str) -> None:
         student = spread(student_of(cache, tied=tied), case, world_size)
         found = step(student, batch, world_size=world_size)
         torch.save(found, Path(out) / f"{case}-{rank}.pt")
+    caches = CacheSet([open_cache(tags_path), open_cache(untagged_path)])
+    batch = half_labelled_batch(caches, rank=rank, world_size=world_size)
+    tagger = DistributedDataParallel(tagger_of(caches.first))
+    found = step(tagger, batch, world_size=world_size)
+    torch.save(found, Path(out) / f"labels-{rank}.pt")
     try:
         attach(
             student, Objective(spec=LossSpec(), num_classes=300, soft_weight=1.0, hard_weight=0.0)

@@ -15,7 +15,8 @@ from shared import open_cache
 from shared.errors import TeacherCacheError
 from teacher_cache.config import InspectConfig
 from teacher_cache.engines.memory import is_out_of_memory
-from teacher_cache.engines.teacher import Teacher, TeacherBatch, TeacherOutput
+from teacher_cache.engines.streamed_head import TeacherBatch
+from teacher_cache.engines.teacher import Teacher, TeacherOutput
 from teacher_cache.tools.inspection import inspect
 from teacher_cache.tools.report import inspect_text
 

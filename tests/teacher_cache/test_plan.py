@@ -18,7 +18,8 @@ from shared import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
 from shared.storage import Storage
 from teacher_cache.config import CaptureConfig, PlanConfig
-from teacher_cache.engines.teacher import Teacher, TeacherBatch
+from teacher_cache.engines.streamed_head import TeacherBatch
+from teacher_cache.engines.teacher import Teacher
 from teacher_cache.job import calibrate as plan
 from teacher_cache.job.draft import Draft, resolve
 from teacher_cache.job.run import run

@@ -12,13 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from shared.errors import ConfigError, Refused
 from teacher_cache.engines import streamed_head
-from teacher_cache.engines.teacher import (
-    Teacher,
-    TeacherBatch,
-    config_hash,
-    load_tokenizer,
-    weights_digest,
-)
+from teacher_cache.engines.streamed_head import TeacherBatch
+from teacher_cache.engines.teacher import Teacher, config_hash, load_tokenizer, weights_digest
 
 V, NUM_IDS = 120, 110
 _SIZES = {

@@ -160,6 +160,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     script.chmod(0o755)
     monkeypatch.setattr(workers.sys, "executable", str(script))
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "ends").write_text("{}")
     return tmp_path
 
@@ -177,8 +178,18 @@ def calls(stub: Path) -> list[tuple[list[str], dict[str, str]]]:
 def test_local_processes_share_the_work(stub):
     assert run_processes(3) == 0
     for rank, (arguments, _) in enumerate(calls(stub)):
-        expected = "-m teacher_cache.cli run --config job.yaml --worker {}/3 --processes 1"
+        expected = "-P -m teacher_cache.cli run --config job.yaml --worker {}/3 --processes 1"
         assert " ".join(arguments) == expected.format(rank)
+
+
+def test_a_folder_with_a_shared_of_its_own_stops_no_local_process(tmp_path, monkeypatch):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "__init__.py").touch()
+    (tmp_path / "job.yaml").write_text("corpus: none.txt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(workers.__file__).parents[1]))
+    # 2: the command was there, and has read that the job names no cache
+    assert run_local_processes(Path("job.yaml"), 1, one_gpu_each=False) == 2
 
 
 @pytest.mark.parametrize(("visible", "expected"), [("", "01"), ("5,7,8", "57")])

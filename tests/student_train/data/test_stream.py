@@ -45,6 +45,7 @@ class FakeCache:
         ]
         self.row_tokens = np.array([x.sum() for x in self.segments], np.int32)
         self.row_positions = np.array([len(x) for x in self.positions], np.int32)
+        self.row_labels = np.where(np.arange(rows) % 3, 0, self.row_positions)  # one row in three
         self.packed, self.labels, self.targets, self.ragged = packed, labels, targets, ragged
         self.hidden_every = hidden_every
         self.reads: list[int] = []
@@ -254,11 +255,10 @@ def test_a_step_may_be_longer_than_many_windows():
 
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("packed_rows", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("every", [1, 3])
-def test_every_value_lines_up_with_its_token(packed_rows, packed, labels, every):
+def test_every_value_lines_up_with_its_token(packed_rows, labels, every):
     cache = FakeCache(packed=packed_rows, labels=labels, hidden_every=every)
-    options = {"accumulation": 2, "packed": packed, "temperature": 2.0}
+    options = {"accumulation": 2, "temperature": 2.0}
     for batch in stream_of(cache, **options, hidden_layers=(LAYER,), hidden_every=every):
         code = batch["input_ids"].reshape(-1)[batch["position_index"]]
         assert torch.equal(batch["labels"], 7 * code if labels else code + 1)
@@ -293,6 +293,7 @@ def test_types_and_shapes_of_a_micro_batch():
         "labels": (torch.int64, (count,)),
         "row_ids": (torch.int64, (rows,)),
         "num_positions": (torch.int64, ()),
+        "num_labels": (torch.int64, ()),
         "target_ids": (torch.int32, (count, K)),
         "target_logprobs": (torch.float32, (count, K)),
         "target_log_tail": (torch.float32, (count,)),
@@ -325,46 +326,27 @@ def test_segments_become_sequences_padded_on_the_right(packed_rows):
         assert found == expected
 
 
-def test_packed_rows_stay_whole_and_position_ids_restart():
-    cache = FakeCache(packed=True)
-    for batch in stream_of(cache, packed=True):
-        assert "attention_mask" not in batch
-        for row, ids, at in zip(
-            rows_of(batch), batch["input_ids"], batch["position_ids"], strict=True
-        ):
-            length = int(cache.row_tokens[row])
-            assert ids[:length].tolist() == token(row, np.arange(length)).tolist()
-            assert not ids[length:].any()
-            padding = len(ids) - length
-            restarts = [*cache.segments[row].tolist(), padding]
-            assert at.tolist() == [i for count in restarts for i in range(count)]
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_rank_without_rows_gets_one_token_and_no_position(packed):
+def test_a_rank_without_rows_gets_one_token_and_no_position():
     stream = stream_of(
         FakeCache(),
         batch_tokens=1,
         world_size=2,
         rank=1,
-        packed=packed,
         hidden_layers=(LAYER,),
         max_steps=2,
     )
-    alone = next(iter(stream_of(FakeCache(), packed=packed, hidden_layers=(LAYER,))))
+    alone = next(iter(stream_of(FakeCache(), hidden_layers=(LAYER,))))
     batches = list(stream)
     assert len(batches) == 2
     for batch in batches:
         assert batch.keys() == alone.keys()
         assert batch["input_ids"].tolist() == [[0]]
-        assert batch["position_ids" if packed else "attention_mask"].tolist() == [
-            [0 if packed else 1]
-        ]
+        assert batch["attention_mask"].tolist() == [[1]]
         assert batch["row_ids"].tolist() == [-1]
         assert batch["num_positions"] > 0
-        for name in alone.keys() - {"input_ids", "attention_mask", "position_ids", "row_ids"}:
+        for name in alone.keys() - {"input_ids", "attention_mask", "row_ids"}:
             assert batch[name].dtype == alone[name].dtype
-            count = name in ("num_positions", "num_states", "num_rows")
+            count = name in ("num_positions", "num_labels", "num_states", "num_rows")
             assert count or batch[name].shape == (0, *alone[name].shape[1:])
 
 
@@ -376,8 +358,11 @@ def test_counts_are_those_of_the_whole_step():
         steps = stream.order.steps()
         for index, batch in enumerate(stream):
             if index % 3 == 0:
-                counts = cache.row_positions[next(steps).rows].tolist()
+                rows = next(steps).rows.tolist()
+                counts = cache.row_positions[rows].tolist()
+                labelled = [count for row, count in zip(rows, counts, strict=True) if row % 3 == 0]
             assert batch["num_positions"].item() == sum(counts)
+            assert batch["num_labels"].item() == sum(labelled)
             assert batch["num_states"].item() == sum(-(-count // 4) for count in counts)
             assert batch["num_rows"].item() == len(counts)
 
@@ -393,6 +378,7 @@ def test_a_stream_of_hard_labels_has_no_target(read):
         "labels",
         "row_ids",
         "num_positions",
+        "num_labels",
     }
 
 

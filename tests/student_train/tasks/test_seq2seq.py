@@ -235,7 +235,7 @@ def test_a_micro_batch_without_rows_has_no_loss_and_no_gradient(caches):
     student = make_model("bart")
     attach(student, objective(cache))
     columns = columns_of(cache.empty_block(), 1.0)
-    output = student(**without_rows(columns, Shape(PAIRS), counts=Counts(positions=0)))
+    output = student(**without_rows(columns, Shape(PAIRS), counts=Counts(positions=0, labels=0)))
     output["loss"].backward()
     assert float(output["loss"]) == 0
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())

@@ -1,0 +1,64 @@
+"""How documents become rows of tokens, for each task that has a choice."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from shared.options import Option, group
+from teacher_cache.config.job import NOT_LIKE
+
+
+@group("Rows")
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """How documents become rows of tokens."""
+
+    max_length: Annotated[
+        int, Option(help="Tokens of a row; longer ones are cut.", min=2, read_when=NOT_LIKE)
+    ] = 1024
+    pack: Annotated[
+        bool, Option(help="Put several short documents into one row.", read_when=NOT_LIKE)
+    ] = False
+    stride: Annotated[
+        int,
+        Option(
+            help="Tokens that two windows of a long text share.",
+            min=0,
+            read_when={"task": ("question-answering",)} | NOT_LIKE,
+        ),
+    ] = 128
+    max_target_length: Annotated[
+        int,
+        Option(
+            help="Tokens of a target; longer ones are cut, and then have no end.",
+            min=1,
+            read_when=NOT_LIKE | {"task": ("seq2seq-lm",), "generate": (False,)},
+        ),
+    ] = 128
+    decoder_start: Annotated[
+        int | Literal["auto"],
+        Option(
+            help="Token that a decoder starts from; auto: the teacher's, without one the "
+            "tokenizer's padding, else its BOS, else its end.",
+            min=0,
+            read_when=NOT_LIKE | {"task": ("seq2seq-lm",)},
+        ),
+    ] = "auto"
+    mask_copies: Annotated[
+        int,
+        Option(
+            help="Rows of each text, or chunk of one, that differ in what is masked.",
+            min=1,
+            max=1000,
+            read_when={"task": ("masked-lm",)} | NOT_LIKE,
+        ),
+    ] = 4
+    mask_share: Annotated[
+        float,
+        Option(
+            help="Share of a row's tokens that are masked: 80 % of these replaced by the mask "
+            "token, 10 % by any token, 10 % kept.",
+            min=0.001,
+            max=1,
+            read_when={"task": ("masked-lm",)} | NOT_LIKE,
+        ),
+    ] = 0.15
