@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.errors import CacheMismatch, ConfigError, IncompleteCache
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from student_train.compare.groups import (
     common_name,
     is_baseline,
@@ -109,7 +109,7 @@ def compare(config: CompareConfig) -> Comparison:
 
 
 def _result(path: Path) -> dict[str, Any]:
-    storage = Storage(path)
+    storage = LocalStorage(path)
     if not storage.exists(RESULT):
         raise IncompleteCache(
             f"{path}: no finished run here (result.json is missing). Run train-student run --out "
@@ -182,7 +182,7 @@ def _lines_of_seeds(runs: Sequence[tuple[Path, Line]]) -> list[Line]:
     """A line for all runs of the same options that were run with more than one seed."""
     groups: dict[str, list[Line]] = defaultdict(list)
     for path, line in runs:
-        storage = Storage(path)
+        storage = LocalStorage(path)
         # A folder without its options stands alone.
         known = storage.exists(CONFIG)
         groups[options_but_seed(read_options(storage)) if known else str(path)].append(line)

@@ -24,7 +24,7 @@ from student_train.loss.objective import Objective, attach
 from student_train.loss.spec import LossSpec
 from student_train.metrics.texts import require_metrics
 from student_train.student.build import build_student, load_config
-from student_train.student.fit import check_fit, check_labelled
+from student_train.student.fit import check_fit, check_judges
 from student_train.tasks.table import task_of
 
 _SUMS = {"hard", "soft", "agreement", "student_entropy"}  # over positions
@@ -165,7 +165,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 def _student(config: EvaluateConfig, cache: Cache) -> Any:
     """The student on its device, once it is known that the cache can judge it."""
     check_fit(config.student, load_config(config.student), cache)
-    check_labelled(cache)
+    check_judges(cache)
     if config.generate:
         check_writes(cache)
         require_metrics()

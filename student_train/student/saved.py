@@ -20,7 +20,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import ConfigError, IncompleteCache, Refused
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.options import load
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from student_train.config import TrainConfig
 from student_train.loss.objective import PROJECTIONS
 from student_train.run_files import (
@@ -89,7 +89,7 @@ def find_run(folder: Path) -> Run | None:
     for place in (folder, folder.resolve().parent):
         if not (place / CONFIG).is_file():
             continue
-        storage = Storage(place)
+        storage = LocalStorage(place)
         read_options(storage)  # refuses a damaged file in its own words
         snapshot = read_snapshot(storage) if storage.exists(SNAPSHOT) else ()
         return Run(

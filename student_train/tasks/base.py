@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from shared.cache import Cache, Row
+from shared.cache import Cache
+from shared.errors import CacheMismatch
 from shared.format.manifest import Manifest
+from shared.rows import Row
 from shared.tasks import ProblemType
 from student_train.data.arrange import SEQUENCES, Arrangement
 from student_train.data.collate import MicroBatch
@@ -85,6 +87,7 @@ class StudentTask:
     brings_head: bool = False  # a student without a head for it gets a new one, trained as it is
     has_metric: bool = True  # besides loss and KL, that a run may stop early by
     writes_text: bool = False  # the student writes texts that can be scored
+    has_token_positions: bool = True  # else they are of a row as a whole
     one_answer_per_row: bool = False  # the hard label, or the labels, are of the row as a whole
     chooses: bool = True  # between classes, so that two models can agree; else it says numbers
     place_of_label: int = 0  # tokens from a position to the one its label is about
@@ -96,6 +99,26 @@ class StudentTask:
     def of_problem(self, problem_type: ProblemType) -> "StudentTask":
         """The task, where what the labels of a row are (one, several, numbers) makes another."""
         return self
+
+    # ---- Does a student fit (student/fit.py)
+
+    def labels_of_head(self, config: PretrainedConfig) -> tuple[str, ...] | None:
+        """The classes of a student whose head is kept; None where it does not name them."""
+        return None
+
+    def decoder_start(self, name: str) -> int | None:
+        """The token that the decoder of a pretrained student starts from; None: it has none."""
+        return None
+
+    def check_lengths(self, name: str, places: int, cache: Cache) -> None:
+        """Refuses a student that takes fewer positions than a row of the cache has tokens."""
+        longest = int(cache.row_tokens.max(initial=0))
+        if longest > places:
+            raise CacheMismatch(
+                f"{name}: takes {places:,} positions, but the longest row of {cache.path} has "
+                f"{longest:,} tokens. Cache again with --max-length {places}, or use another "
+                "student."
+            )
 
     # ---- Building a student (student/build.py)
 
