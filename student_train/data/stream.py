@@ -24,8 +24,8 @@ from student_train.data.arrange import SEQUENCES, Arrangement, Columns
 from student_train.data.collate import (
     Counts,
     MicroBatch,
-    Shape,
     ReadWindow,
+    Shape,
     collate,
     columns_of,
     without_rows,

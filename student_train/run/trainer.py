@@ -46,10 +46,9 @@ from student_train.run.outcome import RunRecord
 from student_train.run_files import kl_of
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, is_from_scratch, load_config
-from student_train.student.fit import (
+from student_train.student.fit import check_fit, check_held_out
+from student_train.student.needs import (
     check_cache,
-    check_fit,
-    check_held_out,
     check_metric,
     layer_pairs,
     resolved_weights,

@@ -13,7 +13,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError, Stopped
 from student_train.config import TrainConfig
 from student_train.data.ensemble import Ensemble
-from student_train.student.fit import warn_of_same_rows
+from student_train.student.needs import warn_of_same_rows
 from teacher_cache.config import RepackConfig
 from teacher_cache.tools.repack import repack
 from tests.conftest import Capture, llama_config
