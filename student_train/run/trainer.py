@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from shared.cache import Cache, open_cache
 from shared.errors import ConfigError
-from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.signals import StopRequest, stop_on_signals
 from shared.storage import LocalStorage
@@ -213,7 +213,7 @@ def _run(config: TrainConfig, stop: StopRequest, record: RunRecord) -> dict[str,
 
 def with_numbers(config: TrainConfig) -> TrainConfig:
     """The config of this run: what was left to the task is decided by the first cache's."""
-    read = [manifests.read(LocalStorage(path))[0] for path in config.cache_paths]
+    read = [manifest_file.read(LocalStorage(path))[0] for path in config.cache_paths]
     manifest, labelled = read[0], any(each.labelled for each in read)
     start: Start = "scratch" if is_from_scratch(config.student) else "pretrained"
     config = resolved_weights(config, manifest.task, labelled=labelled)
