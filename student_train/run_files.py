@@ -16,8 +16,10 @@ from shared.format.limits import MAX_SHARDS
 from shared.options import load, resolved
 from shared.storage import Storage
 from shared.strict import build, parse_json
+from shared.targets.base import Kind
+from shared.targets.kinds import KINDS
 from student_train.config import TrainConfig
-from student_train.tasks.metrics import MetricName
+from student_train.metrics.names import MetricName
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +139,7 @@ def read_result(storage: Storage) -> dict[str, Any]:
 
 
 def _with_absent(raw: Any) -> Any:
-    """The same with None for every number that a run may not have."""
+    """The numbers with None for each that a run may not have."""
     if not isinstance(raw, dict):
         return raw
     filled: dict[str, Any] = dict.fromkeys(_OPTIONAL) | raw
@@ -217,3 +219,8 @@ def _explained(advice: str) -> Iterator[None]:
     except CorruptCache as error:
         said = str(error).removesuffix(" Restore it from a copy.").rstrip(".")
         raise CorruptRun(f"{said}. {advice}") from None
+
+
+def kind_of_text(targets: str) -> Kind[Any] | None:
+    """The kind that the text of targets in a result begins with; None where it names no kind."""
+    return KINDS.get(targets.partition(" ")[0])

@@ -9,25 +9,26 @@ from typing import Any, Literal
 
 from shared.errors import CacheMismatch, ConfigError, IncompleteCache
 from shared.storage import LocalStorage
-from student_train.compare.recipes import (
+from student_train.compare.groups import (
     common_name,
     is_baseline,
     mean_and_deviation,
-    recipe_of,
+    options_but_seed,
     recovered,
     score,
 )
 from student_train.config import CompareConfig
+from student_train.metrics.names import TITLES, MetricName
 from student_train.run_files import (
     CONFIG,
     METRICS,
     RESULT,
+    kind_of_text,
     kl_of,
     read_metrics,
     read_options,
     read_result,
 )
-from student_train.tasks.metrics import TITLES, MetricName
 
 LineKind = Literal["teacher", "run", "seeds"]
 HARD_LABELS_ONLY, NO_GAIN = "hard labels only", "no gain to recover"
@@ -35,7 +36,7 @@ HARD_LABELS_ONLY, NO_GAIN = "hard labels only", "no gain to recover"
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """Of one model on the held-out cache; None where a number does not exist."""
+    """The numbers of one model on the held-out cache; None where one does not exist."""
 
     loss: float | None = None
     kl: float | None = None
@@ -48,7 +49,7 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table: the teacher, a run, or the mean over the seeds of one recipe.
+    """One line of the table: the teacher, a run, or the mean over the seeds of the same options.
 
     `deviation`: standard deviations over these seeds. `recovered`: the share of the teacher's gain
     over the hard-label `baseline`, in the main metric of the task; None also where there is
@@ -178,13 +179,13 @@ def _teacher_line(results: Sequence[tuple[Path, dict[str, Any]]]) -> Line:
 
 
 def _lines_of_seeds(runs: Sequence[tuple[Path, Line]]) -> list[Line]:
-    """A line for each recipe that was run with more than one seed."""
+    """A line for all runs of the same options that were run with more than one seed."""
     groups: dict[str, list[Line]] = defaultdict(list)
     for path, line in runs:
         storage = LocalStorage(path)
-        # A folder without its options is a recipe of its own.
+        # A folder without its options stands alone.
         known = storage.exists(CONFIG)
-        groups[recipe_of(read_options(storage)) if known else str(path)].append(line)
+        groups[options_but_seed(read_options(storage)) if known else str(path)].append(line)
     return [_mean_line(lines) for lines in groups.values() if len(lines) > 1]
 
 
@@ -335,7 +336,8 @@ def _loss_note(comparison: Comparison) -> str:
         return f"held-out loss is 1 - cosine, the mean over {comparison.positions:,} states"
     if comparison.metric == "pearson":
         return f"held-out loss: mean squared error over {comparison.positions:,} positions"
-    whole = comparison.targets == "dense" or comparison.targets.startswith("sample")
+    kind = kind_of_text(comparison.targets)
+    whole = kind is not None and (kind.every_temperature or kind.sampled)
     over = "all classes, from" if whole else "the cells of"
     return (
         f"held-out loss in nats over {comparison.positions:,} positions; KL over {over} "

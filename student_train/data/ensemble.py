@@ -153,7 +153,7 @@ class Ensemble:
             assert each.target is not None  # all caches have the same kind
             voices.append(Voice(each.target, weight, each.log_partition_ratio))
         block.target = mixture(voices, kind, self.temperature)
-        if kind == "dense":
+        if self.manifest.targets.every_temperature:
             at_one = block.target if self.temperature == 1 else mixture(voices, kind)
             block.entropy = entropy_of(at_one)
         elif self.temperature != 1:
@@ -204,7 +204,7 @@ class _Said:
 
 
 def _items_of(rows: slice, counts_R: np.ndarray) -> np.ndarray:
-    """Where the items of some rows of a block lie, when each row has so many of them."""
+    """The places of the items of some rows of a block, when each row has so many of them."""
     counts_R = counts_R.astype(np.int64)
     starts_R = np.cumsum(counts_R) - counts_R
     return ranges(starts_R[rows], counts_R[rows])

@@ -20,13 +20,12 @@ import numpy as np
 
 from shared.arrays import ranges
 from shared.targets.hidden import num_states
-from shared.tasks import Layout
+from student_train.data.arrange import SEQUENCES, Arrangement, Columns
 from student_train.data.collate import (
-    Columns,
     Counts,
     MicroBatch,
+    ReadWindow,
     Shape,
-    Window,
     collate,
     columns_of,
     without_rows,
@@ -53,7 +52,7 @@ class StreamSpec:
     temperature: float = 1.0  # other than 1: adds log_partition_ratio
     hidden_layers: tuple[int, ...] = ()
     hidden_every: int = 1  # the cache has states of every n-th position of a row
-    layout: Layout = "tokens"  # of a row, by its task
+    arrangement: Arrangement = SEQUENCES  # of a row, by its task
 
 
 class BatchStream:
@@ -158,11 +157,11 @@ class _Reader:
         self.cache, self.order, self.spec = cache, order, spec
         self._row_labels = cache.row_labels
         self._pool = ThreadPoolExecutor(spec.threads, thread_name_prefix="batch-stream-decode")
-        self._windows: dict[int, Window] = {}
+        self._windows: dict[int, ReadWindow] = {}
         self._unused_memory: list[Columns] = []
         self._jobs: dict[tuple[int, int], Future[None]] = {}  # by window and block
         empty = cache.empty_block(hidden_layers=spec.hidden_layers, targets=spec.targets)
-        self._no_rows = columns_of(empty, spec.temperature, spec.layout)
+        self._no_rows = columns_of(empty, spec.temperature, spec.arrangement)
 
     def batches(self, start: int, stop: int) -> Generator[MicroBatch]:
         """Micro-batches of the steps from `start` up to `stop`."""
@@ -203,7 +202,7 @@ class _Reader:
         all_rows = ranges(starts[blocks], starts[blocks + 1] - starts[blocks])
         lengths = self.cache.row_tokens[all_rows], self.cache.row_positions[all_rows]
         memory = self._unused_memory.pop() if self._unused_memory else {}
-        window = self._windows[number] = Window(
+        window = self._windows[number] = ReadWindow(
             all_rows,
             *lengths,
             no_rows=self._no_rows,
@@ -216,7 +215,7 @@ class _Reader:
             job = self._pool.submit(self._read, window, some)
             self._jobs |= {(number, block): job for block in some}
 
-    def _read(self, window: Window, blocks: list[int]) -> None:
+    def _read(self, window: ReadWindow, blocks: list[int]) -> None:
         spec, starts = self.spec, self.order.block_starts
         for number in blocks:
             block = self.cache.read_block(
@@ -226,11 +225,11 @@ class _Reader:
                 skip=_UNUSED,
             )
             first, last = int(starts[number]), int(starts[number + 1])
-            columns = columns_of(block, spec.temperature, spec.layout)
+            columns = columns_of(block, spec.temperature, spec.arrangement)
             window.fill(first, last - first, columns)
 
     def _collate(self, plans: list[_Plan]) -> Iterator[MicroBatch]:
-        shape = Shape(self.spec.layout, self.spec.hidden_every)
+        shape = Shape(self.spec.arrangement, self.spec.hidden_every)
         for plan in plans:
             counts = plan.counts
             for rows, windows in plan.micro_batches:
@@ -242,7 +241,7 @@ class _Reader:
             for number in [number for number in self._windows if number < plan.windows[-1]]:
                 self._unused_memory.append(self._windows.pop(number).memory)
 
-    def _parts(self, rows: np.ndarray, windows: np.ndarray) -> list[tuple[Window, np.ndarray]]:
+    def _parts(self, rows: np.ndarray, windows: np.ndarray) -> list[tuple[ReadWindow, np.ndarray]]:
         """The rows by window, once the blocks they are in have been read."""
         parts = []
         for number in np.unique(windows).tolist():

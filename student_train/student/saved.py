@@ -22,6 +22,7 @@ from shared.models.tokenizer import load_cached_tokenizer
 from shared.options import load
 from shared.storage import LocalStorage
 from student_train.config import TrainConfig
+from student_train.loss.objective import PROJECTIONS
 from student_train.run_files import (
     CONFIG,
     RESULT,
@@ -31,20 +32,12 @@ from student_train.run_files import (
     read_snapshot,
 )
 from student_train.student.adapters import require_peft
+from student_train.tasks.table import auto_class_of, task_of
 
 log = logging.getLogger(__name__)
 
 ADAPTERS = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What adapters say they are for -> the class of the model below them.
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt")
 
 
@@ -134,6 +127,16 @@ def merged(student: Any) -> Any:
     return student
 
 
+def saved_parameters(student: Any, cache: Cache) -> int:
+    """Parameters of a student as it is saved.
+
+    The projections of hidden states end with training, but for what a task saves beside the model.
+    """
+    counts = {name: parameter.numel() for name, parameter in student.named_parameters()}
+    total = sum(count for name, count in counts.items() if PROJECTIONS not in name.split("."))
+    return total + task_of(cache.manifest).parameters_beside(student, cache)
+
+
 def load_tokenizer(folder: Path, run: Run | None, cache: Cache | None) -> Any:
     """That of the folder, of its run, or of the cache it learnt from."""
     for place in (folder, *([run.folder] if run else [])):
@@ -166,7 +169,13 @@ def _with_adapters(folder: Path, run: Run | None, labels: Sequence[str]) -> Any:
     if not own and labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-    name = _AUTO_CLASSES.get(str(adapters.task_type))
+    model = _base_of(folder, adapters, config)
+    return PeftModel.from_pretrained(model, folder)
+
+
+def _base_of(folder: Path, adapters: Any, config: PretrainedConfig) -> Any:
+    """The model below adapters, whose every weight is there or comes with them."""
+    base, name = str(adapters.base_model_name_or_path), auto_class_of(str(adapters.task_type))
     model_class = getattr(transformers, name) if name else _class_of(config, str(folder))
     try:
         with _no_load_report():  # what is missing is looked at below
@@ -191,7 +200,7 @@ def _with_adapters(folder: Path, run: Run | None, labels: Sequence[str]) -> Any:
             f"{folder}: {base} has no weight {lost[0]} of this shape, and the adapters do not "
             "bring it. Put the model that they were trained on back where it was."
         )
-    return PeftModel.from_pretrained(model, folder)
+    return model
 
 
 @contextmanager
