@@ -39,15 +39,12 @@ from safetensors import safe_open
 
 from shared.format import frames
 from shared.format.schema import MIN_BLOCK_POSITIONS
-from shared.targets import codec, ragged
-from shared.targets.spec import (
-    MAX_ENTRIES,
-    RAGGED_KINDS,
-    ClassRanks,
-    Target,
-    TargetKind,
-    TargetSpec,
-)
+from shared.targets.base import TargetKind
+from shared.targets.kinds import RAGGED_KINDS
+from shared.targets.ragged import MAX_ENTRIES
+from shared.targets.record import ClassRanks, Target
+from shared.targets.sample import RANGE_BEYOND, drawn_logprob
+from shared.targets.spec import TargetSpec
 from teacher_cache.select.thresholds import find_threshold
 
 Doubles = npt.NDArray[np.float64]
@@ -176,7 +173,7 @@ def measure_ragged(sample: Sample, spec: TargetSpec, rows: int, repeats: int) ->
     ranks = ClassRanks.from_counts(np.bincount(before.ids, minlength=spec.num_classes))
     starts = range(half, len(sample.ids_NM) - rows + 1, rows)
     targets = [target.at(np.arange(start, start + rows)) for start in starts]
-    planes = [codec.encode(each, spec, ranks) for each in targets]
+    planes = [spec.encode(each, ranks) for each in targets]
     blocks = [encode(each, spec, ranks) for each in targets]
     sizes = [{name: plane.size for name, plane in each.items()} for each in planes]
     positions = rows * len(blocks)
@@ -190,7 +187,7 @@ def measure_ragged(sample: Sample, spec: TargetSpec, rows: int, repeats: int) ->
                 name: frames.decompress(frame, block=0, column=n, size=each[name], where="memory")
                 for n, (name, frame) in enumerate(block.items())
             }
-            codec.decode(parts, rows, spec, ranks)
+            spec.decode(parts, rows, ranks)
 
     return {
         "sample": sample.name,
@@ -229,13 +226,13 @@ def drawn(sample: Sample, spec: TargetSpec) -> Target:
     rng = np.random.default_rng(0)
     frequency = np.bincount(sample.ids_NM.ravel(), minlength=sample.num_classes) + 1.0
     frequency /= frequency.sum()
-    weight = float(ragged.drawn_logprob(spec))
+    weight = float(drawn_logprob(spec))
     ids: list[int] = []
     logs: list[float] = []
     counts: list[int] = []
     for ids_M, probs_M in zip(sample.ids_NM, sample.probs_NM, strict=True):
         kept_M = probs_M >= spec.threshold
-        kept_M[0] |= probs_M[0] >= spec.threshold * math.exp(-ragged.RANGE_BEYOND)
+        kept_M[0] |= probs_M[0] >= spec.threshold * math.exp(-RANGE_BEYOND)
         ends = np.cumsum(probs_M[~kept_M])
         rest = max(0.0, 1 - probs_M[kept_M].sum())
         points = np.arange(rng.random() * spec.threshold, rest, spec.threshold)
@@ -277,7 +274,7 @@ def as_logs(cells_PK: Doubles) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.
 
 def encode(target: Target, spec: TargetSpec, ranks: ClassRanks) -> dict[str, bytes]:
     """Frames by plane name."""
-    planes = codec.encode(target, spec, ranks)
+    planes = spec.encode(target, ranks)
     return {
         name: frames.compress(plane, block=0, column=number)
         for number, (name, plane) in enumerate(planes.items())
@@ -286,7 +283,7 @@ def encode(target: Target, spec: TargetSpec, ranks: ClassRanks) -> dict[str, byt
 
 def unpack(block: dict[str, bytes], rows: int, spec: TargetSpec) -> dict[str, frames.Plane]:
     """Planes by name."""
-    sizes = {shape.name: shape.item_bytes * rows for shape in codec.plane_shapes(spec)}
+    sizes = {shape.name: shape.item_bytes * rows for shape in spec.plane_shapes}
     return {
         name: frames.decompress(frame, block=0, column=number, size=sizes[name], where="memory")
         for number, (name, frame) in enumerate(block.items())
@@ -295,7 +292,7 @@ def unpack(block: dict[str, bytes], rows: int, spec: TargetSpec) -> dict[str, fr
 
 def decode(block: dict[str, bytes], rows: int, spec: TargetSpec, ranks: ClassRanks) -> Target:
     """What a reader of the cache does."""
-    return codec.decode(unpack(block, rows, spec), rows, spec, ranks)
+    return spec.decode(unpack(block, rows, spec), rows, ranks)
 
 
 def divergence(target: Target, truth_PK: Doubles, decoded: Target) -> Doubles:
@@ -322,7 +319,7 @@ def without_returning_ids(
     rng = np.random.default_rng(0)
     total = sum(value for name, value in size.items() if not name.startswith("target_ids"))
     for target in targets:
-        planes = codec.encode(target, spec, ranks)
+        planes = spec.encode(target, ranks)
         id_planes = [plane for name, plane in planes.items() if name.startswith("target_ids")]
         gap_SPK = np.stack(id_planes).reshape(len(id_planes), *target.ids.shape)
         for slot in range(spec.num_entries):

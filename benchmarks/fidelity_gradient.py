@@ -31,8 +31,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from shared.targets import codec
-from shared.targets.spec import ClassRanks, Target, TargetKind, TargetSpec
+from shared.targets.base import TargetKind
+from shared.targets.record import ClassRanks, Target
+from shared.targets.spec import TargetSpec
 from student_train.loss.linear import logits_loss
 from student_train.loss.rows import SoftTarget
 from student_train.loss.spec import LossSpec, Tail
@@ -185,7 +186,7 @@ def cached(
         None if got.counts is None else got.counts.numpy().astype(np.int32),
         bits_n if spec.kind == "sample" else None,
     )
-    decoded = codec.decode(codec.encode(target, spec, ranks), n, spec, ranks)
+    decoded = spec.decode(spec.encode(target, ranks), n, ranks)
     counts = None if decoded.counts is None else torch.from_numpy(decoded.counts)
     soft = SoftTarget(
         torch.from_numpy(np.array(decoded.ids)),

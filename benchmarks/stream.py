@@ -45,7 +45,8 @@ from shared.format.manifest import (
 from shared.format.schema import MIN_BLOCK_POSITIONS, optional_columns
 from shared.format.shards import ShardWriter, encode_block
 from shared.storage import Storage
-from shared.targets.spec import ClassRanks, Target, TargetSpec
+from shared.targets.record import ClassRanks, Target
+from shared.targets.spec import TargetSpec
 from student_train.data.order import Order, OrderSpec
 from student_train.data.stream import BatchStream, StreamSpec
 

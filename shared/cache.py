@@ -29,7 +29,7 @@ from shared.format.shards import (
 )
 from shared.storage import Storage
 from shared.targets.hidden import ChannelScale, ChannelScales, num_states
-from shared.targets.spec import ClassRanks
+from shared.targets.record import ClassRanks
 
 _OPEN_SHARDS = 64  # memory maps kept; a map costs address space and little else
 _MAX_SIDE_FILE_BYTES = 256 << 20
@@ -123,7 +123,7 @@ class Cache(Sequence[Row]):
 
     @property
     def has_targets(self) -> bool:
-        return self.manifest.targets.kind != "none"
+        return self.manifest.targets.has_targets
 
     @property
     def row_labels(self) -> np.ndarray:

@@ -15,8 +15,10 @@ from shared.errors import ConfigError, CorruptCache, CorruptRun
 from shared.format.manifest import MAX_SHARDS, build, parse_json
 from shared.options import load, resolved
 from shared.storage import Storage
+from shared.targets.base import Kind
+from shared.targets.kinds import KINDS
 from student_train.config import TrainConfig
-from student_train.tasks.metrics import MetricName
+from student_train.metrics.names import MetricName
 
 log = logging.getLogger(__name__)
 
@@ -216,3 +218,8 @@ def _explained(advice: str) -> Iterator[None]:
     except CorruptCache as error:
         said = str(error).removesuffix(" Restore it from a copy.").rstrip(".")
         raise CorruptRun(f"{said}. {advice}") from None
+
+
+def kind_of_text(targets: str) -> Kind[Any] | None:
+    """The kind that the text of targets in a result begins with; None where it names no kind."""
+    return KINDS.get(targets.partition(" ")[0])

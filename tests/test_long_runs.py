@@ -20,7 +20,8 @@ from shared.format.blocks import Block
 from shared.format.schema import MIN_BLOCK_POSITIONS
 from shared.format.shards import ShardWriter, encode_block
 from shared.storage import Storage
-from shared.targets.spec import ClassRanks, Target, TargetSpec
+from shared.targets.record import ClassRanks, Target
+from shared.targets.spec import TargetSpec
 from tests.conftest import WORDS
 from tests.shared.test_shards import cache_manifest
 

@@ -26,6 +26,7 @@ from student_train.loss.objective import Objective, attach
 from student_train.loss.spec import LossSpec
 from student_train.run.trainer import run as train
 from student_train.student.build import build_student
+from student_train.tasks.table import task_of
 from teacher_cache.config import CheckConfig, InspectConfig, PlanConfig
 from teacher_cache.tools.check import check
 from teacher_cache.tools.inspection import inspect
@@ -261,7 +262,7 @@ def objective_of(cache: Any, **weights: float) -> Objective:
         spec=LossSpec(),
         num_classes=manifest.targets.num_classes,
         target_kind=manifest.targets.kind,
-        problem_type=manifest.problem_type,
+        outputs=task_of(manifest).outputs,
         **weights,
     )
 
@@ -278,7 +279,7 @@ def whole_step(
     attachment = attach(student, objective)
     sums = {"loss": torch.zeros(()), "hard": torch.zeros(())}
     for rank in range(cut.get("world_size", 1)):
-        options = {"layout": labelled.manifest.layout, "rank": rank, **cut}
+        options = {"rank": rank, **cut}
         some = batches(source, 100_000, **options)
         assert len(some) == cut.get("accumulation", 1)
         for batch in some:
@@ -394,10 +395,10 @@ def test_pairs_are_read_beside_texts_in_any_order(folder, tmp_path):
     teacher = str(folder / "single_label-teacher")
     pairs = capture(tmp_path / "c", tmp_path / "p.jsonl", teacher=teacher)
     texts = open_cache(folder / "single_label-labelled")
-    expected = sorted(sequences(pairs, layout="row") + sequences(texts, layout="row"))
+    expected = sorted(sequences(pairs) + sequences(texts))
     assert any(1 in types for _, types in expected)
     for caches in ([pairs, texts], [texts, pairs]):
-        assert sequences(CacheSet(caches), layout="row") == expected
+        assert sequences(CacheSet(caches)) == expected
 
 
 def test_what_needs_labels_is_refused(folder, tmp_path):

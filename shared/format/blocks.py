@@ -14,9 +14,9 @@ from shared.arrays import ranges
 from shared.errors import CorruptCache
 from shared.format.manifest import Manifest
 from shared.format.schema import layout
-from shared.targets import codec, hidden
+from shared.targets import hidden, scalars
 from shared.targets.hidden import NO_SCALES, ChannelScales
-from shared.targets.spec import ClassRanks, Target
+from shared.targets.record import ClassRanks, Target
 
 
 @dataclass(slots=True)
@@ -73,16 +73,14 @@ def to_planes(
         if count:
             columns[name] = arrays.split_planes(getattr(block, name).astype(np.uint32), count)
     if block.label_values is not None:
-        columns["label_values"] = codec.encode_values(block.label_values)
-    if block.target_values is not None:
-        columns["target_values"] = codec.encode_values(block.target_values)
+        columns["label_values"] = scalars.encode_values(block.label_values)
     if block.label_logprob is not None:
-        columns["label_logprob"] = codec.encode_label_logprob(block.label_logprob)
+        columns["label_logprob"] = scalars.encode_label_logprob(block.label_logprob)
     if block.entropy is not None:
         classes = manifest.targets.num_classes
-        columns["entropy"] = [codec.encode_entropy(block.entropy, classes)]
+        columns["entropy"] = [scalars.encode_entropy(block.entropy, classes)]
         for t, ratio in block.log_partition_ratio.items():
-            encoded = codec.encode_log_partition_ratio(ratio, t, classes)
+            encoded = scalars.encode_log_partition_ratio(ratio, t, classes)
             columns[f"log_partition_ratio.{t:g}"] = encoded
     for layer, states in block.hidden.items():
         codec_name = manifest.hidden.codec
@@ -92,8 +90,9 @@ def to_planes(
         for column, parts in columns.items()
         for index, plane in enumerate(parts)
     }
-    if block.target is not None:
-        named |= codec.encode(block.target, manifest.targets, ranks)
+    kept = block.target_values if manifest.targets.numbers else block.target
+    if kept is not None:
+        named |= manifest.targets.encode(kept, ranks)
     return {plane.name: named[plane.name] for plane in planes}
 
 
@@ -151,18 +150,17 @@ def from_planes(
     if manifest.layout == "window":
         windows.check(block, spec.num_classes)
     if parts := _parts(values, "label_values"):
-        block.label_values = codec.decode_values(parts, "label_values")
-    if parts := _parts(values, "target_values"):
-        block.target_values = codec.decode_values(parts, "target_values")
-    if "target_codes.0" in values:
-        block.target = codec.decode(values, count, spec, ranks)
+        block.label_values = scalars.decode_values(parts, "label_values")
+    if any(shape.name in values for shape in spec.plane_shapes):
+        kept = spec.decode(values, count, ranks)
+        block.target_values, block.target = (kept, None) if spec.numbers else (None, kept)
     if "label_logprob.0" in values:
-        block.label_logprob = codec.decode_label_logprob(_parts(values, "label_logprob"))
+        block.label_logprob = scalars.decode_label_logprob(_parts(values, "label_logprob"))
     if "entropy.0" in values:
-        block.entropy = codec.decode_entropy(values["entropy.0"], spec.num_classes)
+        block.entropy = scalars.decode_entropy(values["entropy.0"], spec.num_classes)
     for t in spec.temperatures:
         if parts := _parts(values, f"log_partition_ratio.{t:g}"):
-            ratio = codec.decode_log_partition_ratio(parts, t, spec.num_classes)
+            ratio = scalars.decode_log_partition_ratio(parts, t, spec.num_classes)
             block.log_partition_ratio[t] = ratio
     for layer, width in zip(manifest.hidden.layers, manifest.hidden.widths, strict=True):
         if parts := _parts(values, f"hidden.{layer}"):

@@ -14,14 +14,15 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 import xxhash
 
 from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCache
 from shared.storage import Storage
-from shared.targets.spec import TargetKind, TargetSpec
+from shared.targets.base import TargetKind
+from shared.targets.spec import TargetSpec
 from shared.tasks import TASKS, HiddenCodec, Labels, Layout, Pooling, ProblemType, TaskName
 
 FORMAT_VERSION = 1
@@ -362,7 +363,7 @@ def _wrong_labels(manifest: Manifest) -> Iterator[str]:
                 f"labels: found {names} names for {targets.num_classes:,} classes of "
                 f"{manifest.task}"
             )
-        if targets.kind == "values" or "label_values" in manifest.columns:
+        if targets.numbers or "label_values" in manifest.columns:
             yield "problem_type: found single_label, but the cache holds numbers"
         return
     kind, classes, column = _OF_OUTPUTS[problem]
@@ -370,7 +371,7 @@ def _wrong_labels(manifest: Manifest) -> Iterator[str]:
         yield f"problem_type: found {problem}, but {manifest.task} has none"
     if not names:
         yield f"labels: found no name, expected one for each output of {problem}"
-    if targets.num_classes != classes or targets.kind not in (kind, "none"):
+    if targets.num_classes != classes or (targets.has_targets and targets.kind != kind):
         yield (
             f"targets: found {targets.kind} of {targets.num_classes:,} classes, expected {kind} "
             f"of {classes}, or none, with {problem}"
@@ -381,7 +382,7 @@ def _wrong_labels(manifest: Manifest) -> Iterator[str]:
 
 
 def _wrong_unlabelled(manifest: Manifest) -> Iterator[str]:
-    if not TASKS[manifest.task].unlabelled or manifest.targets.kind == "none":
+    if not TASKS[manifest.task].unlabelled or not manifest.targets.has_targets:
         kind = manifest.targets.kind
         yield f"labelled: found false, but {manifest.task} with targets {kind} needs labels"
     for name in _OF_LABELS:
@@ -449,7 +450,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             raise CorruptCache(f"{where}: the field {min(missing)!r} is missing")
         make: Any = kind
         values = {
-            f.name: _build(hints[f.name], value[f.name], f"{where}: {f.name}")
+            f.name: _build_field(f, hints[f.name], value[f.name], f"{where}: {f.name}")
             for f in fields(kind)
             if f.name in value
         }
@@ -481,6 +482,14 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if kind is int and not -(2**63) <= value < 2**64:
         raise _wrong(where, value, "a number of at most 64 bits")
     return _text(value, where) if kind is str else value
+
+
+def _build_field(description: Field[Any], kind: Any, value: Any, where: str) -> Any:
+    """The value of one field; `one_of` in its metadata is the table whose names it may have."""
+    table = description.metadata.get("one_of")
+    if table is not None and not (isinstance(value, str) and value in table):
+        raise _wrong(where, value, f"one of {', '.join(table)}")
+    return _build(kind, value, where)
 
 
 def _text(value: str, where: str) -> str:

@@ -14,7 +14,6 @@ the expected byte count of every plane follows from them.
 from dataclasses import dataclass
 
 from shared.format.manifest import Manifest
-from shared.targets.codec import plane_shapes
 from shared.targets.hidden import plane_bytes
 from shared.targets.planes import Per
 
@@ -121,7 +120,7 @@ def layout(manifest: Manifest) -> tuple[Plane, ...]:
             add(name, per, 1, number, _WHOLE_NUMBERS[name])
         else:
             add(name, per, widths[name], number)
-    for shape in plane_shapes(manifest.targets):
+    for shape in manifest.targets.plane_shapes:
         column, _, plane = shape.name.rpartition(".")
         planes.append(Plane(column, int(plane), _NUMBERS[column], shape.per, shape.item_bytes))
     for index, temperature in enumerate(manifest.targets.temperatures):

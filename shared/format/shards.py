@@ -31,7 +31,7 @@ from shared.format.schema import Plane, layout
 from shared.storage import Storage, crash_point
 from shared.targets.hidden import NO_SCALES, ChannelScales, num_states
 from shared.targets.planes import Per
-from shared.targets.spec import ClassRanks
+from shared.targets.record import ClassRanks
 
 MAX_COMMIT_BYTES = 16 << 20
 _MAX_METADATA_BYTES = 4 << 20  # of Arrow, in one message or in the footer; ours have a few KB

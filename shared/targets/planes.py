@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from shared.arrays import Plane, join_planes
 from shared.errors import CorruptCache
-from shared.targets.spec import Floats
+from shared.targets.record import Floats
 
 Per = Literal["row", "segment", "token", "position", "entry", "state", "byte"]
 

@@ -1,48 +1,35 @@
-"""Targets whose positions differ in their number of entries: `adaptive` and `sample` <-> planes.
+"""Targets whose positions differ in their number of entries: what `adaptive` and `sample` share.
 
 Shapes: P positions, E entries of all positions one after another, C classes.
 
 Counts 1 to 255 entries of each position, one byte.
-Ids    Ranks ascend within a position; the gaps between them are kept, as in `codec`.
-Values q = rint(M sqrt(drop / R)), drop = -ln p, with one R for the whole cache: -ln threshold for
-       `adaptive`, whose decoder scales entries and tail to a sum of 1, and RANGE_BEYOND nats more
-       for `sample`, so that the largest class is kept as it is in flat positions too. Code 0 of a
-       sample means drawn: its weight is the threshold. A kept entry of a sample has the code
-       1 + q, with M - 1 in the place of M. At 16 bits, drop in fp16; 65535: drawn.
-Tail   As in `codec`; a sample has none.
-
-The probabilities of a sample are rounded to one of the two nearest codes at random, so that their
-mean is exact: nearest rounding would be a bias that no number of draws averages out.
+Ids    Ranks ascend within a position; the gaps between them are kept, as in `topk`.
+Values One code of one or two bytes for each entry, on a scale that is the same for a whole cache.
 """
 
-import math
 import threading
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from shared.arrays import Plane, join_planes, mixed_bits, split_planes
+from shared.arrays import Plane, join_planes, split_planes
+from shared.errors import ConfigError
+from shared.targets.base import Kind, TargetFields, TargetKind
 from shared.targets.planes import (
-    DRAWN_HALF,
-    LOG_KEPT,
-    LOG_TAIL,
     PlaneShape,
     beyond_classes,
     bits_per_rank,
-    halves,
     id_planes,
     named,
     no_class_left,
-    tail_codes,
 )
-from shared.targets.spec import MAX_ENTRIES, ClassRanks, Floats, Target, TargetSpec
+from shared.targets.record import ClassRanks, Floats, Target
 
-RANGE_BEYOND = 3.0  # nats below the spacing that the largest class of a sample may be
+MAX_ENTRIES = 255  # of one position: a byte counts them
 LEVELS: dict[int, int] = {7: 127, 8: 255}  # M
-DRAWN = {7: 0, 8: 0, 16: DRAWN_HALF}  # code of a drawn entry
 
 # What a weight of 1 is summed up as, in int64: 255 of them fit, and float32 weights of 2**-30 or
 # more, as every class has that is kept, are whole numbers.
@@ -51,75 +38,89 @@ WEIGHT_ONE = 2.0**54
 Integer = TypeVar("Integer", np.int64, np.uint32)
 
 
-def plane_shapes(spec: TargetSpec) -> list[PlaneShape]:
-    """Every plane, counts first: they say how long the others are."""
-    codes = range(2 if spec.value_bits == 16 else 1)
-    tails = range(2 if spec.kind == "adaptive" else 0)
-    return [
-        PlaneShape("target_counts.0", "position", 1),
-        *(PlaneShape(f"target_ids.{n}", "entry", 1) for n in range(id_planes(spec.num_classes))),
-        *(PlaneShape(f"target_codes.{n}", "entry", 1) for n in codes),
-        *(PlaneShape(f"target_tail.{n}", "position", 1) for n in tails),
-    ]
+class RaggedKind(Kind[Target]):
+    """Each position has the entries it needs, `mean_entries` on average."""
 
+    ragged = True
+    lowest_threshold = 1e-9
+    reads = frozenset({"mean_entries", "value_bits"})
 
-def value_range(spec: TargetSpec) -> float:
-    """R, nats."""
-    beyond = RANGE_BEYOND if spec.kind == "sample" else 0.0
-    return beyond - math.log(spec.threshold)
+    def check(self, spec: TargetFields) -> None:
+        lowest = self.lowest_threshold
+        if spec.threshold and not lowest <= spec.threshold < 1:
+            raise ConfigError(f"threshold={spec.threshold}: expected {lowest:.6f} to 1.")
+        if not 1 <= spec.mean_entries <= MAX_ENTRIES:
+            raise ConfigError(f"mean_entries={spec.mean_entries}: expected 1 to {MAX_ENTRIES}.")
 
+    def text(self, name: TargetKind, spec: TargetFields) -> str:
+        return f"{name} {spec.mean_entries:g}"
 
-def drawn_logprob(spec: TargetSpec) -> np.float32:
-    """What stands for a drawn entry of a sample: ln of its weight."""
-    return np.float32(math.log(spec.threshold))
+    def plane_shapes(self, spec: TargetFields) -> Sequence[PlaneShape]:
+        """Every plane, counts first: they say how long the others are."""
+        codes = range(2 if spec.value_bits == 16 else 1)
+        ids = range(id_planes(spec.num_classes))
+        return [
+            PlaneShape("target_counts.0", "position", 1),
+            *(PlaneShape(f"target_ids.{n}", "entry", 1) for n in ids),
+            *(PlaneShape(f"target_codes.{n}", "entry", 1) for n in codes),
+        ]
 
+    def encode(self, kept: Target, spec: TargetFields, ranks: ClassRanks) -> dict[str, Plane]:
+        """Every plane of plane_shapes."""
+        _check(kept, spec)
+        assert kept.counts is not None  # _check
+        starts = np.cumsum(kept.counts) - kept.counts
+        code_E = self.codes(kept, spec)
+        planes = {"target_counts.0": kept.counts.astype(np.uint8), **self.tails(kept, starts)}
+        gap_E, code_E = _sort_by_rank(kept.ids, code_E, kept.counts, starts, ranks)
+        planes |= named("target_ids", split_planes(gap_E, id_planes(spec.num_classes)))
+        planes |= named("target_codes", split_planes(code_E, code_E.itemsize))
+        return {shape.name: planes[shape.name] for shape in self.plane_shapes(spec)}
 
-def encode(target: Target, spec: TargetSpec, ranks: ClassRanks) -> dict[str, Plane]:
-    """Every plane of plane_shapes; a logprob equal to `drawn_logprob` is a drawn entry."""
-    _check(target, spec)
-    assert target.counts is not None  # _check
-    starts = np.cumsum(target.counts) - target.counts
-    planes = {"target_counts.0": target.counts.astype(np.uint8)}
-    if spec.kind == "sample":
-        code_E = _sample_codes(target, spec)
-    else:
-        code_E = _adaptive_codes(target.logprobs, spec)
-        log_kept_P = np.log(np.add.reduceat(np.exp(target.logprobs, dtype=np.float64), starts))
-        tail_P = tail_codes(target.log_tail - log_kept_P, target.log_tail)
-        planes |= named("target_tail", split_planes(tail_P, 2))
-    gap_E, code_E = _sort_by_rank(target.ids, code_E, target.counts, starts, ranks)
-    planes |= named("target_ids", split_planes(gap_E, id_planes(spec.num_classes)))
-    planes |= named("target_codes", split_planes(code_E, code_E.itemsize))
-    return {shape.name: planes[shape.name] for shape in plane_shapes(spec)}
-
-
-def decode(planes: Mapping[str, Plane], spec: TargetSpec, ranks: ClassRanks) -> Target:
-    """The target: entries and tail of `adaptive` sum to 1, those of `sample` are as drawn.
-
-    The room of the ids first serves for exponentials, as in `codec`.
-    """
-    counts = planes["target_counts.0"].astype(np.int32)
-    if not counts.all():
-        raise no_class_left("target_counts")
-    ends = np.add.accumulate(counts, dtype=np.intp)
-    logprobs = _decode_values(planes, spec)
-    ids = np.empty(logprobs.size, np.int32)
-    room_E = _rooms.of(logprobs.size)
-    if spec.kind == "adaptive" and len(counts):
-        tail_P = join_planes([planes["target_tail.0"], planes["target_tail.1"]], np.uint16)
-        log_tail = LOG_TAIL.take(tail_P)
-        weight_E = np.exp(logprobs, out=ids.view(np.float32))
-        shift_P = LOG_KEPT.take(tail_P) - np.log(_masses(weight_E, ends, room_E))
-        logprobs += _spread(shift_P, ends, room_E)
-    else:
+    def decode(
+        self, planes: Mapping[str, Plane], num_positions: int, spec: TargetFields, ranks: ClassRanks
+    ) -> Target:
+        """The room of the ids first serves for exponentials, as in `topk`."""
+        counts = planes["target_counts.0"].astype(np.int32)
+        if not counts.all():
+            raise no_class_left("target_counts")
+        ends = np.add.accumulate(counts, dtype=np.intp)
+        logprobs = self.logprobs(planes, spec)
+        ids = np.empty(logprobs.size, np.int32)
         log_tail = np.full(len(counts), -np.inf, np.float32)
-    if len(counts):
-        gaps = [planes[f"target_ids.{n}"] for n in range(id_planes(spec.num_classes))]
-        _decode_ids(gaps, ends, ranks, room_E, out_E=ids)
-    return Target(ids, logprobs, log_tail, counts)
+        if len(counts):
+            room_E = _rooms.of(logprobs.size)
+            self.scale(planes, logprobs, ends, (ids.view(np.float32), room_E), out_P=log_tail)
+            gaps = [planes[f"target_ids.{n}"] for n in range(id_planes(spec.num_classes))]
+            _decode_ids(gaps, ends, ranks, room_E, out_E=ids)
+        return Target(ids, logprobs, log_tail, counts)
+
+    @abstractmethod
+    def codes(self, target: Target, spec: TargetFields) -> npt.NDArray[Any]:
+        """The code of each entry, u8 or u16 [E]."""
+
+    @abstractmethod
+    def logprobs(self, planes: Mapping[str, Plane], spec: TargetFields) -> Floats:
+        """What the code of each entry stands for, nats [E]."""
+
+    def tails(self, target: Target, starts: npt.NDArray[np.intp]) -> dict[str, Plane]:
+        """The planes of what is left of each position, where a kind keeps that."""
+        return {}
+
+    def scale(
+        self,
+        planes: Mapping[str, Plane],
+        logprobs: Floats,
+        ends: npt.NDArray[np.intp],
+        rooms_E: tuple[Floats, npt.NDArray[np.int64]],
+        *,
+        out_P: Floats,
+    ) -> None:
+        """Makes entries and tail sum to 1, where a kind keeps a tail: `logprobs` in place, ln of
+        the tail into `out_P`. `rooms_E` may be written to."""
 
 
-def _check(target: Target, spec: TargetSpec) -> None:
+def _check(target: Target, spec: TargetFields) -> None:
     """What a caller can get wrong and no decoder could notice."""
     counts, ids, logprobs = target.counts, target.ids, target.logprobs
     if counts is None or not ids.shape == logprobs.shape == (counts.sum(),):
@@ -130,77 +131,6 @@ def _check(target: Target, spec: TargetSpec) -> None:
         raise ValueError(f"target: ids beyond the {spec.num_classes} classes")
     if not np.isfinite(logprobs).all() or np.isnan(target.log_tail).any():
         raise ValueError("target: NaN, or an entry with probability 0")
-    if spec.kind == "sample" and target.random_bits is None:
-        raise ValueError("target: a sample is rounded at random and needs random_bits")
-
-
-def _adaptive_codes(logprobs: Floats, spec: TargetSpec) -> npt.NDArray[Any]:
-    if spec.value_bits == 16:
-        return (-logprobs).clip(0).astype(np.float16).view(np.uint16)
-    M = LEVELS[spec.value_bits]
-    root_E = np.sqrt(logprobs.clip(max=0) * np.float32(-(M**2) / value_range(spec)))
-    return np.rint(root_E).clip(0, M).astype(np.uint8)
-
-
-def _sample_codes(target: Target, spec: TargetSpec) -> npt.NDArray[Any]:
-    """Codes of the mean p: between two codes, each with the probability that its distance gives."""
-    assert target.random_bits is not None  # _check
-    assert target.counts is not None
-    drop_E = -target.logprobs.clip(max=0).astype(np.float64)
-    first_E = _first_half(drop_E) if spec.value_bits == 16 else _first_code(drop_E, spec)
-    second_E = first_E + first_E.dtype.type(1)
-    high_E, low_E = (_weights(code_E, spec) for code_E in (first_E, second_E))
-    bits_E = mixed_bits(np.repeat(target.random_bits, target.counts), target.ids.astype(np.uint64))
-    share_E = (bits_E >> np.uint64(11)) * 2.0**-53
-    takes_second_E = share_E * (high_E - low_E) >= np.exp(-drop_E) - low_E
-    code_E = np.where(takes_second_E, second_E, first_E)
-    code_E[target.logprobs == drawn_logprob(spec)] = DRAWN[spec.value_bits]
-    return code_E
-
-
-def _first_code(drop_E: npt.NDArray[np.float64], spec: TargetSpec) -> npt.NDArray[np.uint8]:
-    """The last code of 1..M - 1 whose drop is not larger."""
-    M = LEVELS[spec.value_bits]
-    place_E = np.floor(np.sqrt(drop_E / value_range(spec)) * (M - 1))
-    return (1 + place_E.clip(0, M - 2)).astype(np.uint8)
-
-
-def _first_half(drop_E: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
-    """The bits of the largest IEEE half that is not larger; those of the next one are 1 more."""
-    half_E = drop_E.astype(np.float16)
-    return half_E.view(np.uint16) - (half_E > drop_E).astype(np.uint16)
-
-
-def _weights(code_E: npt.NDArray[Any], spec: TargetSpec) -> npt.NDArray[np.float64]:
-    """What kept entries of these codes are read as, float64."""
-    if spec.value_bits == 16:
-        return np.exp(-code_E.view(np.float16).astype(np.float64))
-    return np.exp(_sample_table(spec).astype(np.float64)).take(code_E)
-
-
-@lru_cache(maxsize=64)
-def _sample_table(spec: TargetSpec) -> Floats:
-    """ln of the weight of each code of a sample; f32 [256]."""
-    M, R = LEVELS[spec.value_bits], value_range(spec)
-    table = -R * ((np.arange(256) - 1) / (M - 1)) ** 2
-    table[0] = drawn_logprob(spec)
-    return table.astype(np.float32)
-
-
-def _decode_values(planes: Mapping[str, Plane], spec: TargetSpec) -> Floats:
-    """ln of the weight of each entry, [E]."""
-    code_E = planes["target_codes.0"]
-    if spec.value_bits != 16 and spec.kind == "adaptive":  # in a third of the time of looking up
-        logprobs = code_E.astype(np.float32)
-        logprobs *= logprobs
-        logprobs *= np.float32(-value_range(spec) / LEVELS[spec.value_bits] ** 2)
-        return logprobs
-    if spec.value_bits != 16:
-        return _sample_table(spec).take(code_E)
-    drop_E = halves([code_E, planes["target_codes.1"]], drawn=spec.kind == "sample")
-    logprobs = -drop_E.astype(np.float32)
-    logprobs[np.isnan(logprobs)] = drawn_logprob(spec)
-    return logprobs
 
 
 def _sort_by_rank(
@@ -247,7 +177,7 @@ class _Rooms(threading.local):
 _rooms = _Rooms()
 
 
-def _masses(weight_E: Floats, ends: npt.NDArray[np.intp], room_E: npt.NDArray[np.int64]) -> Floats:
+def masses(weight_E: Floats, ends: npt.NDArray[np.intp], room_E: npt.NDArray[np.int64]) -> Floats:
     """Sums of the weights, at most 1 each, of each position [P], exact but for one rounding."""
     np.multiply(weight_E, np.float32(WEIGHT_ONE), out=room_E, casting="unsafe")
     mass_P = _sums(room_E, ends, out_E=room_E)
@@ -270,7 +200,7 @@ def _sums(
     return sum_P
 
 
-def _spread(values_P: Floats, ends: npt.NDArray[np.intp], room_E: npt.NDArray[np.int64]) -> Floats:
+def spread(values_P: Floats, ends: npt.NDArray[np.intp], room_E: npt.NDArray[np.int64]) -> Floats:
     """Each value at every entry of its position, in `room_E`; as np.repeat, but faster.
 
     The bits are summed up, as integers, so they arrive as they are.
@@ -290,7 +220,7 @@ def _decode_ids(
     *,
     out_E: npt.NDArray[np.int32],
 ) -> None:
-    """As in `codec`: one sum over all positions, where a first gap takes back what was before."""
+    """As in `topk`: one sum over all positions, where a first gap takes back what was before."""
     gap_E = out_E.view(np.uint32)
     join_planes(planes, np.uint32, out=gap_E)
     last_P = _sums(gap_E, ends, out_E=room_E.view(np.uint32)[: room_E.size])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from student_train.tasks.metrics import MetricName
+from student_train.metrics.names import MetricName
 
 _NOT_OF_THE_RECIPE = ("seed", "out")
 

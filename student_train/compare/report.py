@@ -18,16 +18,17 @@ from student_train.compare.recipes import (
     score,
 )
 from student_train.config import CompareConfig
+from student_train.metrics.names import TITLES, MetricName
 from student_train.run_files import (
     CONFIG,
     METRICS,
     RESULT,
+    kind_of_text,
     kl_of,
     read_metrics,
     read_options,
     read_result,
 )
-from student_train.tasks.metrics import TITLES, MetricName
 
 LineKind = Literal["teacher", "run", "seeds"]
 HARD_LABELS_ONLY, NO_GAIN = "hard labels only", "no gain to recover"
@@ -335,7 +336,8 @@ def _loss_note(comparison: Comparison) -> str:
         return f"held-out loss is 1 - cosine, the mean over {comparison.positions:,} states"
     if comparison.metric == "pearson":
         return f"held-out loss: mean squared error over {comparison.positions:,} positions"
-    whole = comparison.targets == "dense" or comparison.targets.startswith("sample")
+    kind = kind_of_text(comparison.targets)
+    whole = kind is not None and (kind.every_temperature or kind.sampled)
     over = "all classes, from" if whole else "the cells of"
     return (
         f"held-out loss in nats over {comparison.positions:,} positions; KL over {over} "

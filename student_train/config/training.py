@@ -4,8 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Self
 
 from shared.options import Option, group
-from shared.tasks import TaskName
-from student_train.tasks.defaults import Recipe, Start, recipe_for
+from student_train.recipes import Recipe
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]
 
@@ -56,9 +55,8 @@ class TrainingOptions:
         ),
     ] = None
 
-    def by_task(self, task: TaskName, start: Start) -> Self:
-        """The same with a number wherever it said auto in place of one of `Recipe`."""
-        usual = recipe_for(task, start)
+    def with_recipe(self, usual: Recipe) -> Self:
+        """The same with a usual number wherever it said auto in place of one of `Recipe`."""
         rate, epochs, decay = self.learning_rate, self.epochs, self.weight_decay
         tokens, warmup = self.batch_tokens, self.warmup_ratio
         return replace(
@@ -72,7 +70,7 @@ class TrainingOptions:
 
     @property
     def recipe(self) -> Recipe:
-        """The numbers to train by; `by_task` has left none open."""
+        """The numbers to train by; `with_recipe` has left none open."""
         assert self.learning_rate != "auto"
         assert self.epochs != "auto"
         assert self.batch_tokens != "auto"

@@ -8,20 +8,16 @@ positions, the states or the entries of many rows.
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
 from shared.arrays import ranges
+from shared.format.blocks import Block
 from shared.targets.hidden import num_states, state_positions
-from shared.tasks import Layout
-from shared.windows import bounds_of
+from student_train.data.arrange import SEQUENCES, Arrangement, Columns
 
-if TYPE_CHECKING:
-    from shared.format.blocks import Block
-
-Columns = dict[str, np.ndarray]
 MicroBatch = dict[str, torch.Tensor]
 Per = Literal["row", "token", "position", "entry", "state"]
 
@@ -124,12 +120,10 @@ class Window:
         return taken
 
 
-def columns_of(block: "Block", temperature: float, layout: Layout = "tokens") -> Columns:
+def columns_of(block: Block, temperature: float, arrangement: Arrangement = SEQUENCES) -> Columns:
     """The columns of a block that micro-batches are made of; hidden states as bfloat16 bits.
 
-    `position_ids`, which restart with every segment, only where rows have several; `labels` only
-    where they are not the next tokens, of a regression as float32; `context` [R, 2], where it
-    begins and ends, only of windows.
+    `labels` only where they are not the next tokens, of a regression as float32.
     """
     columns = {
         "row_ids": block.row_ids.view(np.int64),
@@ -140,10 +134,7 @@ def columns_of(block: "Block", temperature: float, layout: Layout = "tokens") ->
     }
     if block.token_type_ids is not None:
         columns["token_type_ids"] = block.token_type_ids
-    if layout == "window":
-        columns["context"] = bounds_of(block)
-    elif block.segments is not None:
-        columns["position_ids"] = ranges(np.zeros_like(block.segments), block.segments)
+    columns |= arrangement.places_of(block)
     if block.labels is not None:
         columns["labels"] = block.labels
     if block.label_values is not None:
@@ -179,11 +170,10 @@ class Shape:
 
     Every segment of a row becomes a sequence of its own, padded on the right with token 0. Of pairs
     the first segment goes to the encoder, the second to the decoder. Every
-    `hidden_every`-th position of a row has hidden states. Where positions are outputs every row has
-    all L of them, and `position_index` counts through the logits [B, L].
+    `hidden_every`-th position of a row has hidden states.
     """
 
-    layout: Layout = "tokens"
+    arrangement: Arrangement = SEQUENCES
     hidden_every: int = 1
 
 
@@ -204,7 +194,7 @@ def without_rows(no_rows: Columns, shape: Shape, *, counts: Counts) -> MicroBatc
     The token is not masked: in a sequence that is all mask some attention kernels give NaN, and
     NaN times a gradient of 0 would reach every weight.
     """
-    segments = 2 if shape.layout == "pair" else 1
+    segments = shape.arrangement.sides
     one_token = {
         "row_ids": np.array([_NO_ROW]),
         "num_tokens": np.array([segments]),
@@ -227,12 +217,9 @@ def _assemble(columns: Columns, shape: Shape, counts: Counts) -> MicroBatch:
     row_starts, row_positions = np.cumsum(row_tokens) - row_tokens, columns.pop("num_positions")
     token_of_position = np.repeat(row_starts, row_positions)
     token_of_position += columns.pop("positions")
-    arrange = _pairs if shape.layout == "pair" else _sequences
-    arrays, places, row_of_sequence = arrange(columns, input_ids, row_starts, shape)
-    if shape.layout == "outputs":
-        arrays["position_index"] = np.arange(len(token_of_position))
-    else:
-        arrays["position_index"] = places[token_of_position]
+    arrange = shape.arrangement.arrange
+    arrays, places, row_of_sequence = arrange(columns, input_ids, row_starts)
+    arrays["position_index"] = shape.arrangement.position_index(token_of_position, places)
     labels = columns.pop("labels") if "labels" in columns else input_ids[token_of_position + 1]
     arrays["labels"] = labels if labels.dtype == np.float32 else labels.astype(np.int64)
     arrays["row_ids"] = columns.pop("row_ids")[row_of_sequence]
@@ -247,56 +234,6 @@ def _assemble(columns: Columns, shape: Shape, counts: Counts) -> MicroBatch:
     batch = {name: torch.from_numpy(array) for name, array in (arrays | columns).items()}
     hidden = {n: batch[n].view(torch.bfloat16) for n in batch if n.startswith("hidden.")}
     return batch | hidden
-
-
-# Arrays of a micro-batch, where each token goes in [B, T], flat, and the row of each sequence.
-_Arranged = tuple[Columns, np.ndarray, np.ndarray]
-
-
-def _sequences(
-    columns: Columns, input_ids: np.ndarray, row_starts: np.ndarray, shape: Shape
-) -> _Arranged:
-    """Every segment as one sequence."""
-    position_ids = columns.pop("position_ids", None)
-    starts = row_starts if position_ids is None else np.flatnonzero(position_ids == 0)
-    lengths_B1 = np.diff(starts, append=len(input_ids))[:, None]
-    column_T = np.arange(lengths_B1.max())
-    places = ranges(np.arange(len(starts)) * len(column_T), lengths_B1[:, 0])
-    ids_BT = np.zeros((len(starts), len(column_T)), np.int64)
-    arrays = {"input_ids": _scatter(input_ids, places, ids_BT)}
-    arrays["attention_mask"] = (column_T < lengths_B1).astype(np.int64)
-    if "token_type_ids" in columns:
-        types = columns.pop("token_type_ids")
-        arrays["token_type_ids"] = _scatter(types, places, np.zeros_like(ids_BT))
-    return arrays, places, np.searchsorted(row_starts, starts, side="right") - 1
-
-
-def _pairs(
-    columns: Columns, input_ids: np.ndarray, row_starts: np.ndarray, shape: Shape
-) -> _Arranged:
-    """The first segment of each row for the encoder, the second for the decoder.
-
-    Places are those in what the decoder reads, 0 for tokens of the encoder: none has a target.
-    """
-    starts = np.flatnonzero(columns.pop("position_ids") == 0).reshape(-1, 2)
-    lengths = np.diff(starts.reshape(-1), append=len(input_ids)).reshape(-1, 2)
-    arrays: Columns = {}
-    places = np.zeros(len(input_ids), np.int64)
-    for side, prefix in enumerate(("", "decoder_")):
-        column_T = np.arange(lengths[:, side].max())
-        tokens = ranges(starts[:, side], lengths[:, side])
-        into = ranges(np.arange(len(starts)) * len(column_T), lengths[:, side])
-        ids_BT = np.zeros((len(starts), len(column_T)), np.int64)
-        arrays[f"{prefix}input_ids"] = _scatter(input_ids[tokens], into, ids_BT)
-        arrays[f"{prefix}attention_mask"] = (column_T < lengths[:, side, None]).astype(np.int64)
-        if side:
-            places[tokens] = into
-    return arrays, places, np.arange(len(row_starts))
-
-
-def _scatter(values: np.ndarray | int, places: np.ndarray, into_BT: np.ndarray) -> np.ndarray:
-    into_BT.reshape(-1)[places] = values
-    return into_BT
 
 
 def _per(name: str) -> Per:

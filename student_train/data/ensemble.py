@@ -17,7 +17,7 @@ from shared.errors import CacheMismatch, ConfigError
 from shared.format.blocks import Block
 from shared.format.manifest import Manifest
 from shared.targets.hidden import Bits, bf16_to_float32
-from shared.targets.spec import Floats, Target
+from shared.targets.record import Floats, Target
 from student_train.data.mixtures import Voice, entropy_of, mixture
 from student_train.data.order import Part
 
@@ -137,7 +137,7 @@ class Ensemble:
             assert each.target is not None  # all caches have the same kind
             voices.append(Voice(each.target, weight, each.log_partition_ratio))
         block.target = mixture(voices, kind, self.temperature)
-        if kind == "dense":
+        if self.manifest.targets.every_temperature:
             at_one = block.target if self.temperature == 1 else mixture(voices, kind)
             block.entropy = entropy_of(at_one)
         elif self.temperature != 1:

@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from shared.targets.spec import Floats, Target, TargetKind
+from shared.targets.base import TargetKind
+from shared.targets.kinds import KINDS
+from shared.targets.record import Floats, Target
 
 Doubles = npt.NDArray[np.float64]
 
@@ -31,18 +33,25 @@ class Voice:
 def mixture(voices: Sequence[Voice], kind: TargetKind, temperature: float = 1.0) -> Target:
     """The mixed target, as the loss at `temperature` expects it.
 
-    dense   exact.
-    sample  all entries with their weights times the teacher's, those of one class added up: right
-            on average, as each sample is. A position may have more than 255 entries.
-    others  not exact, and nothing could be: a class that only some teachers kept has an unknown
-            probability in the tails of the others. Classes that all teachers kept have their exact
-            mixed probability, everything else is in the tail, whose mass is exact too. The result
-            has `counts`, also for topk; a position may have no entry at all.
+    What it is worth follows from what the kind keeps. Whole distributions have an exact mixture. Of
+    samples it has all entries with their weights times the teacher's, those of one class added up:
+    right on average, as each sample is; a position may have more than 255 entries.
+
+    Where classes are cut off it is not exact, and nothing could be: a class that only some teachers
+    kept has an unknown probability in the tails of the others. Classes that all teachers kept have
+    their exact mixed probability, everything else is in the tail, whose mass is exact too. The
+    result has `counts`, whatever the kind; a position may have no entry at all.
     """
-    if kind == "dense":
-        return _mix_dense(voices, temperature)
-    if kind == "sample":
+    traits = KINDS[kind]
+    if traits.every_temperature:
+        return _mix_whole(voices, temperature)
+    if traits.sampled:
         return _mix_entries(voices, at_least=1)
+    return _mix_kept(voices, temperature)
+
+
+def _mix_kept(voices: Sequence[Voice], temperature: float) -> Target:
+    """The classes that all teachers kept, and one tail."""
     at_one = _mix_entries(voices, at_least=len(voices))
     if temperature == 1:
         return at_one
@@ -56,14 +65,14 @@ def mixture(voices: Sequence[Voice], kind: TargetKind, temperature: float = 1.0)
 
 
 def entropy_of(target: Target) -> Floats:
-    """Entropy of dense distributions at T = 1, nats [P]."""
+    """Entropy of whole distributions at T = 1, nats [P]."""
     mass_PC = np.exp(target.logprobs)
     held_PC = np.where(mass_PC > 0, target.logprobs, 0)  # 0 ln 0 is 0
     entropy: Floats = -(mass_PC * held_PC).sum(axis=1)
     return entropy
 
 
-def _mix_dense(voices: Sequence[Voice], temperature: float) -> Target:
+def _mix_whole(voices: Sequence[Voice], temperature: float) -> Target:
     first = voices[0].target
     mixed_PC = np.full_like(first.logprobs, -np.inf)
     for voice in voices:

@@ -20,9 +20,8 @@ import numpy as np
 
 from shared.arrays import ranges
 from shared.targets.hidden import num_states
-from shared.tasks import Layout
+from student_train.data.arrange import SEQUENCES, Arrangement, Columns
 from student_train.data.collate import (
-    Columns,
     Counts,
     MicroBatch,
     Shape,
@@ -53,7 +52,7 @@ class StreamSpec:
     temperature: float = 1.0  # other than 1: adds log_partition_ratio
     hidden_layers: tuple[int, ...] = ()
     hidden_every: int = 1  # the cache has states of every n-th position of a row
-    layout: Layout = "tokens"  # of a row, by its task
+    arrangement: Arrangement = SEQUENCES  # of a row, by its task
 
 
 class BatchStream:
@@ -162,7 +161,7 @@ class _Reader:
         self._unused_memory: list[Columns] = []
         self._jobs: dict[tuple[int, int], Future[None]] = {}  # by window and block
         empty = cache.empty_block(hidden_layers=spec.hidden_layers, targets=spec.targets)
-        self._no_rows = columns_of(empty, spec.temperature, spec.layout)
+        self._no_rows = columns_of(empty, spec.temperature, spec.arrangement)
 
     def batches(self, start: int, stop: int) -> Generator[MicroBatch]:
         """Micro-batches of the steps from `start` up to `stop`."""
@@ -226,11 +225,11 @@ class _Reader:
                 skip=_UNUSED,
             )
             first, last = int(starts[number]), int(starts[number + 1])
-            columns = columns_of(block, spec.temperature, spec.layout)
+            columns = columns_of(block, spec.temperature, spec.arrangement)
             window.fill(first, last - first, columns)
 
     def _collate(self, plans: list[_Plan]) -> Iterator[MicroBatch]:
-        shape = Shape(self.spec.layout, self.spec.hidden_every)
+        shape = Shape(self.spec.arrangement, self.spec.hidden_every)
         for plan in plans:
             counts = plan.counts
             for rows, windows in plan.micro_batches:

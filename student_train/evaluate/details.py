@@ -6,7 +6,7 @@ positions. Their tokens are read from the cache at the end.
 Shapes: N positions of a batch, R rows of a batch, P positions of one row, T its tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from shared.cache import Cache, Row
 from shared.format.schema import layout
 from shared.models.tokenizer import load_cached_tokenizer
-from shared.tasks import TASKS
 from student_train.config import WorstBy
 from student_train.data.collate import MicroBatch
-from student_train.evaluate.classes import Confusion, LabelCounts
 from student_train.loss.positions import PREFIX
-from student_train.tasks.reliability import Reliability
+from student_train.metrics.reliability import Reliability
+from student_train.tasks.base import NameOf
+from student_train.tasks.table import task_of
 
-MOST_MARKED = 12  # tokens marked in a row over a vocabulary
 _CHUNK_BITS = 24  # of a row id: document << 24 | chunk
 _CONTEXT_TOKENS = 6  # that decide how a token is written
 
@@ -44,12 +43,7 @@ class Details:
     def __init__(self, cache: Cache, *, worst: int, by: WorstBy) -> None:
         self.cache, self.worst, self.by = cache, worst, by
         self.student, self.teacher = Reliability(), Reliability()
-        of_labels = TASKS[cache.manifest.task].target_space == "labels"
-        self.confusion: Confusion | LabelCounts | None = None
-        if cache.manifest.layout == "outputs":
-            self.confusion = LabelCounts(cache.manifest.labels)
-        elif of_labels:
-            self.confusion = Confusion(cache.manifest.labels)
+        self.confusion = task_of(cache.manifest).confusion(cache.manifest)
         self._rows: list[_Kept] = []
 
     def add(self, output: Mapping[str, Tensor], batch: MicroBatch) -> None:
@@ -133,23 +127,16 @@ def _shown(
 ) -> dict[str, Any]:
     """One row as text: all tokens, and what was answered at its positions.
 
-    Over a vocabulary only the positions of the highest loss are listed, over labels all of them; of
-    several labels of a row those that anybody says yes to, and the one of the highest loss.
+    Which positions those are, and what they are about, is the task's to say.
     """
-    loss_P, names = kept.answers["loss"], cache.manifest.labels
-    places = np.arange(len(loss_P))
-    if not names:
-        places = np.sort(np.argsort(-loss_P, kind="stable")[:MOST_MARKED])
-    of_outputs = cache.manifest.layout == "outputs"
-    if of_outputs:
-        places = _said(kept, row.labels.numpy())
+    task, loss_P = task_of(cache.manifest), kept.answers["loss"]
     texts = token_texts(tokenizer, row.input_ids.tolist())
-    name_of = _namer(cache, texts, tokenizer)
+    name_of = task.name_of(cache.manifest, texts, tokenizer)
     answers = []
-    for p in places.tolist():
-        naming = _yes_or_no(names[p]) if of_outputs else name_of
-        answer = _answer(kept, p, int(row.labels[p]), naming)
-        answers.append(answer | _place(row, p, cache, texts, tokenizer))
+    for place in task.shown_places(kept.answers, row).tolist():
+        answer = _answer(kept, place, int(row.labels[place]), name_of)
+        first, end = task.tokens_about(row, place, texts, tokenizer) or (None, None)
+        answers.append(answer | {"token": first, "token_end": end})
     shown: dict[str, Any] = {
         "row_id": kept.row_id,
         "document": kept.row_id >> _CHUNK_BITS,
@@ -162,75 +149,20 @@ def _shown(
     return shown | {"tokens": texts, "answers": answers}
 
 
-def _said(kept: _Kept, labels_P: np.ndarray) -> np.ndarray:
-    """The labels that corpus, student or teacher says yes to, and that of the highest loss."""
-    said_P = labels_P == 1
-    for name in {"student", "teacher"} & kept.answers.keys():
-        said_P = said_P | (kept.answers[name] == 1)
-    said_P[kept.answers["loss"].argmax()] = True
-    return np.flatnonzero(said_P)
-
-
-def _yes_or_no(label: str) -> Callable[[int], str]:
-    return lambda number: f"{label}: {'yes' if number else 'no'}"
-
-
-def _namer(
-    cache: Cache, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> Callable[[int], str]:
-    """How a class is named: a label by its name, a class of a vocabulary as it is written.
-
-    A class that is a token of the row, by its place and its text; the first one is no answer.
-    """
-    match TASKS[cache.manifest.task].target_space:
-        case "labels":
-            return lambda number: cache.manifest.labels[number]
-        case "tokens":
-            return lambda number: f"{number}: {texts[number].strip()}" if number else "no answer"
-    return lambda number: str(tokenizer.decode([number]))
-
-
-def _answer(kept: _Kept, p: int, label: int, name_of: Callable[[int], str]) -> dict[str, Any]:
+def _answer(kept: _Kept, place: int, label: int, name_of: NameOf) -> dict[str, Any]:
     """What hard label, student and, where known, teacher say at one position."""
-    numbers = {name: values[p].item() for name, values in kept.answers.items()}
+    numbers = {name: values[place].item() for name, values in kept.answers.items()}
     answer = {
-        "label": name_of(label) if label >= 0 else None,
+        "label": name_of(place, label) if label >= 0 else None,
         "loss": numbers["loss"],
-        "student": name_of(numbers["student"]),
+        "student": name_of(place, numbers["student"]),
         "probability": numbers["probability"],
     }
     if "teacher" in numbers:
-        answer["teacher"] = name_of(numbers["teacher"])
+        answer["teacher"] = name_of(place, numbers["teacher"])
         answer["teacher_probability"] = numbers["teacher_probability"]
         answer["kl"] = numbers["kl"]
     return answer
-
-
-def _place(
-    row: Row, p: int, cache: Cache, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, int | None]:
-    """The tokens `token` to `token_end` that a position is about.
-
-    The next one where a model writes on; none where it is about the row as a whole; where an answer
-    begins or ends, its label. A tagged word goes on with what follows its first token without a
-    space or a tag of its own.
-    """
-    task, special = TASKS[cache.manifest.task], set(tokenizer.all_special_ids)
-    label = int(row.labels[p])
-    of_row = cache.manifest.layout in ("row", "outputs")
-    if of_row or (task.layout == "window" and not label):
-        return {"token": None, "token_end": None}
-    if task.layout == "window":
-        return {"token": label, "token_end": label + 1}
-    first = int(row.positions[p]) + (1 if task.labels == "next" else 0)
-    end = first + 1
-    if task.target_space == "labels":
-        after = int(row.positions[p + 1]) if p + 1 < len(row.positions) else len(texts)
-        while (
-            end < after and not texts[end][:1].isspace() and int(row.input_ids[end]) not in special
-        ):
-            end += 1
-    return {"token": first, "token_end": end}
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

@@ -5,7 +5,6 @@ labels and questions all answers are kept, for the metrics of the task. Nothing 
 teacher: its loss on the same positions, or what it answered there, was cached with its targets.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -14,20 +13,19 @@ from torch import nn
 
 from shared.cache import Cache, open_cache
 from shared.errors import ConfigError
-from shared.tasks import MAX_ANSWER_TOKENS, TASKS
+from shared.tasks import MAX_ANSWER_TOKENS
 from student_train.config import EvaluateConfig
 from student_train.data.order import Order, OrderSpec
 from student_train.data.stream import BatchStream, StreamSpec
 from student_train.evaluate.details import Details
 from student_train.evaluate.page import write_evaluation
+from student_train.evaluate.writing import Writing, check_writes, written_numbers
 from student_train.loss.objective import Objective, attach
 from student_train.loss.spec import LossSpec
+from student_train.metrics.texts import require_metrics
 from student_train.student.build import build_student, load_config
 from student_train.student.fit import check_fit, check_labelled
-from student_train.tasks.answers import collector_for
-from student_train.tasks.text_metrics import require_metrics
-from student_train.tasks.vectors import layer_pair, load_projection
-from student_train.tasks.writing import Writing, check_writes, written_numbers
+from student_train.tasks.table import task_of
 
 _SUMS = {"hard", "soft", "agreement", "student_entropy"}  # over positions
 
@@ -46,50 +44,17 @@ def evaluate(
     knows all of it (`dense`; `sample` on average), else `kl_bucketed`, over the kept classes and
     one cell for all others. `agreement`: share of positions where student and teacher have the same
     most probable class. The last two only where the cache has targets. On a label space also the
-    metrics of the task (metrics.py, row_metrics.py), of questions those of span_metrics.py; of
+    metrics of the task (metrics/labels.py, rows.py), of questions those of spans.py; of
     hidden states alone those of vectors.py, and `loss` is 1 - cosine. In a regression `loss` is the
     mean squared error, and `mse_to_teacher` stands for the other two. `details` is shown every
     batch, and what single positions of it were answered with.
     """
-    manifest = cache.manifest
-    has_targets = manifest.targets.kind != "none"
-    of_states = TASKS[manifest.task].target_space == "states"
-    pairs = (layer_pair(cache),) if of_states else ()
-    objective = Objective(
-        spec=LossSpec(),
-        num_classes=manifest.targets.num_classes,
-        target_kind=manifest.targets.kind,
-        problem_type=manifest.problem_type,
-        soft_weight=1.0 if has_targets else 0.0,
-        hard_weight=1.0,
-        with_answers=details is not None,
-        hidden_weight=1.0 if of_states else 0.0,
-        layer_pairs=pairs,
-        deviations={layer: cache.channel_deviation(layer) for layer, _ in pairs},
-        states_only=of_states,
-        pooling=manifest.hidden.pooling,
-    )
-    world, rank = _world()
-    order = Order(
-        cache.block_rows,
-        cache.row_tokens,
-        OrderSpec(batch_tokens=batch_tokens * world, shuffle=False, epochs=1),
-    )
-    spec = StreamSpec(
-        world_size=world,
-        rank=rank,
-        targets=has_targets,
-        hidden_layers=tuple(layer for layer, _ in pairs),
-        hidden_every=manifest.hidden.every,
-        layout=manifest.layout,
-    )
-    stream = BatchStream(cache, order, spec, max_steps=order.steps_for_epochs(1))
-    device = next(student.parameters()).device
+    task, device = task_of(cache.manifest), next(student.parameters()).device
+    stream, collector = _stream(cache, batch_tokens), task.collector(cache, max_answer_tokens)
     sums: dict[str, torch.Tensor] = {}
-    collector = collector_for(cache, max_answer_tokens)
     training = student.training
     student.eval()
-    attachment = attach(student, objective)
+    attachment = attach(student, _objective(cache, with_answers=details is not None))
     try:
         with torch.no_grad():
             for batch in stream:
@@ -104,51 +69,55 @@ def evaluate(
     finally:
         attachment.detach()
         student.train(training)
-    if of_states:
-        assert collector is not None  # there is one for states
-        return {"positions": int(cache.row_positions.sum()), **collector.numbers(device)}
-    names = sorted(sums)
-    totals = torch.stack([sums[name] for name in names])
-    if world > 1:
-        totals = _summed_over_processes(totals, device)
-    numbers = _numbers(dict(zip(names, totals.tolist(), strict=True)), cache)
+    numbers = task.numbers(_totals(sums, device), cache)
     return numbers if collector is None else numbers | collector.numbers(device)
 
 
-def _numbers(sums: dict[str, float], cache: Cache) -> dict[str, Any]:
-    positions = int(cache.row_positions.sum())
-    loss = sums["hard"] / positions
-    if cache.manifest.problem_type == "regression":
-        return _numbers_of_values(sums, cache)
-    numbers: dict[str, Any] = {
-        "positions": positions,
-        "loss": loss,
-        "student_entropy": sums["student_entropy"] / positions,
-    }
-    if TASKS[cache.manifest.task].target_space == "vocabulary":
-        numbers["perplexity"] = math.exp(min(loss, 700.0))
-    targets = cache.manifest.targets
-    if targets.kind != "none":
-        statistics = [commit.statistics for commit in cache.commits]
-        whole = targets.complete or targets.kind == "sample"
-        numbers["kl" if whole else "kl_bucketed"] = sums["soft"] / positions
-        numbers["targets"] = targets.text
-        numbers["agreement"] = sums["agreement"] / positions
-        numbers["teacher_loss"] = -sum(s["sum_label_logprob"] for s in statistics) / positions
-        numbers["teacher_entropy"] = sum(s["sum_entropy"] for s in statistics) / positions
-    return numbers
+def _objective(cache: Cache, *, with_answers: bool) -> Objective:
+    """All that a cache has something for, each term with weight 1, at T = 1."""
+    manifest, task = cache.manifest, task_of(cache.manifest)
+    pairs = task.layer_pairs(cache)
+    return Objective(
+        spec=LossSpec(),
+        num_classes=manifest.targets.num_classes,
+        target_kind=manifest.targets.kind,
+        outputs=task.outputs,
+        soft_weight=1.0 if cache.has_targets else 0.0,
+        hard_weight=1.0,
+        with_answers=with_answers,
+        hidden_weight=1.0 if pairs else 0.0,
+        layer_pairs=pairs,
+        deviations={layer: cache.channel_deviation(layer) for layer, _ in pairs},
+        pooling=manifest.hidden.pooling,
+    )
 
 
-def _numbers_of_values(sums: dict[str, float], cache: Cache) -> dict[str, Any]:
-    """Of a regression, where the loss is a mean squared error."""
-    positions, targets = int(cache.row_positions.sum()), cache.manifest.targets
-    numbers: dict[str, Any] = {"positions": positions, "loss": sums["hard"] / positions}
-    if targets.kind != "none":
-        squares = sum(commit.statistics["sum_value_squared_error"] for commit in cache.commits)
-        numbers["targets"] = targets.text
-        numbers["mse_to_teacher"] = sums["soft"] / positions
-        numbers["teacher_loss"] = squares / positions
-    return numbers
+def _stream(cache: Cache, batch_tokens: int) -> BatchStream:
+    """Every row once, in its natural order; each process reads its share."""
+    world, rank = _world()
+    spec = OrderSpec(batch_tokens=batch_tokens * world, shuffle=False, epochs=1)
+    order = Order(cache.block_rows, cache.row_tokens, spec)
+    task = task_of(cache.manifest)
+    reading = StreamSpec(
+        world_size=world,
+        rank=rank,
+        targets=cache.has_targets,
+        hidden_layers=tuple(layer for layer, _ in task.layer_pairs(cache)),
+        hidden_every=cache.manifest.hidden.every,
+        arrangement=task.arrangement,
+    )
+    return BatchStream(cache, order, reading, max_steps=order.steps_for_epochs(1))
+
+
+def _totals(sums: dict[str, torch.Tensor], device: torch.device) -> dict[str, float]:
+    """The sums over all processes; every one has the same names."""
+    if not sums:
+        return {}
+    names = sorted(sums)
+    totals = torch.stack([sums[name] for name in names])
+    if _world()[0] > 1:
+        totals = _summed_over_processes(totals, device)
+    return dict(zip(names, totals.tolist(), strict=True))
 
 
 def _world() -> tuple[int, int]:
@@ -173,13 +142,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         check_writes(cache)
         require_metrics()
     student = build_student(config.student, cache, seed=0)
+    task_of(cache.manifest).load_beside(config.student, student, cache)
     cuda = config.device == "auto" and torch.cuda.is_available()
-    if TASKS[cache.manifest.task].target_space == "states":
-        load_projection(config.student, student, cache)
     student.to("cuda" if cuda else "cpu")
     details = None
     if config.html is not None or config.num_worst:
-        _check_worst_by(config, cache)
+        _check_shown(config, cache)
         details = Details(cache, worst=config.num_worst, by=config.worst_by)
     numbers: dict[str, Any] = {
         "student": config.student,
@@ -211,22 +179,14 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     return numbers | {"details": found} if config.asks_for_worst else numbers
 
 
-def _check_worst_by(config: EvaluateConfig, cache: Cache) -> None:
-    kind = cache.manifest.targets.kind
-    if TASKS[cache.manifest.task].target_space == "states":
-        raise ConfigError(
-            f"--html and --worst: {cache.path} holds hidden states, and no answers that could be "
-            "right or wrong. Leave them out."
-        )
-    if config.worst_by == "kl" and kind in ("none", "sample"):
-        has = "no teacher" if kind == "none" else "a sample of the teacher's classes"
+def _check_shown(config: EvaluateConfig, cache: Cache) -> None:
+    """Refuses pages and worst rows of what they cannot show or rank."""
+    targets, task = cache.manifest.targets, task_of(cache.manifest)
+    unknown = targets.sampled or not targets.has_targets
+    if not task.outputs.states_alone and config.worst_by == "kl" and unknown:
+        has = "a sample of the teacher's classes" if targets.sampled else "no teacher"
         raise ConfigError(
             f"--worst-by kl: {cache.path} holds {has}, so the KL of single rows is not known. "
             "Rank them with --worst-by loss."
         )
-    if cache.manifest.problem_type == "regression":
-        raise ConfigError(
-            f"--html and --worst: {cache.path} is of a regression. They show how sure answers are "
-            "and which are wrong, and numbers are neither sure nor wrong. Leave them out: evaluate "
-            "prints the errors and correlations of student and teacher."
-        )
+    task.check_shown(cache)

@@ -9,9 +9,9 @@ from shared.cache import Cache
 from shared.pages import drawing
 from shared.pages.drawing import Axis, Chart, Series
 from shared.pages.pages import write_page
-from student_train.evaluate.details import MOST_MARKED
-from student_train.tasks.metrics import TITLES
-from student_train.tasks.reliability import NUM_BINS
+from student_train.metrics.names import TITLES
+from student_train.metrics.reliability import NUM_BINS
+from student_train.tasks.base import MOST_MARKED
 
 _STUDENT, _TEACHER, _PERFECT = 0, 1, 2  # colours
 _OUTSIDE = "O"
@@ -33,7 +33,7 @@ _OF_TEACHER = {"student_entropy": "teacher_entropy"}  # any other: teacher_ befo
 def write_evaluation(numbers: dict[str, Any], cache: Cache, path: Path) -> None:
     """What `evaluate` found, with its details."""
     details, targets = numbers["details"], cache.manifest.targets
-    whose = "no teacher" if targets.kind == "none" else f"teacher: {targets.text}"
+    whose = f"teacher: {targets.text}" if cache.has_targets else "no teacher"
     write_page(
         "student_train",
         "evaluate.html",
@@ -43,7 +43,7 @@ def write_evaluation(numbers: dict[str, Any], cache: Cache, path: Path) -> None:
         f"{cache.num_rows:,} rows of {cache.path} ({cache.cache_id[:12]}); {whose}",
         tiles=_tiles(numbers),
         table=table_of_numbers(numbers),
-        has_teacher=targets.kind != "none",
+        has_teacher=cache.has_targets,
         has_interval="metric" in numbers,
         charts=[reliability_chart(details), _counts_chart(details)],
         chart_note=_calibration_note(numbers),

@@ -7,59 +7,22 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from shared.cache import Cache, Row
-from shared.tasks import TASKS, Layout, ProblemType
+from shared.cache import Cache
 from student_train.export.onnx_files import Arrays, Runner
-from student_train.tasks.metrics import Answers, MetricName, task_numbers
-from student_train.tasks.row_metrics import (
-    mean_squared_error,
-    multi_label_numbers,
-    regression_numbers,
-)
+from student_train.metrics.scores import Scores
+from student_train.tasks.base import HardLabels, StudentTask
+from student_train.tasks.samples import Reading, Sample
+from student_train.tasks.table import task_of
 
 _MAX_LOGITS = 1 << 25  # of one batch, 128 MiB as float32
 _MAX_BATCH = 8
 _RANDOM_TOKENS = (5, 17, 32)  # lengths of random rows, in turn
 _WARM_UP, _REPEATS = 3, 20
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One sequence: tokens [T], and the tokens with hard labels where a cache has them."""
-
-    row: int
-    tokens: Mapping[str, np.ndarray]  # by name of the input; all but the mask
-    positions: np.ndarray
-    labels: np.ndarray
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens["input_ids"])
-
-
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """What the hard labels of a cache mean for logits; `names` only on a label space."""
-
-    one_per_row: bool
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Of one model on the labels: mean cross-entropy in nats, of numbers the mean squared error;
-    the main metric of the task."""
-
-    loss: float | None = None
-    metric: MetricName | None = None
-    value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,47 +55,15 @@ class _Sums:
     answers: list[tuple[Sample, np.ndarray, np.ndarray]] = field(default_factory=list)
 
 
-def samples_of(cache: Cache, count: int, inputs: Sequence[str], start_token: int) -> list[Sample]:
-    """Rows of a cache, evenly spread over it; packed documents apart, as students are fed.
-
-    An encoder-decoder reads the first segment of a row, and its decoder the second; of a cache that
-    has no pairs it reads the row and is asked for its labels, behind `start_token`.
-    """
-    layout = cache.manifest.layout
+def samples_of(cache: Cache, count: int, reading: Reading) -> list[Sample]:
+    """Rows of a cache, evenly spread over it; packed documents apart, as students are fed."""
+    task = task_of(cache.manifest)
     numbers = np.unique(np.linspace(0, cache.num_rows - 1, min(count, cache.num_rows)).astype(int))
     return [
         sample
         for number in numbers.tolist()
-        for sample in _samples(cache[number], number, inputs, start_token, layout)
+        for sample in task.samples(cache[number], number, reading)
     ]
-
-
-def _samples(
-    row: Row, number: int, inputs: Sequence[str], start_token: int, layout: Layout
-) -> Iterator[Sample]:
-    if layout == "pair":
-        size, ids = row.segments[0], row.input_ids.numpy()
-        tokens = {"input_ids": ids[:size], "decoder_input_ids": ids[size:-1]}
-        yield Sample(number, tokens, row.positions.numpy() - size, row.labels.numpy())
-        return
-    start = 0
-    for length in (len(row.input_ids),) if layout == "window" else row.segments:
-        here = slice(start, start + length)
-        tokens = {"input_ids": row.input_ids[here].numpy()}
-        if "token_type_ids" in inputs:
-            types = row.token_type_ids
-            tokens["token_type_ids"] = (
-                np.zeros(length, np.int64) if types is None else types.numpy()
-            )
-        if "decoder_input_ids" in inputs:
-            tokens["decoder_input_ids"] = np.append(start_token, row.labels[:-1].numpy())
-        inside = ((row.positions >= start) & (row.positions < start + length)).numpy()
-        if layout == "outputs":
-            inside[:] = True  # of the row as a whole, and no tokens
-        yield Sample(
-            number, tokens, row.positions.numpy()[inside] - start, row.labels.numpy()[inside]
-        )
-        start += length
 
 
 def random_samples(count: int, classes: int, inputs: Sequence[str]) -> list[Sample]:
@@ -148,16 +79,6 @@ def random_samples(count: int, classes: int, inputs: Sequence[str]) -> list[Samp
             tokens["decoder_input_ids"] = rng.integers(0, classes, length - 2)
         samples.append(Sample(number, tokens, none, none))
     return samples
-
-
-def labels_of(cache: Cache, config: PretrainedConfig) -> Labels | None:
-    """None where the labels say nothing about the logits one token, or one row, at a time."""
-    manifest = cache.manifest
-    task = TASKS[manifest.task]
-    of_tokens = task.target_space in ("tokens", "states")
-    if of_tokens or not manifest.labelled or (config.is_encoder_decoder and task.layout != "pair"):
-        return None
-    return Labels(manifest.layout in ("row", "outputs"), manifest.labels)
 
 
 def padded(samples: Sequence[Sample], pad_token: int) -> dict[str, Tensor]:
@@ -181,8 +102,8 @@ def check(
     clock: Runner,
     classes: int,
     pad_token: int,
-    labels: Labels | None,
-    problem_type: ProblemType = "single_label",
+    labels: HardLabels | None,
+    task: StudentTask,
 ) -> Check:
     """Both on the same padded batches; then one row at a time, in turn with `clock`.
 
@@ -192,24 +113,22 @@ def check(
     sums = _Sums()
     for batch in _batches(samples, classes):
         inputs = padded(batch, pad_token)
-        _add(sums, batch, (student(inputs), artefact(inputs)), labels, problem_type)
+        _add(sums, batch, (student(inputs), artefact(inputs)), labels, task)
     by_length = sorted(samples, key=lambda sample: sample.length)
     one_row = padded([by_length[len(by_length) // 2]], pad_token)
     torch_ms, artefact_ms = _timed([clock, artefact], one_row)
-    if problem_type == "single_label":
-        scores = [_scores(sums.answers, which, labels) for which in (0, 1)]
-    else:
-        scores = [_output_scores(sums.answers, which, problem_type) for which in (0, 1)]
+    ours = task.scores([(sample, logits) for sample, logits, _ in sums.answers], labels)
+    theirs = task.scores([(sample, logits) for sample, _, logits in sums.answers], labels)
     return Check(
         max_difference=sums.largest,
         mean_difference=sums.total / max(1, sums.values),
-        agreement=None if problem_type == "regression" else sums.agreed / max(1, sums.decisions),
+        agreement=sums.agreed / max(1, sums.decisions) if task.chooses else None,
         decisions=sums.decisions,
         torch_ms=round(torch_ms, 3),
         artefact_ms=round(artefact_ms, 3),
         time_ratio=round(artefact_ms / torch_ms, 3),
-        student=scores[0],
-        artefact=scores[1],
+        student=ours,
+        artefact=theirs,
     )
 
 
@@ -224,8 +143,8 @@ def _add(
     sums: _Sums,
     batch: Sequence[Sample],
     both: tuple[Arrays, Arrays],
-    labels: Labels | None,
-    problem_type: ProblemType,
+    labels: HardLabels | None,
+    task: StudentTask,
 ) -> None:
     for name in both[0]:
         for index, sample in enumerate(batch):
@@ -234,7 +153,7 @@ def _add(
             sums.largest = max(sums.largest, float(difference_NC.max()))
             sums.total += float(difference_NC.sum(dtype=np.float64))
             sums.values += difference_NC.size
-            same = _choices(one_NC, problem_type) == _choices(other_NC, problem_type)
+            same = task.choices(one_NC) == task.choices(other_NC)
             sums.decisions += same.size
             sums.agreed += int(same.sum())
             if labels is not None and name == "logits" and len(sample.labels):
@@ -252,56 +171,6 @@ def _decisions(name: str, logits: np.ndarray, sample: Sample) -> np.ndarray:
         return logits[None]
     asked = sample.tokens.get("decoder_input_ids", sample.tokens["input_ids"])
     return logits[: len(asked)]
-
-
-def _choices(logits_NC: np.ndarray, problem_type: ProblemType) -> np.ndarray:
-    """The most probable class [N]; of several labels yes or no of each, [N, C]."""
-    return logits_NC > 0 if problem_type == "multi_label" else logits_NC.argmax(-1)
-
-
-def _scores(
-    answers: Sequence[tuple[Sample, np.ndarray, np.ndarray]], which: int, labels: Labels | None
-) -> Scores:
-    if labels is None or not answers:
-        return Scores()
-    logprobs_PC = torch.cat(
-        [torch.from_numpy(each[1 + which]).double().log_softmax(-1) for each in answers]
-    )
-    labels_P = torch.from_numpy(np.concatenate([sample.labels for sample, *_ in answers]))
-    loss = -float(logprobs_PC.gather(1, labels_P[:, None]).mean())
-    if not labels.names:
-        return Scores(loss)
-    best_P = logprobs_PC.max(dim=1)
-    rows = [np.full(len(sample.labels), sample.row) for sample, *_ in answers]
-    numbers: dict[str, Any] = task_numbers(
-        Answers(
-            np.concatenate(rows),
-            labels_P.numpy(),
-            best_P.indices.numpy(),
-            best_P.values.exp().numpy(),
-        ),
-        labels.names,
-    )
-    return Scores(loss, numbers["metric"], numbers[numbers["metric"]])
-
-
-def _output_scores(
-    answers: Sequence[tuple[Sample, np.ndarray, np.ndarray]],
-    which: int,
-    problem_type: ProblemType,
-) -> Scores:
-    """Where each output of a row is yes or no, or a number; R rows."""
-    if not answers:
-        return Scores()
-    said_RC = np.concatenate([each[1 + which] for each in answers]).astype(np.float64)
-    labels_RC = np.stack([sample.labels for sample, *_ in answers]).astype(np.float64)
-    if problem_type == "regression":
-        loss = mean_squared_error(labels_RC, said_RC)
-        numbers = regression_numbers(labels_RC, said_RC, None)
-    else:
-        loss = float((np.logaddexp(0, said_RC) - said_RC * labels_RC).mean())
-        numbers = multi_label_numbers(labels_RC, torch.from_numpy(said_RC).sigmoid().numpy(), None)
-    return Scores(loss, numbers["metric"], numbers[numbers["metric"]])
 
 
 def _timed(runners: Sequence[Runner], inputs: Mapping[str, Tensor]) -> list[float]:

@@ -28,14 +28,10 @@ from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch
 from shared.folders import check_free, new_folder
 from shared.models.tokenizer import content_hash
-from shared.tasks import ProblemType
 from student_train.config import ExportConfig, ExportFormat
 from student_train.export.check import (
     Check,
-    Labels,
-    Sample,
     check,
-    labels_of,
     padded,
     random_samples,
     samples_of,
@@ -51,7 +47,7 @@ from student_train.export.onnx_files import (
     write_int8,
     write_onnx,
 )
-from student_train.student.build import PROBLEM_TYPES
+from student_train.metrics.names import TITLES
 from student_train.student.fit import check_fit
 from student_train.student.saved import (
     Run,
@@ -61,8 +57,10 @@ from student_train.student.saved import (
     load_tokenizer,
     merged,
 )
-from student_train.tasks.metrics import TITLES
-from student_train.tasks.vectors import copy_modules
+from student_train.tasks.base import HardLabels, StudentTask
+from student_train.tasks.samples import Reading, Sample
+from student_train.tasks.table import task_of, task_of_outputs
+from student_train.tasks.vector_folder import copy_modules
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +70,12 @@ _EXAMPLE_ROWS = 2  # a size of 1 would be taken for a constant
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class CheckedRows:
     """What artefacts are checked on, and where it came from."""
 
     samples: list[Sample]
     text: str
-    labels: Labels | None
+    labels: HardLabels | None
 
 
 def run(config: ExportConfig) -> dict[str, Any]:
@@ -102,9 +100,8 @@ def run(config: ExportConfig) -> dict[str, Any]:
 
     reference = torch_runner(student, outputs)
     model = merged(load_student(config.student, run_of, labels))  # the student keeps its adapters
-    problem_type = _problem_type(student, cache)
-    if problem_type != "single_label":  # a checkpoint of adapters has the config of their base
-        model.config.problem_type = PROBLEM_TYPES[problem_type]
+    task = _task_of(student, cache)
+    task.mark_exported(model.config)
     example = padded(random_samples(_EXAMPLE_ROWS, _vocabulary(student), inputs), pad_token)
     with new_folder(config.out) as folder:
         model.config.save_pretrained(folder)
@@ -121,7 +118,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
                 classes=_vocabulary(student),
                 pad_token=pad_token,
                 labels=rows.labels,
-                problem_type=problem_type,
+                task=task,
             )
             files.append(_exported(name, config, folder, found))
         parameters = sum(p.numel() for p in model.parameters())
@@ -176,7 +173,7 @@ def _rows(
     inputs: Sequence[str],
     tokenizer: Any,
     run_of: Run | None,
-) -> Rows:
+) -> CheckedRows:
     if cache is None or cache.num_rows == 0:
         log.warning(
             "%s: no cache to check the export on, random tokens are used: name a held-out one with "
@@ -184,7 +181,7 @@ def _rows(
             config.student,
         )
         samples = random_samples(min(config.rows, 16), _vocabulary(student), inputs)
-        return Rows(samples, f"{len(samples)} rows of random tokens", None)
+        return CheckedRows(samples, f"{len(samples)} rows of random tokens", None)
     found, cached = content_hash(tokenizer), cache.manifest.tokenizer.hash
     if found != cached:
         raise CacheMismatch(
@@ -193,18 +190,17 @@ def _rows(
         )
     check_fit(str(config.student), student.config, cache)
     start_token = getattr(student.config, "decoder_start_token_id", None) or 0
-    samples = samples_of(cache, config.rows, inputs, start_token)
+    samples = samples_of(cache, config.rows, Reading(inputs, start_token))
     count = len({sample.row for sample in samples})
     text = f"{count} rows of {_which(cache, run_of)} {cache.cache_id[:12]}"
-    return Rows(samples, text, labels_of(cache, student.config))
+    return CheckedRows(
+        samples, text, task_of(cache.manifest).hard_labels(cache.manifest, student.config)
+    )
 
 
-def _problem_type(student: Any, cache: Cache | None) -> ProblemType:
-    """What the outputs of a row are, by the cache, else by the student's own config."""
-    if cache is not None:
-        return cache.manifest.problem_type
-    own = student.config.problem_type
-    return next((ours for ours, theirs in PROBLEM_TYPES.items() if theirs == own), "single_label")
+def _task_of(student: Any, cache: Cache | None) -> StudentTask:
+    """That of the cache; without one, what the student's own config says of its outputs."""
+    return task_of_outputs(student.config) if cache is None else task_of(cache.manifest)
 
 
 def _which(cache: Cache, run_of: Run | None) -> str:

@@ -16,25 +16,13 @@ from huggingface_hub.errors import HFValidationError
 from shared.format.manifest import Manifest
 from student_train.config import ExportFormat, TrainConfig
 from student_train.export.check import Check
+from student_train.metrics.names import TITLES
+from student_train.run_files import kind_of_text
 from student_train.student.saved import Run
-from student_train.tasks.metrics import TITLES
+from student_train.tasks.base import Served
+from student_train.tasks.table import served_as
 
 CARD = "README.md"
-# End of the class's name -> how the Hub and `pipeline` call what it does.
-_PIPELINES = {
-    "ForTokenClassification": "token-classification",
-    "ForSequenceClassification": "text-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForMaskedLM": "fill-mask",
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-}
-_CALLED = {  # what transformers 5 still has a pipeline for
-    "token-classification": "Angela lives in Hamburg.",
-    "text-classification": "A fine film.",
-    "fill-mask": None,
-    "text-generation": "Once upon a time",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +67,9 @@ def model_card(subject: Subject, run: Run | None, manifest: Manifest | None) -> 
     return "\n\n".join(sections) + "\n"
 
 
-def pipeline_tag(subject: Subject) -> str | None:
-    """What the model is for in the words of the Hub; None where its class does not say."""
-    if subject.encoder_decoder and subject.architecture.endswith(("Generation", "MTModel")):
-        return "text2text-generation"
-    tags = (tag for end, tag in _PIPELINES.items() if subject.architecture.endswith(end))
-    return next(tags, None)
+def _served(subject: Subject) -> Served | None:
+    """How it is found and called; None where its class does not say."""
+    return served_as(subject.architecture, encoder_decoder=subject.encoder_decoder)
 
 
 def _front_matter(subject: Subject, run: Run | None) -> str:
@@ -94,9 +79,9 @@ def _front_matter(subject: Subject, run: Run | None) -> str:
         "library_name": "transformers",
         "tags": ["distillation", "teacher-cache", *(["onnx"] if with_onnx else [])],
     }
-    tag = pipeline_tag(subject)
-    if tag is not None:
-        values["pipeline_tag"] = tag
+    served = _served(subject)
+    if served is not None:
+        values["pipeline_tag"] = served.tag
     if run is not None and _on_hub(run.config.student):
         values["base_model"] = run.config.student
     return f"---\n{yaml.safe_dump(values, sort_keys=False).rstrip()}\n---"
@@ -150,7 +135,7 @@ def _training(run: Run, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
     if run.cache_ids:
         yield "cache", ", ".join(f"`{cache_id}`" for cache_id in run.cache_ids)
     yield "student before", _student_before(config.student)
-    yield "losses", "; ".join(_losses(config, of_numbers="values" in targets))
+    yield "losses", "; ".join(_losses(config, of_numbers=_are_numbers(targets)))
     if "steps" in result:
         yield "steps", f"{result['steps']:,} of {config.batch_tokens:,} tokens"
     yield "learning rate", f"{config.learning_rate:g}, {config.scheduler}"
@@ -161,6 +146,12 @@ def _training(run: Run, manifest: Manifest | None) -> Iterator[tuple[str, str]]:
 
 def _student_before(name: str) -> str:
     return f"`{name}`" if _on_hub(name) else f"a local folder, `{Path(name).name}`"
+
+
+def _are_numbers(targets: Sequence[str]) -> bool:
+    """Whether teachers said numbers."""
+    kinds = [kind_of_text(text) for text in targets]
+    return any(kind is not None and kind.numbers for kind in kinds)
 
 
 def _losses(config: TrainConfig, *, of_numbers: bool) -> Iterator[str]:
@@ -248,21 +239,19 @@ def _loading(subject: Subject) -> Iterator[str]:
 
 
 def _with_transformers(subject: Subject) -> list[str]:
-    tag, name = pipeline_tag(subject), subject.name
-    if tag not in _CALLED:
+    served, name = _served(subject), subject.name
+    if served is None or served.example is None:
         return [
             f"from transformers import AutoTokenizer, {subject.architecture}",
             "",
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
             f'model = {subject.architecture}.from_pretrained("{name}")',
         ]
-    text = _CALLED[tag]
-    call = f'"{text}"' if text else 'f"A {task.tokenizer.mask_token} day."'
     return [
         "from transformers import pipeline",
         "",
-        f'task = pipeline("{tag}", model="{name}")',
-        f"print(task({call}))",
+        f'task = pipeline("{served.tag}", model="{name}")',
+        f"print(task({served.example}))",
     ]
 
 
@@ -284,7 +273,8 @@ def _with_onnx(subject: Subject, path: str) -> list[str]:
 
 
 def _generates(subject: Subject) -> bool:
-    return pipeline_tag(subject) in ("text-generation", "text2text-generation")
+    served = _served(subject)
+    return served is not None and served.writes
 
 
 def _python(lines: Sequence[str]) -> str:

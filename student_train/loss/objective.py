@@ -24,14 +24,14 @@ from transformers.utils import ModelOutput
 
 from shared.errors import Refused
 from shared.models.pooling import pooled
-from shared.targets.spec import TargetKind
-from shared.tasks import Pooling, ProblemType
-from shared.windows import window_logits
+from shared.targets.base import TargetKind
+from shared.tasks import Pooling
+from student_train.architecture import num_blocks
 from student_train.loss.linear import LinearLossOutput, linear_loss, logits_loss
+from student_train.loss.outputs import OF_TOKENS, Micro, Outputs
 from student_train.loss.positions import PREFIX, LinearHead, answers_of_logits, answers_of_states
 from student_train.loss.rows import PER_STATE, SoftTarget, hidden_contrastive, squared_error
 from student_train.loss.spec import HiddenLoss, LossSpec
-from student_train.student.encoder_decoder import num_blocks
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Objective:
     spec: LossSpec
     num_classes: int
     target_kind: TargetKind = "topk"
-    problem_type: ProblemType = "single_label"
+    outputs: Outputs = OF_TOKENS  # the form of what the student gives, by its task
     soft_weight: float
     hard_weight: float
     hidden_weight: float = 0.0
@@ -78,8 +78,12 @@ class Objective:
     layer_pairs: tuple[tuple[int, int], ...] = ()  # (teacher layer, student layer)
     deviations: Mapping[int, Tensor] = field(default_factory=dict)  # teacher layer -> [D]
     with_answers: bool = False  # also `answers.*`, of every position (positions.py)
-    states_only: bool = False  # the student has no head, and no loss but that of hidden states
     pooling: Pooling = "none"  # a row's states become one
+
+    @property
+    def states_alone(self) -> bool:
+        """Whether the student has no head, and no loss but that of hidden states."""
+        return self.outputs.states_alone
 
     def with_values(self, values: Mapping[str, float]) -> "Objective":
         """The same with other `temperature`, `soft_weight`, `hard_weight` or `hidden_weight`."""
@@ -110,11 +114,11 @@ class Attachment:
         _refuse_shards(student)
         self.student, self.objective = student, objective
         self.head_module: Any = student.get_output_embeddings()
-        if objective.states_only or self.head_module is None:
+        if objective.states_alone or self.head_module is None:
             self.head = Head(linear=False)
         else:
             self.head = probe_head(student, self.head_module, objective.num_classes)
-        self._of_labels = self.head_module is None and not objective.states_only
+        self._of_labels = self.head_module is None and not objective.states_alone
         self._mask: Tensor | None = None  # i64 [B, T] of the micro-batch
         self._reads_token_types = reads_token_types(student)
         self._num_tokens = 0  # T of the micro-batch
@@ -126,10 +130,10 @@ class Attachment:
             student.register_forward_pre_hook(self._take_targets, with_kwargs=True, prepend=True),
             student.register_forward_hook(self._return_loss),
         ]
-        if not self._of_labels and not objective.states_only:
+        if not self._of_labels and not objective.states_alone:
             self._handles.append(self.head_module.register_forward_pre_hook(self._hold_back))
         for _, layer in objective.layer_pairs:
-            if layer == -1 and objective.states_only:
+            if layer == -1 and objective.states_alone:
                 continue  # the student's own output
             if layer != -1:
                 block = _blocks(student)[layer]
@@ -204,9 +208,9 @@ class Attachment:
         objective, targets, self._targets = self.objective, self._targets, None
         states, self._states = self._states, None
         layers, self._layers = self._layers, {}
-        if objective.states_only:
+        if objective.states_alone:
             return self._states_loss({**layers, -1: output["last_hidden_state"]}, targets)
-        if objective.problem_type == "regression":
+        if objective.outputs.are_numbers:
             return self._value_loss(output, targets)
         sums: dict[str, Tensor] = {}
         common = self._common(targets)
@@ -261,28 +265,16 @@ class Attachment:
         }
 
     def _own_logits(self, output: Any, targets: dict[str, Tensor]) -> Tensor:
-        """The student's logits at the positions, [N, V].
-
-        `position_index` counts tokens, over all rows [B, T]; of logits [B, V], one for each row, a
-        position has those of the row it is in. Of windows: see windows.py. Where each output of a
-        row is yes or no the index counts outputs: a sigmoid of z is the softmax of (0, z).
-        """
-        at_N = targets["position_index"]
-        if "context" in targets:
-            both = output.start_logits, output.end_logits
-            return window_logits(*both, targets["context"], at_N, self.objective.num_classes)
-        logits = output.logits
-        if self.objective.problem_type == "multi_label":
-            yes_N1 = logits.reshape(-1, 1).index_select(0, at_N)
-            return torch.cat([torch.zeros_like(yes_N1), yes_N1], dim=1)
-        if logits.dim() == 2:
-            return logits.index_select(0, at_N // self._num_tokens)
-        return logits.flatten(0, 1).index_select(0, at_N)
+        """The student's logits at the positions, [N, V]."""
+        objective = self.objective
+        assert objective.outputs.logits_at is not None  # states alone have a loss of their own
+        micro = Micro(targets, self._num_tokens, objective.num_classes)
+        return objective.outputs.logits_at(output, micro)
 
     def _value_loss(self, output: Any, targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """Squared errors, of the teacher's numbers and of the corpus's; `logits` is [N, 1]."""
         objective, count = self.objective, _count(targets)
-        numbers_N1 = output.logits.reshape(-1, 1).index_select(0, targets["position_index"]).float()
+        numbers_N1 = self._own_logits(output, targets).float()
         labels_N, answers_N = targets["labels"], numbers_N1[:, 0]
         # NaN is no label; an answer is 0 away from itself.
         hard = squared_error(answers_N, torch.where(labels_N.isnan(), answers_N, labels_N))

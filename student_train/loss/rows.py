@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.errors import ConfigError
-from shared.targets.spec import TargetKind
+from shared.targets.base import TargetKind
 from student_train.loss.spec import HiddenLoss, LossSpec, SoftLoss
 
 LOG_FLOOR = -1e4  # stands for log 0: exp gives exactly 0, and 0 * LOG_FLOOR is 0, not NaN

@@ -22,14 +22,17 @@ from shared.format import manifest as manifests
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.signals import StopRequest, stop_on_signals
 from shared.storage import Storage
-from shared.tasks import TASKS
+from student_train.architecture import trunk_parts
 from student_train.config import TrainConfig
 from student_train.data.cache_set import Source
 from student_train.data.order import Order, OrderSpec, accumulation_for
 from student_train.data.stream import BatchStream, StreamSpec
 from student_train.evaluate.evaluate import evaluate
+from student_train.evaluate.writing import Writing, check_writes, written_numbers
 from student_train.loss.objective import PROJECTIONS, Attachment, Objective, attach
 from student_train.loss.schedule import LossSchedule, ScheduledLoss
+from student_train.metrics.texts import require_metrics
+from student_train.recipes import Start
 from student_train.run.arguments import micro_batch_tokens, refuse_what_breaks, training_arguments
 from student_train.run.callbacks import (
     BeforeTheFirstStep,
@@ -43,7 +46,6 @@ from student_train.run.outcome import RunRecord
 from student_train.run_files import kl_of
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, is_from_scratch, load_config
-from student_train.student.encoder_decoder import trunk_parts
 from student_train.student.fit import (
     check_cache,
     check_fit,
@@ -54,11 +56,7 @@ from student_train.student.fit import (
     warn_of_lost_mass,
     warn_of_same_rows,
 )
-from student_train.tasks.defaults import Start
-from student_train.tasks.text_metrics import require_metrics
-from student_train.tasks.vectors import projection_of, saved_parameters
-from student_train.tasks.vectors import save as save_vectors
-from student_train.tasks.writing import Writing, check_writes, written_numbers
+from student_train.tasks.table import task_named, task_of
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +217,8 @@ def with_numbers(config: TrainConfig) -> TrainConfig:
     manifest, labelled = read[0], any(each.labelled for each in read)
     start: Start = "scratch" if is_from_scratch(config.student) else "pretrained"
     config = resolved_weights(config, manifest.task, labelled=labelled)
-    chosen = config.by_task(manifest.task, "adapters" if config.adapters else start)
+    usual = task_named(manifest.task).recipes["adapters" if config.adapters else start]
+    chosen = config.with_recipe(usual)
     if chosen != config:
         log.info("%s: %s", config.out, chosen.recipe.text)
     return chosen
@@ -251,7 +250,7 @@ def objective_for(config: TrainConfig, model_config: PretrainedConfig, caches: S
         spec=config.loss_spec,
         num_classes=caches.manifest.targets.num_classes,
         target_kind=caches.manifest.targets.kind,
-        problem_type=caches.manifest.problem_type,
+        outputs=task_of(caches.manifest).outputs,
         soft_weight=config.soft_weight,
         hard_weight=config.hard_weight,
         hidden_weight=config.hidden_weight,
@@ -259,7 +258,6 @@ def objective_for(config: TrainConfig, model_config: PretrainedConfig, caches: S
         contrastive_temperature=config.contrastive_temperature,
         layer_pairs=pairs,
         deviations={layer: caches.channel_deviation(layer) for layer, _ in pairs},
-        states_only=TASKS[caches.manifest.task].target_space == "states",
         pooling=caches.manifest.hidden.pooling,
     )
 
@@ -278,7 +276,7 @@ def _stream_spec(config: TrainConfig, objective: Objective, caches: Source) -> S
         temperature=config.temperature,
         hidden_layers=tuple(sorted({layer for layer, _ in objective.layer_pairs})),
         hidden_every=caches.manifest.hidden.every,
-        layout=caches.manifest.layout,
+        arrangement=task_of(caches.manifest).arrangement,
     )
 
 
@@ -337,7 +335,7 @@ def _finish(
     numbers: dict[str, Any] = {
         "student": config.student,
         "out": str(config.out),
-        "parameters": saved_parameters(student, caches.first),
+        "parameters": task_of(caches.manifest).saved_parameters(student, caches.first),
         "task": caches.manifest.task,
         "cache_ids": caches.cache_ids,
         "targets": [cache.manifest.targets.text for cache in caches.caches],
@@ -393,10 +391,7 @@ def _save(path: Path, student: Any, cache: Cache) -> None:
 
     Those of vectors, which need them in use, stand beside the model.
     """
-    if TASKS[cache.manifest.task].target_space == "states":
-        path.mkdir(parents=True, exist_ok=True)
-        width = int(student.config.get_text_config().hidden_size)
-        save_vectors(path, projection_of(student, cache), width, cache)
+    task_of(cache.manifest).save_beside(path, student, cache)
     if hasattr(student, PROJECTIONS):
         delattr(student, PROJECTIONS)
     student.save_pretrained(path)

@@ -8,30 +8,22 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from shared.errors import ConfigError
-from shared.tasks import TASKS, TaskName
+from shared.tasks import TaskName
 from student_train.config import AdapterSpec
-
-_ADAPTED: dict[TaskName, str | None] = {
-    "causal-lm": "CAUSAL_LM",
-    "masked-lm": None,  # peft has no name for it, and wraps the model as it is
-    "feature-extraction": "FEATURE_EXTRACTION",
-    "seq2seq-lm": "SEQ_2_SEQ_LM",
-    "token-classification": "TOKEN_CLS",
-    "sequence-classification": "SEQ_CLS",
-    "question-answering": "QUESTION_ANS",
-}
+from student_train.tasks.table import task_named
 
 
-def add_adapters(student: Any, spec: AdapterSpec, task: TaskName = "causal-lm") -> Any:
+def add_adapters(student: Any, spec: AdapterSpec, task: TaskName) -> Any:
     """Adapters on the linear layers of the trunk; everything else is frozen.
 
-    Of a language model that is all; for other tasks what stands behind the trunk is trained as it
-    is, and saved with the adapters.
+    That is all of a language model; for tasks that bring a head what stands behind the trunk is
+    trained as it is, and saved with the adapters.
     """
     require_peft()
     from peft import LoraConfig, get_peft_model
 
-    heads = _heads(student) if TASKS[task].target_space in ("labels", "tokens") else None
+    asked = task_named(task)
+    heads = _heads(student) if asked.brings_head else None
     _check_targets(student, spec.targets, heads or [])
     config = LoraConfig(
         r=spec.rank,
@@ -42,7 +34,7 @@ def add_adapters(student: Any, spec: AdapterSpec, task: TaskName = "causal-lm") 
         target_modules=list(spec.targets) or "all-linear",
         exclude_modules=heads,
         modules_to_save=heads,
-        task_type=_ADAPTED[task],
+        task_type=asked.peft_type,
     )
     return get_peft_model(student, config)
 

@@ -4,7 +4,6 @@ Weights come from safetensors only, and no code that comes with a model is ever 
 """
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,11 @@ from transformers import AutoConfig, PretrainedConfig
 
 from shared.cache import Cache
 from shared.errors import ConfigError, Refused
-from shared.models.tokenizer import load_cached_tokenizer
-from shared.tasks import TASKS, ProblemType, TaskName
-from shared.windows import PLACES
+from shared.tasks import TASKS, TaskName
 from student_train.student.adapters import require_peft
-from student_train.student.encoder_decoder import (
-    generation_config,
-    set_tokens,
-)
+from student_train.tasks.table import task_of
 
 log = logging.getLogger(__name__)
-
-
-# As `transformers` names them: its own loss and its pipelines go by it.
-PROBLEM_TYPES: dict[ProblemType, str] = {
-    "single_label": "single_label_classification",
-    "multi_label": "multi_label_classification",
-    "regression": "regression",
-}
 
 _DROPOUTS = ("dropout", "dropout_prob", "dropout_rate", "pdrop")
 
@@ -49,30 +35,23 @@ def build_student(name: str, cache: Cache, *, seed: int, dropout: float | None =
         return _with_saved_adapters(folder, cache, seed=seed, dropout=dropout)
     if dropout is not None:
         set_dropout(name, config, dropout)
-    auto: Any = getattr(transformers, TASKS[task].auto_class)
-    of_labels, of_tokens = (TASKS[task].target_space == each for each in ("labels", "tokens"))
-    from_scratch = is_from_scratch(name)
-    new_head = (of_labels or of_tokens) and not has_head(config, task)
-    if of_labels and (from_scratch or new_head or not is_unnamed(cache.manifest.labels)):
-        _name_labels(config, cache.manifest.labels)
-    if of_tokens and (from_scratch or new_head):
-        config.num_labels = len(PLACES)
-    if of_labels or of_tokens:
-        _set_padding(config, cache, keep_own=not from_scratch)
-    if TASKS[task].layout == "pair" and from_scratch:
-        set_tokens(config, cache)
-    if TASKS[task].layout == "row":
-        # What the loss is, for who serves it.
-        config.problem_type = PROBLEM_TYPES[cache.manifest.problem_type]
+    from_scratch, asked = is_from_scratch(name), task_of(cache.manifest)
+    new_head = asked.brings_head and not has_head(config, task)
+    asked.shape_config(config, cache, from_scratch=from_scratch, new_head=new_head)
     torch.manual_seed(seed)
     if from_scratch:
         log.info("%s: no weights there, training from scratch", name)
-        student = _without_pooler(auto.from_config(config, dtype=torch.float32), task)
-        if TASKS[task].layout == "pair":
-            student.generation_config = generation_config(config)
-        return student
+        auto: Any = getattr(transformers, TASKS[task].auto_class)
+        return asked.finish(auto.from_config(config, dtype=torch.float32), from_scratch=True)
     if new_head:
         log.info("%s: it has no head for %s, a new one is made", name, task)
+    student = _pretrained(name, config, task, new_head=new_head)
+    return asked.finish(student, from_scratch=False)
+
+
+def _pretrained(name: str, config: PretrainedConfig, task: TaskName, *, new_head: bool) -> Any:
+    """The weights of a folder or Hub id, in float32."""
+    auto: Any = getattr(transformers, TASKS[task].auto_class)
     try:
         # A head for another task may have the same name and another width; nothing else may differ.
         student, loaded = auto.from_pretrained(
@@ -97,13 +76,6 @@ def build_student(name: str, cache: Cache, *, seed: int, dropout: float | None =
             f"{name}: the weights of {wrong[0]} have another shape than its config.json says. "
             "Take both from the same model."
         )
-    return _without_pooler(student, task)
-
-
-def _without_pooler(student: Any, task: TaskName) -> Any:
-    """Of a model for hidden states a pooler would be trained by nothing."""
-    if TASKS[task].target_space == "states" and "pooler" in dict(student.named_children()):
-        student.pooler = None
     return student
 
 
@@ -111,25 +83,6 @@ def has_head(config: PretrainedConfig, task: TaskName) -> bool:
     """Whether the model was saved as one for this task, so that its labels mean something."""
     auto: Any = getattr(transformers, TASKS[task].auto_class)
     return auto._model_mapping[type(config)].__name__ in (config.architectures or ())
-
-
-def _name_labels(config: PretrainedConfig, labels: tuple[str, ...]) -> None:
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: index for index, label in enumerate(labels)}
-
-
-def _set_padding(config: PretrainedConfig, cache: Cache, *, keep_own: bool) -> None:
-    """A decoder takes the last token that is no padding for the whole row, so it must know it.
-
-    Pretrained ones keep theirs; a tokenizer without padding pads with the end of a text.
-    """
-    text_config = config.get_text_config()
-    own = text_config.pad_token_id
-    if keep_own and own is not None and 0 <= own < text_config.vocab_size:
-        return
-    tokenizer = load_cached_tokenizer(cache.storage)
-    known = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
-    text_config.pad_token_id = known[0] if known else 0
 
 
 def set_dropout(name: str, config: PretrainedConfig, dropout: float) -> None:
@@ -186,8 +139,3 @@ def _has_weights(folder: Path) -> bool:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def is_unnamed(labels: Sequence[str]) -> bool:
-    """As transformers names the labels of a model that was given no names."""
-    return list(labels) == [f"LABEL_{index}" for index in range(len(labels))]

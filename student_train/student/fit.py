@@ -18,13 +18,14 @@ from shared.errors import CacheMismatch, ConfigError
 from shared.models.limits import most_tokens
 from shared.models.tokenizer import content_hash, load_cached_tokenizer
 from shared.tasks import TASKS, TaskName
+from student_train.architecture import num_blocks
 from student_train.config import TrainConfig
-from student_train.student.build import PROBLEM_TYPES, has_head, is_from_scratch, is_unnamed
+from student_train.student.build import has_head, is_from_scratch
 from student_train.student.encoder_decoder import (
     check_decoder_start,
     check_lengths,
-    num_blocks,
 )
+from student_train.tasks.labels import PROBLEM_TYPES, is_unnamed
 
 log = logging.getLogger(__name__)
 

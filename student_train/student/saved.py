@@ -31,20 +31,12 @@ from student_train.run_files import (
     read_snapshot,
 )
 from student_train.student.adapters import require_peft
+from student_train.tasks.table import auto_class_of
 
 log = logging.getLogger(__name__)
 
 ADAPTERS = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# What adapters say they are for -> the class of the model below them.
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt")
 
 
@@ -166,7 +158,7 @@ def _with_adapters(folder: Path, run: Run | None, labels: Sequence[str]) -> Any:
     if not own and labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-    name = _AUTO_CLASSES.get(str(adapters.task_type))
+    name = auto_class_of(str(adapters.task_type))
     model_class = getattr(transformers, name) if name else _class_of(config, str(folder))
     try:
         with _no_load_report():  # what is missing is looked at below

@@ -1,10 +1,8 @@
-"""Students whose vectors stand in for a teacher's: how good they are, and a folder to serve them.
+"""Hidden states alone in stage two: a student without a head, whose vectors are the teacher's.
 
-S states (of rows, where these are pooled), R rows with a pooled vector, D channels of the teacher.
+S states (of rows, where these are pooled), D channels of the teacher.
 """
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,27 +10,66 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from shared.cache import Cache
-from shared.errors import CacheMismatch, CorruptRun
-from shared.tasks import TASKS
+from shared.errors import ConfigError
+from shared.format.manifest import Manifest
 from student_train.data.collate import MicroBatch
-from student_train.loss.objective import PROJECTIONS, projection_name
+from student_train.loss.outputs import STATES
+from student_train.metrics.bootstrap import bootstrap_interval, ratio
+from student_train.metrics.vectors import nearest_agreement, similarity_correlation
 from student_train.processes import of_all_processes
-from student_train.tasks.metrics import bootstrap_interval, ratio
+from student_train.tasks.base import Collector, HardLabels, StudentTask
+from student_train.tasks.vector_folder import layer_pair, load_projection, projection_of, save
 
 MOST_ROWS = 2000  # whose vectors are kept; their cosines take 32 MB
-_RANKED_ROWS = 500  # 124,750 pairs
-_DENSE, _POOLING = "2_Dense", "1_Pooling"
-_MODES = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
 
 
-def layer_pair(cache: Cache) -> tuple[int, int]:
-    """The deepest cached layer, and the student's final state."""
-    layers = cache.manifest.hidden.layers
-    return (-1 if -1 in layers else max(layers)), -1
+class VectorTask(StudentTask):
+    """The final state of a student stands in for the teacher's deepest cached one."""
+
+    outputs = STATES
+
+    def finish(self, student: Any, *, from_scratch: bool) -> Any:
+        """A pooler would be trained by nothing."""
+        if "pooler" in dict(student.named_children()):
+            student.pooler = None
+        return student
+
+    def saved_parameters(self, student: Any, cache: Cache) -> int:
+        """With the projection that vectors are served with."""
+        total, projection = super().saved_parameters(student, cache), projection_of(student, cache)
+        return total if projection is None else total + projection.weight.numel()
+
+    def save_beside(self, folder: Path, student: Any, cache: Cache) -> None:
+        """The projection, which a student of another width needs in use, and its pooling."""
+        folder.mkdir(parents=True, exist_ok=True)
+        width = int(student.config.get_text_config().hidden_size)
+        save(folder, projection_of(student, cache), width, cache)
+
+    def load_beside(self, name: str, student: Any, cache: Cache) -> None:
+        load_projection(name, student, cache)
+
+    def layer_pairs(self, cache: Cache) -> tuple[tuple[int, int], ...]:
+        return (layer_pair(cache),)
+
+    def collector(self, cache: Cache, max_answer_tokens: int) -> Collector | None:
+        return VectorAnswers(cache)
+
+    def numbers(self, sums: Mapping[str, float], cache: Cache) -> dict[str, Any]:
+        """The loss is one of the metrics."""
+        return {"positions": int(cache.row_positions.sum())}
+
+    def check_shown(self, cache: Cache) -> None:
+        raise ConfigError(
+            f"--html and --worst: {cache.path} holds hidden states, and no answers that could be "
+            "right or wrong. Leave them out."
+        )
+
+    def hard_labels(self, manifest: Manifest, config: PretrainedConfig) -> HardLabels | None:
+        return None
 
 
 class VectorAnswers:
@@ -73,133 +110,3 @@ class VectorAnswers:
                 found["nearest_agreement"] = nearest_agreement(ours_RD, theirs_RD)
                 found["similarity_correlation"] = similarity_correlation(ours_RD, theirs_RD)
         return found
-
-
-def nearest_agreement(ours_RD: Tensor, theirs_RD: Tensor) -> float:
-    """Share of rows whose nearest other row, by cosine, is the same for both."""
-    nearest = []
-    for vectors_RD in (ours_RD, theirs_RD):
-        unit_RD = F.normalize(vectors_RD.double(), dim=-1)
-        nearest.append((unit_RD @ unit_RD.T).fill_diagonal_(-torch.inf).argmax(dim=1))
-    return float((nearest[0] == nearest[1]).double().mean())
-
-
-def similarity_correlation(ours_RD: Tensor, theirs_RD: Tensor) -> float:
-    """Spearman's rank correlation of the cosines of all pairs of the first 500 rows."""
-    ours_P, theirs_P = (_pair_ranks(rows[:_RANKED_ROWS]) for rows in (ours_RD, theirs_RD))
-    return float(np.corrcoef(ours_P, theirs_P)[0, 1])
-
-
-def _pair_ranks(vectors_RD: Tensor) -> np.ndarray:
-    unit_RD = F.normalize(vectors_RD.double(), dim=-1)
-    one, other = torch.triu_indices(len(unit_RD), len(unit_RD), 1)
-    return _ranks((unit_RD @ unit_RD.T)[one, other].numpy())
-
-
-def _ranks(values_P: np.ndarray) -> np.ndarray:
-    """From 0 by size; equal values share the mean of their ranks."""
-    _, group_P, count_G = np.unique(values_P, return_inverse=True, return_counts=True)
-    last_G = np.cumsum(count_G)
-    return ((last_G - count_G + last_G - 1) / 2)[group_P]
-
-
-def projection_of(student: Any, cache: Cache) -> nn.Linear | None:
-    """The map from the student's final state to the teacher's, where their widths differ."""
-    if not hasattr(student, PROJECTIONS):
-        return None
-    projections: nn.ModuleDict = getattr(student, PROJECTIONS)
-    modules = dict(projections.named_children())
-    projection = modules.get(projection_name(*layer_pair(cache)))
-    return projection if isinstance(projection, nn.Linear) else None
-
-
-def saved_parameters(student: Any, cache: Cache) -> int:
-    """Parameters of a student as it is saved.
-
-    The projections of hidden states end with training, but for the one that vectors are served
-    with.
-    """
-    counts = {name: parameter.numel() for name, parameter in student.named_parameters()}
-    total = sum(count for name, count in counts.items() if PROJECTIONS not in name.split("."))
-    of_vectors = TASKS[cache.manifest.task].target_space == "states"
-    projection = projection_of(student, cache) if of_vectors else None
-    return total if projection is None else total + projection.weight.numel()
-
-
-def save(folder: Path, projection: nn.Linear | None, width: int, cache: Cache) -> None:
-    """What stands beside the model: modules that `SentenceTransformer(folder)` loads.
-
-    The transformer, its pooling, and where there is one the projection. Of the states of tokens
-    there is no such model, only the projection.
-    """
-    hidden = cache.manifest.hidden
-    if projection is not None:
-        weights = {"linear.weight": projection.weight.detach().cpu().contiguous()}
-        (folder / _DENSE).mkdir(exist_ok=True)
-        save_file(weights, folder / _DENSE / "model.safetensors")
-        shape = {"in_features": projection.in_features, "out_features": projection.out_features}
-        activation = {"activation_function": "torch.nn.modules.linear.Identity"}
-        _write(folder / _DENSE / "config.json", {**shape, "bias": False, **activation})
-    if hidden.pooling == "none":
-        return
-    (folder / _POOLING).mkdir(exist_ok=True)
-    modes = {
-        f"pooling_mode_{mode}": mode == _MODES[hidden.pooling]
-        for mode in ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken")
-    }
-    _write(folder / _POOLING / "config.json", {"word_embedding_dimension": width, **modes})
-    length = {"max_seq_length": cache.manifest.preprocessing.max_length, "do_lower_case": False}
-    _write(folder / "sentence_bert_config.json", length)
-    parts = [("", "Transformer"), (_POOLING, "Pooling")]
-    parts += [(_DENSE, "Dense")] if projection is not None else []
-    modules = [
-        {
-            "idx": number,
-            "name": str(number),
-            "path": path,
-            "type": f"sentence_transformers.models.{kind}",
-        }
-        for number, (path, kind) in enumerate(parts)
-    ]
-    _write(folder / "modules.json", modules)
-
-
-def copy_modules(source: Path, target: Path) -> None:
-    """What `save` wrote beside a student, into another folder of the same model."""
-    for name in (_DENSE, _POOLING):
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
-    for name in ("sentence_bert_config.json", "modules.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-
-
-def load_projection(name: str, student: Any, cache: Cache) -> None:
-    """Gives a student the projection of its folder; one that needs it and has none is refused."""
-    teacher_layer, student_layer = layer_pair(cache)
-    hidden = cache.manifest.hidden
-    wanted = hidden.widths[hidden.layers.index(teacher_layer)]
-    width = int(student.config.get_text_config().hidden_size)
-    file = Path(name) / _DENSE / "model.safetensors"
-    if not file.is_file():
-        if width == wanted:
-            return
-        raise CacheMismatch(
-            f"{name}: its vectors have {width} channels, those of {cache.path} {wanted}, and "
-            f"there is no {_DENSE}/ that maps one to the other. Name the folder of a finished run."
-        )
-    weight = load_file(file).get("linear.weight")
-    if weight is None or weight.shape != (wanted, width):
-        found = "none" if weight is None else tuple(weight.shape)
-        raise CorruptRun(
-            f"{file}: found a linear.weight of shape {found}, expected ({wanted}, {width})"
-        )
-    projection = nn.Linear(width, wanted, bias=False)
-    with torch.no_grad():
-        projection.weight.copy_(weight)
-    maps = nn.ModuleDict({projection_name(teacher_layer, student_layer): projection})
-    setattr(student, PROJECTIONS, maps)
-
-
-def _write(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n")

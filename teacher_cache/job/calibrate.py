@@ -33,7 +33,9 @@ from shared.format.manifest import (
 from shared.format.schema import ROW_CHUNK_BITS, optional_columns
 from shared.storage import Storage
 from shared.targets.hidden import ChannelScale, ChannelStatistics, int8_scale, without_massive
-from shared.targets.spec import MAX_ENTRIES, ClassRanks, TargetSpec
+from shared.targets.ragged import MAX_ENTRIES
+from shared.targets.record import ClassRanks
+from shared.targets.spec import TargetSpec
 from shared.tasks import TASKS
 from teacher_cache.engines.batches import forward_batches
 from teacher_cache.engines.generation import stand_ins

@@ -17,7 +17,7 @@ from shared.format.blocks import Block
 from shared.format.manifest import Manifest
 from shared.format.schema import ROW_CHUNK_BITS
 from shared.targets.hidden import num_states, state_positions
-from shared.targets.spec import Target
+from shared.targets.record import Target
 from teacher_cache.engines.batches import ForwardBatch, batch_of, forward_batches
 from teacher_cache.engines.memory import is_out_of_memory
 from teacher_cache.engines.teacher import Teacher

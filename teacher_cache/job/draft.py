@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
 from shared.format import manifest as manifests
@@ -25,9 +25,12 @@ from shared.format.manifest import (
 from shared.models.decoding import decoder_start_of
 from shared.models.tokenizer import describe
 from shared.storage import Storage
-from shared.targets.spec import RAGGED_KINDS, TargetKind, TargetSpec
+from shared.targets.base import TargetKind
+from shared.targets.kinds import RAGGED_KINDS
+from shared.targets.spec import TargetSpec
 from shared.tasks import TASKS, ProblemType
 from teacher_cache.config import CaptureConfig
+from teacher_cache.config.targets import Targets
 from teacher_cache.corpus.sources import Corpus, open_corpus
 from teacher_cache.engines.generation import Writer, writer_hash
 from teacher_cache.engines.teacher import (
@@ -166,7 +169,7 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
     return replace(
         config,
         like=None,
-        targets="auto" if targets.kind == "values" else targets.kind,
+        targets="auto" if targets.numbers else cast(Targets, targets.kind),
         problem_type=old.problem_type if TASKS[config.task].layout == "row" else "auto",
         mean_entries=targets.mean_entries if targets.ragged else config.mean_entries,
         top_k=targets.top_k if targets.kind == "topk" else None,

@@ -28,7 +28,7 @@ from shared.progress import Progress, WaitClock
 from shared.signals import StopRequest, stop_on_signals
 from shared.storage import Storage
 from shared.targets.hidden import ChannelScales
-from shared.targets.spec import ClassRanks
+from shared.targets.record import ClassRanks
 from teacher_cache.config import CaptureConfig
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.job.calibrate import publish_or_adopt

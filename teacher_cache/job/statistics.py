@@ -13,8 +13,9 @@ from shared.format.manifest import Manifest
 from shared.format.shards import EncodedBlock, compress_planes
 from shared.targets import hidden
 from shared.targets.hidden import ChannelScales
-from shared.targets.ragged import drawn_logprob
-from shared.targets.spec import ClassRanks, Floats, Target, TargetSpec
+from shared.targets.record import ClassRanks, Floats, Target
+from shared.targets.sample import drawn_logprob
+from shared.targets.spec import TargetSpec
 
 HIDDEN_ERRORS = ("sum_hidden_squared_error", "sum_hidden_squares", "max_hidden_error")
 

@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 
 from shared.arrays import ranges
-from shared.targets.ragged import RANGE_BEYOND, drawn_logprob
-from shared.targets.spec import Floats, Target, TargetSpec
+from shared.targets.record import Floats, Target
+from shared.targets.sample import RANGE_BEYOND, drawn_logprob
+from shared.targets.spec import TargetSpec
 from teacher_cache.select.thresholds import find_threshold
 
 _UNITS = float(1 << 40)  # of probability 1: a block of 2**22 positions fits 63 bits

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.targets.ragged import drawn_logprob
+from shared.targets.sample import drawn_logprob
 from shared.targets.spec import TargetSpec
 from teacher_cache.select.ragged_entries import GROUP, BlockWeights, Entries, choose
 

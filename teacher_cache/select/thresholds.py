@@ -9,8 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from shared.targets.ragged import RANGE_BEYOND
-from shared.targets.spec import MIN_SPACING, TargetKind, TargetSpec
+from shared.targets.base import TargetKind
+from shared.targets.sample import MIN_SPACING, RANGE_BEYOND
+from shared.targets.spec import TargetSpec
 
 log = logging.getLogger(__name__)
 

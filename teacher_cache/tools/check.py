@@ -19,8 +19,9 @@ from shared.cache import Cache, RowTargets, open_cache
 from shared.errors import CacheMismatch
 from shared.format.manifest import differences
 from shared.models.tokenizer import describe
-from shared.targets.ragged import drawn_logprob
-from shared.targets.spec import MAX_ENTRIES, TargetSpec
+from shared.targets.ragged import MAX_ENTRIES
+from shared.targets.sample import drawn_logprob
+from shared.targets.spec import TargetSpec
 from shared.tasks import TASKS
 from teacher_cache.config import CheckConfig
 from teacher_cache.engines.batches import forward_batches

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from shared.format import frames
 from shared.format.schema import MIN_BLOCK_POSITIONS
-from shared.targets.codec import decode, encode
-from shared.targets.spec import MAX_ENTRIES, ClassRanks, Floats, Target, TargetKind, TargetSpec
+from shared.targets.base import TargetKind
+from shared.targets.ragged import MAX_ENTRIES
+from shared.targets.record import ClassRanks, Floats, Target
+from shared.targets.spec import TargetSpec
 from shared.tasks import TASKS
 from teacher_cache.engines.batches import forward_batches
 from teacher_cache.engines.teacher import FINAL, Teacher
@@ -197,7 +199,8 @@ class _Tried:
             self.kept[temperature] += float(mass_n.sum(dtype=np.float64))
             if temperature == 1:
                 self.truncation -= float(np.log(mass_n.clip(1e-30)).sum(dtype=np.float64))
-        return decode(encode(target, spec, self.ranks), len(logits_nC), spec, self.ranks)
+        decoded: Target = spec.decode(spec.encode(target, self.ranks), len(logits_nC), self.ranks)
+        return decoded
 
     def bytes_per_position(self) -> float:
         whole = _joined(self.targets)
@@ -205,7 +208,7 @@ class _Tried:
         size = 0
         for start in range(0, positions, MIN_BLOCK_POSITIONS):
             block = whole.at(np.arange(start, min(start + MIN_BLOCK_POSITIONS, positions)))
-            for plane in encode(block, self.spec, self.ranks).values():
+            for plane in self.spec.encode(block, self.ranks).values():
                 size += len(frames.compress(plane, block=0, column=0))
         return size / positions
 

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.targets.spec import Target, TargetSpec
+from shared.targets.record import Target
+from shared.targets.spec import TargetSpec
 
 STUDENT_KLS = {"far": 2.0, "near": 0.1}  # nats
 _NOISE_DIRECTIONS = 16

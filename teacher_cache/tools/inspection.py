@@ -31,7 +31,7 @@ from shared.format.shards import Commit, ShardReader, commit_name, file_hash
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.progress import Progress
 from shared.storage import Storage, temporary_files, temporary_writer
-from shared.targets.ragged import drawn_logprob
+from shared.targets.sample import drawn_logprob
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
 from teacher_cache.job.statistics import HIDDEN_ERRORS, add, histogram, kept_masses
 from teacher_cache.tasks import window_view

@@ -23,7 +23,9 @@ from shared.errors import ConfigError, NonFiniteTargets
 from shared.format.manifest import BatchPlan, HiddenSpec, Manifest
 from shared.format.shards import encode_block
 from shared.targets.hidden import NO_SCALES, ChannelScales
-from shared.targets.spec import MAX_ENTRIES, ClassRanks, TargetSpec
+from shared.targets.ragged import MAX_ENTRIES
+from shared.targets.record import ClassRanks
+from shared.targets.spec import TargetSpec
 from shared.tasks import TASKS
 from teacher_cache.config import PlanConfig
 from teacher_cache.engines.teacher import Teacher

@@ -27,10 +27,11 @@ from shared.format.schema import ROW_CHUNK_BITS, Plane, layout
 from shared.format.shards import ShardWriter, commit_name, compress_planes
 from shared.progress import Progress
 from shared.storage import Storage
-from shared.targets import codec
 from shared.targets.hidden import num_states
+from shared.targets.kinds import RAGGED_KINDS
 from shared.targets.planes import Per
-from shared.targets.spec import RAGGED_KINDS, ClassRanks, TargetSpec
+from shared.targets.record import ClassRanks
+from shared.targets.spec import TargetSpec
 from teacher_cache.config import RepackConfig
 from teacher_cache.job.statistics import HIDDEN_ERRORS, add, block_sums
 from teacher_cache.select.fewer import fewer, threshold_of
@@ -212,6 +213,6 @@ def _planes(
         old, new = source.manifest.targets, manifest.targets
         if (old.top_k, old.threshold) != (new.top_k, new.threshold):
             block.target = fewer(block.target, new)
-        changed = codec.encode(block.target, manifest.targets, ranks)
+        changed = manifest.targets.encode(block.target, ranks)
     add(statistics, block_sums(block, manifest.targets))
     return part.planes | changed

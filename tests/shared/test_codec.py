@@ -9,8 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError, CorruptCache
-from shared.targets import codec
-from shared.targets.spec import ClassRanks, Target, TargetSpec
+from shared.targets import scalars
+from shared.targets.fixed import RANGES
+from shared.targets.record import ClassRanks, Target
+from shared.targets.spec import TargetSpec
 
 TAIL_STEP = 31 / 65_534  # nats of ln(tail / kept)
 FLOAT32_SUM = 2e-6  # 256 terms of 2**-24, and log-probabilities down to -17 rounded at 2**-24
@@ -50,33 +52,33 @@ def make_target(rng, positions, spec, *, scale=3.0, ties=0.0, missing=0.0):
 
 def plane_sizes(spec, positions):
     """Bytes of every plane of a kind whose positions all have the same number of entries."""
-    return {shape.name: shape.item_bytes * positions for shape in codec.plane_shapes(spec)}
+    return {shape.name: shape.item_bytes * positions for shape in spec.plane_shapes}
 
 
 def round_trip(target, spec):
     ranks = ranks_of(spec.num_classes)
-    planes = codec.encode(target, spec, ranks)
+    planes = spec.encode(target, ranks)
     sizes = {name: plane.size for name, plane in planes.items()}
     assert list(sizes.items()) == list(plane_sizes(spec, len(target.ids)).items())
     assert all(plane.dtype == np.uint8 and plane.ndim == 1 for plane in planes.values())
     for plane in planes.values():
         plane.flags.writeable = False  # as frames.decompress gives them
-    return codec.decode(planes, len(target.ids), spec, ranks)
+    return spec.decode(planes, len(target.ids), ranks)
 
 
 def reference_drops(logprobs, value_bits):
     """How far each entry lies below the likeliest after rounding, and by how much it may be off."""
     drops = max(logprobs) - np.asarray(logprobs, np.float64)
-    finite = [d for d in drops if d <= codec.RANGES[-1]]
+    finite = [d for d in drops if d <= RANGES[-1]]
     if value_bits == 16:
         return np.where(drops <= 3922, drops, np.inf), [2**-11 * d + 2**-24 for d in drops]
-    coded = next(float(step) for step in codec.RANGES if step >= np.float32(max(finite)))
+    coded = next(float(step) for step in RANGES if step >= np.float32(max(finite)))
     levels = {7: 127, 8: 254}[value_bits]
     rounded, bounds = [], []
     for drop in drops:
         root = math.sqrt(drop / coded) if 0 < drop <= coded else 0.0
         exact = coded * (round(levels * root) / levels) ** 2
-        rounded.append(exact if drop <= codec.RANGES[-1] else math.inf)
+        rounded.append(exact if drop <= RANGES[-1] else math.inf)
         bounds.append(coded * (root / levels + 1 / (4 * levels**2)))
     return np.array(rounded), bounds
 
@@ -95,7 +97,7 @@ def check_round_trip(target, spec):
         kept, tail = math.fsum(np.exp(values)), math.exp(found.log_tail[row])
         assert kept + tail == pytest.approx(1, abs=FLOAT32_SUM)
 
-        missing = truth < truth.max() - codec.RANGES[-1]
+        missing = truth < truth.max() - RANGES[-1]
         assert ((values == -np.inf) == missing).all()
         drops = truth.max() - truth
         rounded, bounds = reference_drops(truth, spec.value_bits)
@@ -205,8 +207,8 @@ def test_order_of_the_entries_does_not_matter():
     spec = TargetSpec(kind="topk", num_classes=5000, top_k=40)
     target = make_target(np.random.default_rng(0), 3, spec)
     shuffled = Target(target.ids[:, ::-1], target.logprobs[:, ::-1], target.log_tail)
-    first = codec.encode(target, spec, ranks_of(5000))
-    second = codec.encode(shuffled, spec, ranks_of(5000))
+    first = spec.encode(target, ranks_of(5000))
+    second = spec.encode(shuffled, ranks_of(5000))
     assert {name: plane.tobytes() for name, plane in first.items()} == {
         name: plane.tobytes() for name, plane in second.items()
     }
@@ -228,7 +230,7 @@ def test_a_target_that_is_none_is_refused(change, message):
     target = make_target(np.random.default_rng(0), 3, spec)
     change(target)
     with pytest.raises(ValueError, match=message):
-        codec.encode(target, spec, ranks_of(50))
+        spec.encode(target, ranks_of(50))
 
 
 def test_ranks_beyond_the_classes_are_refused():
@@ -236,7 +238,7 @@ def test_ranks_beyond_the_classes_are_refused():
     planes = {name: np.zeros(size, np.uint8) for name, size in plane_sizes(spec, 1).items()}
     planes["target_ids.0"][:] = [150, 50]
     with pytest.raises(CorruptCache, match="found rank 200, expected below 200"):
-        codec.decode(planes, 1, spec, ranks_of(200))
+        spec.decode(planes, 1, ranks_of(200))
 
 
 def test_often_kept_classes_come_first_and_ties_go_to_the_smaller():
@@ -297,9 +299,9 @@ def test_a_wrong_spec_is_refused_by_name(wrong):
 @given(st.integers(2, 2**18), st.lists(st.floats(0, 1), max_size=20))
 def test_entropy_is_within_half_a_step(num_classes, shares):
     entropy = np.array(shares, np.float32) * np.float32(math.log(num_classes))
-    plane = codec.encode_entropy(entropy, num_classes)
+    plane = scalars.encode_entropy(entropy, num_classes)
     assert plane.dtype == np.uint8
-    found = codec.decode_entropy(plane, num_classes)
+    found = scalars.decode_entropy(plane, num_classes)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, entropy, atol=math.log(num_classes) / 510 * 1.001)
 
@@ -310,8 +312,8 @@ def test_log_partition_ratio_is_within_half_a_step(temperature, shares):
     """A softmax over 151,936 classes puts it between 0 and (1 - 1/T) ln C, below 0 where T < 1."""
     largest = (1 - 1 / temperature) * math.log(151_936)
     ratio = np.array(shares, np.float32) * np.float32(largest)
-    planes = codec.encode_log_partition_ratio(ratio, temperature, 151_936)
-    found = codec.decode_log_partition_ratio(planes, temperature, 151_936)
+    planes = scalars.encode_log_partition_ratio(ratio, temperature, 151_936)
+    found = scalars.decode_log_partition_ratio(planes, temperature, 151_936)
     assert found.dtype == np.float32
     half_step = abs(largest) / 131_070
     np.testing.assert_allclose(found, ratio, atol=half_step * 1.01 + 1e-6)
@@ -323,8 +325,8 @@ def test_log_partition_ratio_of_the_extremes():
     for temperature in (0.5, 2.0):
         ratio = math.log(np.exp(uniform / temperature).sum())
         values = np.array([0.0, ratio], np.float32)
-        planes = codec.encode_log_partition_ratio(values, temperature, 1000)
-        found = codec.decode_log_partition_ratio(planes, temperature, 1000)
+        planes = scalars.encode_log_partition_ratio(values, temperature, 1000)
+        found = scalars.decode_log_partition_ratio(planes, temperature, 1000)
         np.testing.assert_allclose(found, values, rtol=1e-6)
 
 
@@ -332,7 +334,7 @@ def test_log_partition_ratio_of_the_extremes():
 @given(st.lists(st.floats(-60_000, 0), max_size=20))
 def test_label_logprob_is_fp16(values):
     array = np.array([*values, -1e6, -np.inf], np.float32)
-    found = codec.decode_label_logprob(codec.encode_label_logprob(array))
+    found = scalars.decode_label_logprob(scalars.encode_label_logprob(array))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found[:-2], array[:-2], rtol=2**-11, atol=2**-25)
     assert found[-2:].tolist() == [-np.inf, -np.inf]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from shared.errors import CorruptCache
 from shared.format.shards import empty_block
-from shared.targets import codec, ragged
-from shared.targets.spec import MIN_SPACING, Target, TargetSpec
+from shared.targets.record import Target
+from shared.targets.sample import MIN_SPACING, drawn_logprob
+from shared.targets.spec import TargetSpec
 from teacher_cache.select.targets import select
 from tests.shared.test_codec import FLOAT32_SUM, LARGE, TAIL_STEP, ranks_of
 from tests.shared.test_shards import CLASSES, RANKS, cache_manifest
@@ -46,7 +47,7 @@ class Position:
 
 def target_of(positions, spec, bits=None):
     """As stage one hands it over: float32, entries in no particular order."""
-    drawn = ragged.drawn_logprob(spec)
+    drawn = drawn_logprob(spec)
     entries = [
         [
             *((i, np.float32(math.log(p))) for i, p in one.kept.items()),
@@ -76,9 +77,9 @@ def random_bits(count, seed=0):
 
 def encode(target, spec):
     """The planes, which are those that plane_shapes says."""
-    planes = codec.encode(target, spec, ranks_of(spec.num_classes))
+    planes = spec.encode(target, ranks_of(spec.num_classes))
     sizes = {"position": len(target.counts), "entry": len(target.ids)}
-    expected = [(shape.name, sizes[shape.per]) for shape in codec.plane_shapes(spec)]
+    expected = [(shape.name, sizes[shape.per]) for shape in spec.plane_shapes]
     assert [(name, plane.size) for name, plane in planes.items()] == expected
     for plane in planes.values():
         assert (plane.dtype, plane.ndim) == (np.uint8, 1)
@@ -89,7 +90,7 @@ def encode(target, spec):
 def round_trip(target, spec):
     """Log-probability of each class at each position, by ascending rank; and the tails."""
     ranks = ranks_of(spec.num_classes)
-    found = codec.decode(encode(target, spec), len(target.counts), spec, ranks)
+    found = spec.decode(encode(target, spec), len(target.counts), ranks)
     assert (found.ids.dtype, found.logprobs.dtype) == (np.int32, np.float32)
     assert (found.log_tail.dtype, found.counts.dtype) == (np.float32, np.int32)
     assert found.counts.tolist() == target.counts.tolist()
@@ -211,9 +212,9 @@ def test_ids_survive_at_every_width_of_planes(num_classes, value_bits):
         ],
         spec,
     )
-    assert len(codec.plane_shapes(spec)) - len(
-        codec.plane_shapes(spec_of("adaptive", 2, 1e-4, value_bits))
-    ) == ((num_classes > 2**8) + (num_classes > 2**16))
+    assert len(spec.plane_shapes) - len(spec_of("adaptive", 2, 1e-4, value_bits).plane_shapes) == (
+        (num_classes > 2**8) + (num_classes > 2**16)
+    )
 
 
 def test_a_flat_teacher_keeps_its_small_kept_mass():
@@ -340,7 +341,7 @@ def test_the_mean_over_many_roundings_is_the_probability(value_bits, threshold):
     p = {1: 0.4321, 2: 0.21, 250: threshold * 1.7, 299: threshold * 1.0001}
     one = Position(p, 0.0, (4,))
     target = target_of([one] * count, spec, random_bits(count))
-    found = codec.decode(encode(target, spec), count, spec, ranks_of(300))
+    found = spec.decode(encode(target, spec), count, ranks_of(300))
     weights = np.exp(found.logprobs.astype(np.float64))
     for i, truth in p.items():
         values = weights[found.ids == i]
@@ -357,7 +358,7 @@ def test_the_largest_class_below_the_spacing_is_kept_as_it_is(nats, value_bits):
     spec, count = spec_of("sample", 5000, 0.02, value_bits), 20_000
     p = 0.02 * math.exp(-nats)
     target = target_of([Position({4999: p}, 0.0, (0, 17))] * count, spec, random_bits(count, 1))
-    found = codec.decode(encode(target, spec), count, spec, ranks_of(5000))
+    found = spec.decode(encode(target, spec), count, ranks_of(5000))
     values = np.exp(found.logprobs[found.ids == 4999].astype(np.float64))
     high, low = neighbours(p, spec)
     error = math.sqrt((high - p) * (p - low) / count)
@@ -369,7 +370,7 @@ def test_two_entries_of_a_position_are_rounded_independently():
     """Equal probabilities and equal random bits: only the class differs."""
     spec, count = spec_of("sample", 300, 0.02), 4000
     target = target_of([Position({1: 0.3, 2: 0.3})] * count, spec, random_bits(count))
-    found = codec.decode(encode(target, spec), count, spec, ranks_of(300)).logprobs
+    found = spec.decode(encode(target, spec), count, ranks_of(300)).logprobs
     first, second = (found.reshape(-1, 2) == found.max()).T
     share = first.mean() * second.mean()
     assert (first & second).mean() == pytest.approx(share, abs=5 * math.sqrt(0.25 / count))
@@ -392,7 +393,7 @@ def test_what_was_read_and_is_written_again_is_the_same_bytes(value_bits, thresh
     spec, rng = spec_of("sample", 300, threshold, value_bits), np.random.default_rng(0)
     positions = [sample_position(rng, spec, most=200, flat=i % 3 == 0) for i in range(200)]
     planes = encode(target_of(positions, spec, random_bits(200)), spec)
-    found = codec.decode(planes, 200, spec, ranks_of(300))
+    found = spec.decode(planes, 200, ranks_of(300))
     for bits in (np.zeros(200, np.uint64), random_bits(200, 5)):
         found.random_bits = bits
         again = encode(found, spec)
@@ -455,7 +456,7 @@ def decoded_sample(p_C, spec, bits):
         selected.counts.numpy().astype(np.int32),
         bits,
     )
-    return codec.decode(encode(target, spec), len(bits), spec, ranks_of(len(p_C)))
+    return spec.decode(encode(target, spec), len(bits), ranks_of(len(p_C)))
 
 
 # Both -------------------------------------------------------------------------------------------
@@ -475,7 +476,7 @@ def test_a_decoded_target_outlives_the_next_ones_and_those_of_other_threads(kind
         planes.append(encode(target, spec))
 
     def decode(each):
-        return codec.decode(each, each["target_counts.0"].size, spec, ranks_of(5000))
+        return spec.decode(each, each["target_counts.0"].size, ranks_of(5000))
 
     def content(target):
         parts = (target.ids, target.logprobs, target.log_tail, target.counts)
@@ -528,21 +529,21 @@ def test_a_target_that_is_none_is_refused(kind, change, message):
     target, spec = two_positions(kind)
     change(target)
     with pytest.raises(ValueError, match=message):
-        codec.encode(target, spec, ranks_of(50))
+        spec.encode(target, ranks_of(50))
 
 
 def test_a_position_of_256_entries_is_refused():
     spec = spec_of("adaptive", 300)
     target = target_of([Position(dict.fromkeys(range(256), 1 / 300), 44 / 300)], spec)
     with pytest.raises(ValueError, match=r"found 256 to 256 entries, expected 1\.\.255"):
-        codec.encode(target, spec, ranks_of(300))
+        spec.encode(target, ranks_of(300))
 
 
 def test_a_sample_without_random_bits_is_refused():
     target, spec = two_positions("sample")
     target.random_bits = None
     with pytest.raises(ValueError, match="a sample is rounded at random and needs random_bits"):
-        codec.encode(target, spec, ranks_of(50))
+        spec.encode(target, ranks_of(50))
 
 
 def test_the_same_class_in_two_positions_is_none_twice():
@@ -569,7 +570,7 @@ def test_planes_that_no_encoder_makes_are_refused(kind, value_bits, plane, value
     spec = spec_of(kind, 50, value_bits=value_bits)
     planes = encode(target, spec) | {plane: np.array(value, np.uint8)}
     with pytest.raises(CorruptCache, match=message):
-        codec.decode(planes, 2, spec, ranks_of(50))
+        spec.decode(planes, 2, ranks_of(50))
 
 
 def test_a_rank_beyond_every_class_is_refused_and_does_not_wrap():
@@ -577,10 +578,10 @@ def test_a_rank_beyond_every_class_is_refused_and_does_not_wrap():
     spec = spec_of("adaptive", 2**24 - 1)
     planes = {
         shape.name: np.full(255 if shape.per == "entry" else 1, 255, np.uint8)
-        for shape in codec.plane_shapes(spec)
+        for shape in spec.plane_shapes
     }
     with pytest.raises(CorruptCache, match="target_ids: found rank"):
-        codec.decode(planes, 1, spec, ranks_of(2**24 - 1))
+        spec.decode(planes, 1, ranks_of(2**24 - 1))
 
 
 def test_the_drawn_code_is_no_code_of_adaptive():
@@ -589,7 +590,7 @@ def test_the_drawn_code_is_no_code_of_adaptive():
     planes = encode(target, spec)
     planes |= {f"target_codes.{n}": np.full(5, 255, np.uint8) for n in range(2)}
     with pytest.raises(CorruptCache, match="found 0xffff"):
-        codec.decode(planes, 2, spec, ranks_of(50))
+        spec.decode(planes, 2, ranks_of(50))
 
 
 def test_adaptive_entries_of_probability_0_leave_no_class():
@@ -601,7 +602,7 @@ def test_adaptive_entries_of_probability_0_leave_no_class():
         "target_codes.1": np.full(5, 0x7C, np.uint8),
     }
     with pytest.raises(CorruptCache, match="target_codes: found a position without any class"):
-        codec.decode(planes, 2, spec, ranks_of(50))
+        spec.decode(planes, 2, ranks_of(50))
 
 
 @pytest.mark.parametrize("kind", ["adaptive", "sample"])
@@ -610,7 +611,7 @@ def test_codes_that_no_encoder_makes_have_a_value_all_the_same(kind, code):
     """They go on along the curve, so that no byte of this plane can be anything but a number."""
     target, spec = two_positions(kind)
     planes = encode(target, spec) | {"target_codes.0": np.full(5, code, np.uint8)}
-    found = codec.decode(planes, 2, spec, ranks_of(50))
+    found = spec.decode(planes, 2, ranks_of(50))
     assert np.isfinite(found.logprobs).all()
     if kind == "sample":
         R = 3 - math.log(spec.threshold)
@@ -629,8 +630,8 @@ def test_a_block_without_positions_has_the_types_of_any_other(kind, value_bits):
     assert (target.log_tail.shape, target.log_tail.dtype) == ((0,), np.float32)
     assert (target.counts is not None) == spec.ragged
     target.random_bits = np.zeros(0, np.uint64)
-    planes = codec.encode(target, spec, RANKS)
-    assert list(planes) == [shape.name for shape in codec.plane_shapes(spec)]
+    planes = spec.encode(target, RANKS)
+    assert list(planes) == [shape.name for shape in spec.plane_shapes]
     assert not any(plane.size for plane in planes.values())
 
 
@@ -668,7 +669,7 @@ def test_positions_at_other_places_are_the_same_targets():
 
 def test_the_planes_of_each_kind():
     names = {
-        kind: [shape.name for shape in codec.plane_shapes(spec_of(kind, 70_000, value_bits=bits))]
+        kind: [shape.name for shape in spec_of(kind, 70_000, value_bits=bits).plane_shapes]
         for kind, bits in (("adaptive", 7), ("sample", 16))
     }
     ids = [f"target_ids.{n}" for n in range(3)]

@@ -26,8 +26,9 @@ from shared.format.shards import (
     parse_commit,
 )
 from shared.storage import Storage, temporary_files
-from shared.targets.ragged import drawn_logprob
-from shared.targets.spec import ClassRanks, Target, TargetSpec
+from shared.targets.record import ClassRanks, Target
+from shared.targets.sample import drawn_logprob
+from shared.targets.spec import TargetSpec
 from tests.shared.test_manifest import PREPROCESSING, make_manifest
 from tests.shared.test_storage import file_size_limit, tree
 

@@ -20,7 +20,8 @@ from shared.format.schema import optional_columns
 from shared.format.shards import ShardWriter, encode_block, file_hash
 from shared.models.tokenizer import describe
 from shared.storage import Storage
-from shared.targets.spec import ClassRanks, Target, TargetSpec
+from shared.targets.record import ClassRanks, Target
+from shared.targets.spec import TargetSpec
 from shared.tasks import TaskName
 from tests.shared.test_manifest import make_manifest
 

@@ -14,12 +14,14 @@ from student_train.data.stream import BatchStream, StreamSpec
 from student_train.evaluate.evaluate import evaluate
 from student_train.loss.objective import Objective, attach, probe_head
 from student_train.loss.spec import LossSpec
+from student_train.tasks.table import task_of
 from tests.conftest import llama_config
 
 
 def batches(cache: Cache, batch_tokens: int = 1000, **spec: Any) -> list[dict[str, torch.Tensor]]:
     order_spec = OrderSpec(batch_tokens=batch_tokens, shuffle=False, epochs=1)
     order = Order(cache.block_rows, cache.row_tokens, order_spec)
+    spec = {"arrangement": task_of(cache.manifest).arrangement} | spec
     stream = BatchStream(cache, order, StreamSpec(**spec), max_steps=order.steps_for_epochs(1))
     return list(stream)
 
@@ -365,7 +367,9 @@ def test_adapters_on_the_trunk_get_the_gradient_of_the_dense_loss(cache_dir):
 
     cache = open_cache(cache_dir)
     torch.manual_seed(3)
-    student = add_adapters(AutoModelForCausalLM.from_config(llama_config()), AdapterSpec(rank=2))
+    student = add_adapters(
+        AutoModelForCausalLM.from_config(llama_config()), AdapterSpec(rank=2), "causal-lm"
+    )
     adapters = {n: p for n, p in student.named_parameters() if "lora_" in n}
     for parameter in adapters.values():
         torch.nn.init.normal_(parameter, std=0.1)  # the second factor starts at 0

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shared.errors import NonFiniteTargets
-from shared.targets.spec import Target, TargetSpec
+from shared.targets.record import Target
+from shared.targets.spec import TargetSpec
 from student_train.loss.rows import SoftTarget, forward_kl, log_cells, sampled_rows, teacher_cells
 from student_train.loss.spec import LossSpec
 from teacher_cache.config import PlanConfig

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from shared.cache import open_cache
 from shared.errors import ConfigError, CorpusError
 from shared.format.manifest import GenerationSpec
-from student_train.tasks.text_metrics import chrf
-from student_train.tasks.writing import Writing, written_numbers
+from student_train.evaluate.writing import Writing, written_numbers
+from student_train.metrics.texts import chrf
 from teacher_cache.config import CaptureConfig, CheckConfig, PlanConfig
 from teacher_cache.corpus.sources import open_corpus
 from teacher_cache.engines.teacher import Teacher

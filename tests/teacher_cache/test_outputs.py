@@ -14,7 +14,7 @@ import torch
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, CorruptCache
 from shared.format.manifest import _beyond_limits
-from shared.targets.codec import decode_values, encode_values
+from shared.targets.scalars import decode_values, encode_values
 from shared.targets.spec import TargetSpec
 from teacher_cache.config import (
     CaptureConfig,

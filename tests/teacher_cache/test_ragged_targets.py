@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.targets.ragged import drawn_logprob
+from shared.targets.sample import drawn_logprob
 from shared.targets.spec import TargetSpec
 from teacher_cache.select import targets
 from teacher_cache.select.targets import Selected, select

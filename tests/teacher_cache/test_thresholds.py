@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.targets.spec import MAX_ENTRIES, MIN_SPACING, TargetSpec
+from shared.targets.ragged import MAX_ENTRIES
+from shared.targets.sample import MIN_SPACING
+from shared.targets.spec import TargetSpec
 from teacher_cache.select.targets import select
 from teacher_cache.select.thresholds import find_threshold, inclusion, mean_entries
 

@@ -1,0 +1,53 @@
+"""Question answering in stage two: classes are the tokens of a window, positions start and end."""
+
+from collections.abc import Iterator, Sequence
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from shared.cache import Cache, Row
+from shared.format.manifest import Manifest
+from shared.windows import NO_ANSWER, PLACES
+from student_train.data.arrange import WINDOWS
+from student_train.loss.outputs import OF_WINDOWS
+from student_train.tasks.base import Collector, HardLabels, NameOf
+from student_train.tasks.heads import HeadedTask
+from student_train.tasks.samples import Reading, Sample, sequences_of
+from student_train.tasks.span_answers import SpanAnswers
+
+
+class QuestionTask(HeadedTask):
+    """A student points at the first and the last token of an answer, or at token 0: none."""
+
+    arrangement = WINDOWS
+    outputs = OF_WINDOWS
+
+    def shape_head(self, config: PretrainedConfig, cache: Cache, *, is_new: bool) -> None:
+        if is_new:
+            config.num_labels = len(PLACES)
+
+    def collector(self, cache: Cache, max_answer_tokens: int) -> Collector | None:
+        return SpanAnswers(cache, max_answer_tokens)
+
+    def name_of(
+        self, manifest: Manifest, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    ) -> NameOf:
+        """A token by its place and its text."""
+
+        def name(place: int, number: int) -> str:
+            return "no answer" if number == NO_ANSWER else f"{number}: {texts[number].strip()}"
+
+        return name
+
+    def tokens_about(
+        self, row: Row, place: int, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[int, int] | None:
+        """Where an answer begins or ends, its label."""
+        label = int(row.labels[place])
+        return None if label == NO_ANSWER else (label, label + 1)
+
+    def samples(self, row: Row, number: int, reading: Reading) -> Iterator[Sample]:
+        """Question and context are read together."""
+        yield from sequences_of(row, number, (len(row.input_ids),), reading)
+
+    def hard_labels(self, manifest: Manifest, config: PretrainedConfig) -> HardLabels | None:
+        return None
