@@ -27,11 +27,13 @@ from shared.models.pooling import pooled
 from shared.targets.base import TargetKind
 from shared.tasks import Pooling
 from student_train.architecture import num_blocks
-from student_train.loss.linear import LinearLossOutput, linear_loss, logits_loss
+from student_train.loss.linear import linear_loss
+from student_train.loss.logits import logits_loss
 from student_train.loss.outputs import OF_TOKENS, Micro, Outputs
 from student_train.loss.positions import PREFIX, LinearHead, answers_of_logits, answers_of_states
 from student_train.loss.rows import PER_STATE, SoftTarget, hidden_contrastive, squared_error
 from student_train.loss.spec import HiddenLoss, LossSpec
+from student_train.loss.terms import LossOutput
 
 log = logging.getLogger(__name__)
 
@@ -307,7 +309,7 @@ class Attachment:
             "with_entropy": True,
         }
 
-    def _head_loss(self, states_ND: Tensor, common: dict[str, Any]) -> LinearLossOutput:
+    def _head_loss(self, states_ND: Tensor, common: dict[str, Any]) -> LossOutput:
         bias = getattr(self.head_module, "bias", None)
         weight, bias = _whole(self.head_module.weight), None if bias is None else _whole(bias)
         if self.head.offset_V is not None:
