@@ -44,7 +44,7 @@ from shared.format.manifest import (
 )
 from shared.format.schema import MIN_BLOCK_POSITIONS, optional_columns
 from shared.format.shards import ShardWriter, encode_block
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from shared.targets.record import ClassRanks, Target
 from shared.targets.spec import TargetSpec
 from student_train.data.order import Order, OrderSpec
@@ -167,7 +167,7 @@ def _noise_states(generator: np.random.Generator, count: int, width: int) -> np.
 def write_cache(folder: Path, args: argparse.Namespace) -> None:
     rows = args.tokens // args.row_tokens
     rows_per_block = -(-MIN_BLOCK_POSITIONS // (args.row_tokens - 1))
-    storage, ranks = Storage(folder), ClassRanks.from_classes(np.arange(CLASSES))
+    storage, ranks = LocalStorage(folder), ClassRanks.from_classes(np.arange(CLASSES))
     manifest = synthetic_manifest(args, -(-rows // ROWS_PER_SHARD))
     manifests.publish(storage, manifest)
     sample = sample_of(args.sample, args.top_k) if args.sample else None

@@ -1,11 +1,11 @@
 """Opens a cache for reading: its rows, what is complete, and what a student run was started on."""
 
+import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import torch
@@ -27,59 +27,16 @@ from shared.format.shards import (
     parse_commit,
     shard_name,
 )
-from shared.storage import Storage
-from shared.targets.hidden import ChannelScale, ChannelScales, num_states
+from shared.rows import BlockRows, Row
+from shared.storage import LocalStorage, Storage
+from shared.targets.hidden import ChannelScale, ChannelScales
 from shared.targets.record import ClassRanks
 
 _OPEN_SHARDS = 64  # memory maps kept; a map costs address space and little else
+_KEPT_BLOCKS = 8  # decoded ones, of a few threads that read rows in order
+_KEPT_BYTES = 64 << 20  # of all of these; the last one read is kept whatever it holds
 _MAX_SIDE_FILE_BYTES = 256 << 20
 _ROWS_ON_TRUST = 1 << 22  # more of them must be backed by as many bytes of shards
-
-
-@dataclass(frozen=True, slots=True)
-class RowTargets:
-    """Targets of one row: P positions, K entries. `ids` i64 [P, K], the rest float32.
-
-    With `counts`, i64 [P], ids and logprobs are [E]: the entries of all positions in turn.
-    """
-
-    ids: torch.Tensor
-    logprobs: torch.Tensor
-    tail_mass: torch.Tensor
-    counts: torch.Tensor | None = None
-
-    def entries(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids and logprobs of one position."""
-        if self.counts is None:
-            return self.ids[place], self.logprobs[place]
-        start, count = int(self.counts[:place].sum()), int(self.counts[place])
-        return self.ids[start : start + count], self.logprobs[start : start + count]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One training example: `input_ids` [T]; `positions`, `labels` [P]; `hidden[layer]` [S, D].
-
-    State s is that of token `hidden_positions[s]`: of all positions, or of every n-th.
-
-    `segments` are the lengths of its parts: one; of a packed row its documents'; of a pair those of
-    what the encoder reads and of what the decoder reads.
-    `token_type_ids` [T] where a row is a pair of texts; `reference` is what an answer of the
-    student is compared with, where the task has more to compare than labels. Of a regression
-    `labels` are float32, and `target_values` [P] are what the teacher says.
-    """
-
-    row_id: int
-    segments: tuple[int, ...]
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor
-    targets: RowTargets | None
-    hidden: dict[int, torch.Tensor]
-    hidden_positions: torch.Tensor
-    token_type_ids: torch.Tensor | None = None
-    reference: Any = None
-    target_values: torch.Tensor | None = None
 
 
 class Cache(Sequence[Row]):
@@ -94,8 +51,7 @@ class Cache(Sequence[Row]):
         self.ranks = class_ranks(storage, manifest)
         self.scales = channel_scales(storage, manifest)
         lengths = [
-            c.lengths(str(storage.path(commit_name(c.shard))), manifest.num_outputs)
-            for c in commits
+            c.lengths(storage.where(commit_name(c.shard)), manifest.num_outputs) for c in commits
         ]
         empty = np.zeros(0, np.int32)
         self.row_tokens = np.concatenate([*(tokens for tokens, _ in lengths), empty])
@@ -105,6 +61,7 @@ class Cache(Sequence[Row]):
         blocks = [len(commit.block_rows) for commit in self.commits]
         self._block_starts = np.concatenate([[0], np.cumsum(blocks, dtype=np.int64)])
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
+        self._decoded: OrderedDict[int, BlockRows] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -204,44 +161,110 @@ class Cache(Sequence[Row]):
     def __len__(self) -> int:
         return self.num_rows
 
-    def __getitem__(self, index: int) -> Row:  # type: ignore[override]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row {index} of a cache with {len(self)} rows")
-        index %= len(self)
-        number = int(np.searchsorted(self._row_starts, index, "right")) - 1
-        block = self.read_block(number, hidden_layers=self.manifest.hidden.layers)
-        return _row(block, index - int(self._row_starts[number]), self.manifest.hidden.every)
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice | Iterable[SupportsIndex]) -> list[Row]: ...
+
+    def __getitem__(self, index: Any) -> Row | list[Row]:
+        """One row; a slice, or any number of indices, gives a list of rows.
+
+        Negative indices count from the end. A block is decoded once for all rows of a list that are
+        in it, and a few blocks are kept decoded for what is asked for next.
+        """
+        if isinstance(index, np.ndarray | torch.Tensor):
+            index = index.tolist()  # of no dimension: a number
+        if isinstance(index, slice):
+            return self._rows(range(len(self))[index])
+        if isinstance(index, Iterable) and not isinstance(index, str | bytes):
+            return self._rows([self._number(item) for item in index])
+        return self._row(self._number(index))
+
+    def __iter__(self) -> Iterator[Row]:
+        """All rows in order; each block is decoded once."""
+        for block, count in enumerate(self.block_rows.tolist()):
+            rows = self._block_rows(block)
+            yield from map(rows.row, range(count))
+
+    def _number(self, index: Any) -> int:
+        """The number of a row, from 0, that an index of either sign means."""
+        try:
+            number = None if isinstance(index, bool | np.bool_) else operator.index(index)
+        except TypeError:
+            number = None
+        if number is None:
+            raise TypeError(
+                f"cache[{index!r}]: found {type(index).__name__}, expected the number of a row, a "
+                "slice or several numbers (of a mask: numpy.flatnonzero(mask))"
+            )
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"row {number} of a cache with {len(self)} rows")
+        return number % len(self)
+
+    def _row(self, number: int) -> Row:
+        block = int(np.searchsorted(self._row_starts, number, "right")) - 1
+        return self._block_rows(block).row(number - int(self._row_starts[block]))
+
+    def _rows(self, numbers: Sequence[int]) -> list[Row]:
+        """Rows in the order asked for, read in the order in which they lie."""
+        places = sorted(range(len(numbers)), key=numbers.__getitem__)
+        read = {place: self._row(numbers[place]) for place in places}
+        return [read[place] for place in range(len(numbers))]
+
+    def _block_rows(self, block: int) -> BlockRows:
+        """A decoded block with all that it has, cut into rows; one of the last few if it can be.
+
+        Threads decode beside each other, so that two of them may decode the same block.
+        """
+        with self._lock:
+            rows = self._decoded.get(block)
+        if rows is None:
+            decoded = self.read_block(block, hidden_layers=self.manifest.hidden.layers)
+            rows = BlockRows(decoded, self.manifest)
+        with self._lock:
+            self._decoded[block] = rows
+            self._decoded.move_to_end(block)
+            while len(self._decoded) > 1 and (
+                len(self._decoded) > _KEPT_BLOCKS
+                or sum(kept.num_bytes for kept in self._decoded.values()) > _KEPT_BYTES
+            ):
+                self._decoded.popitem(last=False)
+        return rows
 
     def _reader(self, index: int) -> ShardReader:
         with self._lock:
             reader = self._readers.pop(index, None)
             if reader is None:
                 commit = self.commits[index]
-                reader = ShardReader(self.storage.path(commit.file), self.manifest, commit)
+                path, where = self.storage.local(commit.file), self.storage.where(commit.file)
+                reader = ShardReader(path, self.manifest, commit, where)
             self._readers[index] = reader
             while len(self._readers) > _OPEN_SHARDS:
                 self._readers.popitem(last=False)
         return reader
 
 
-def open_cache(path: Path | str, *, allow_partial: bool = False) -> Cache:
-    """Opens a cache folder. Missing shards are an error unless `allow_partial`; no shard at all,
-    a manifest or side file that was changed, or a newer format always is."""
-    storage = Storage(path)
+def open_cache(path: Path | str | Storage, *, allow_partial: bool = False) -> Cache:
+    """Opens a cache in a folder, or in another store.
+
+    Missing shards are an error unless `allow_partial`; no shard at all, a manifest or side file
+    that was changed, or a newer format always is.
+    """
+    storage = LocalStorage(path) if isinstance(path, Path | str) else path
     manifest, cache_id = manifests.read(storage)
     check_side_files(storage, manifest)
     cache = Cache(storage, manifest, cache_id, read_commits(storage, manifest, cache_id))
     missing, shards = cache.missing_shards, manifest.plan.num_shards
     if not cache.commits:
         raise IncompleteCache(
-            f"{path}: none of {shards} shards is done. Run cache-teacher run again."
+            f"{storage.root}: none of {shards} shards is done. Run cache-teacher run again."
         )
     if missing and not allow_partial:
         raise IncompleteCache(
-            f"{path}: {shards - len(missing)} of {shards} shards are done (shard {missing[0]} is "
-            "the "
-            "first missing one). Run the same cache-teacher run command again to finish it, or "
-            "train on what is there with --allow-partial."
+            f"{storage.root}: {shards - len(missing)} of {shards} shards are done (shard "
+            f"{missing[0]} is the first missing one). Run the same cache-teacher run command again "
+            "to finish it, or train on what is there with --allow-partial."
         )
     return cache
 
@@ -249,13 +272,12 @@ def open_cache(path: Path | str, *, allow_partial: bool = False) -> Cache:
 def check_side_files(storage: Storage, manifest: Manifest) -> None:
     """Every side file is there and is the one that the manifest names."""
     for name, digest in manifest.side_files.items():
-        side_file = storage.path(name)
-        if not side_file.is_file():
-            raise CorruptCache(f"{side_file}: this file is missing; restore it from a copy.")
-        size = side_file.stat().st_size
-        if size > _MAX_SIDE_FILE_BYTES or file_hash(side_file) != digest:
+        where, size = storage.where(name), storage.size(name)
+        if size is None:
+            raise CorruptCache(f"{where}: this file is missing; restore it from a copy.")
+        if size > _MAX_SIDE_FILE_BYTES or file_hash(storage.local(name)) != digest:
             raise CorruptCache(
-                f"{side_file}: its hash is not the one in the manifest ({size:,} bytes); restore "
+                f"{where}: its hash is not the one in the manifest ({size:,} bytes); restore "
                 "it from a copy."
             )
 
@@ -271,7 +293,7 @@ def class_ranks(storage: Storage, manifest: Manifest) -> ClassRanks:
     fits = classes.dtype == np.uint32 and classes.shape == (count,)
     if not fits or not np.array_equal(np.sort(classes), np.arange(count)):
         raise CorruptCache(
-            f"{storage.path(_learnt_name(manifest))}: class_by_rank is no order of the "
+            f"{storage.where(_learnt_name(manifest))}: class_by_rank is no order of the "
             f"{count} classes; restore it from a copy."
         )
     return ClassRanks.from_classes(classes)
@@ -288,7 +310,7 @@ def channel_scales(storage: Storage, manifest: Manifest) -> ChannelScales:
         centre, unit = (_of_channels(storage, manifest, arrays, layer, name) for name in names)
         if not (np.isfinite(centre).all() and np.isfinite(unit).all() and unit.min() > 0):
             raise CorruptCache(
-                f"{storage.path(_learnt_name(manifest))}: hidden.{layer}.centre or .unit holds "
+                f"{storage.where(_learnt_name(manifest))}: hidden.{layer}.centre or .unit holds "
                 "NaN, infinity or a unit that is not above 0; restore it from a copy."
             )
         return ChannelScale(centre, unit)
@@ -304,8 +326,8 @@ def _of_channels(
     found = arrays.get(f"hidden.{layer}.{name}", np.zeros(0))
     if found.dtype != np.float32 or found.shape != (width,):
         raise CorruptCache(
-            f"{storage.path(_learnt_name(manifest))}: hidden.{layer}.{name} is not {width} numbers "
-            "of type float32; restore it from a copy."
+            f"{storage.where(_learnt_name(manifest))}: hidden.{layer}.{name} is not {width} "
+            "numbers of type float32; restore it from a copy."
         )
     return found
 
@@ -318,7 +340,7 @@ def learnt(storage: Storage, manifest: Manifest) -> dict[str, np.ndarray]:
     try:
         return load_safetensors(storage.read(name, max_bytes=_MAX_SIDE_FILE_BYTES))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CorruptCache(f"{storage.path(name)}: {error!r}; restore it from a copy.") from None
+        raise CorruptCache(f"{storage.where(name)}: {error!r}; restore it from a copy.") from None
 
 
 def _learnt_name(manifest: Manifest) -> str:
@@ -327,8 +349,8 @@ def _learnt_name(manifest: Manifest) -> str:
 
 def read_commit(storage: Storage, manifest: Manifest, cache_id: str, shard: int) -> Commit:
     """The commit of one shard; of another cache, or out of place, is an error."""
-    path = storage.path(commit_name(shard))
-    commit = parse_commit(storage.read(commit_name(shard), max_bytes=MAX_COMMIT_BYTES), str(path))
+    path = storage.where(commit_name(shard))
+    commit = parse_commit(storage.read(commit_name(shard), max_bytes=MAX_COMMIT_BYTES), path)
     if commit.cache_id != cache_id or commit.shard != shard:
         raise CorruptCache(
             f"{path}: belongs to shard {commit.shard} of cache {commit.cache_id[:12]}, expected "
@@ -355,7 +377,7 @@ def read_commits(storage: Storage, manifest: Manifest, cache_id: str) -> list[Co
 
 def committed_shards(storage: Storage) -> list[int]:
     """Numbers of the shards with a commit, from the file names alone."""
-    names = storage.list("commits")
+    names = set(storage.list("commits"))
     stems = [name.removeprefix("commits/").removesuffix(".json") for name in names]
     numbers = {int(stem) for stem in stems if stem.isdecimal()}
     return sorted(number for number in numbers if commit_name(number) in names)
@@ -366,85 +388,9 @@ def _check_rows(storage: Storage, commits: list[Commit]) -> None:
     rows = sum(min(max(0, commit.rows), MAX_SHARD_ROWS) for commit in commits)
     if rows <= _ROWS_ON_TRUST:
         return
-    paths = [storage.path(commit.file) for commit in commits]
-    size = sum(path.stat().st_size for path in paths if path.is_file())
+    size = sum(storage.size(commit.file) or 0 for commit in commits)
     if rows > size:
         raise CorruptCache(
             f"{storage.root}: its commits claim {rows:,} rows, but all shards together have "
             f"{size:,} bytes. Run cache-teacher verify {storage.root} to see which are wrong."
         )
-
-
-def _row(block: Block, index: int, hidden_every: int) -> Row:
-    tokens = np.concatenate([[0], np.cumsum(block.num_tokens)])
-    positions = np.concatenate([[0], np.cumsum(block.num_positions)])
-    start, end = positions[index], positions[index + 1]
-    input_ids = torch.from_numpy(
-        block.input_ids[tokens[index] : tokens[index + 1]].astype(np.int64)
-    )
-    at = torch.from_numpy(block.positions[start:end].astype(np.int64))
-    if block.label_values is not None:
-        labels = torch.from_numpy(block.label_values[start:end].copy())
-    elif block.labels is not None:
-        labels = torch.from_numpy(block.labels[start:end].astype(np.int64))
-    else:
-        labels = input_ids[at + 1]
-    targets = None
-    if block.target is not None:
-        target = block.target.at(np.arange(start, end))
-        targets = RowTargets(
-            ids=torch.from_numpy(target.ids.astype(np.int64)),
-            logprobs=torch.from_numpy(target.logprobs),
-            tail_mass=torch.from_numpy(np.exp(target.log_tail)),
-            counts=None
-            if target.counts is None
-            else torch.from_numpy(target.counts.astype(np.int64)),
-        )
-    states_before = np.cumsum([0, *num_states(block.num_positions, hidden_every)])
-    of_row = slice(states_before[index], states_before[index + 1])
-    hidden = {
-        layer: torch.from_numpy(states[of_row].copy()).view(torch.bfloat16)
-        for layer, states in block.hidden.items()
-    }
-    types = None
-    if block.token_type_ids is not None:
-        row_types = block.token_type_ids[tokens[index] : tokens[index + 1]]
-        types = torch.from_numpy(row_types.astype(np.int64))
-    return Row(
-        row_id=int(block.row_ids[index]),
-        segments=_segments(block, index),
-        input_ids=input_ids,
-        labels=labels,
-        positions=at,
-        targets=targets,
-        hidden=hidden,
-        hidden_positions=at[::hidden_every],
-        token_type_ids=types,
-        reference=references(block)[index] if block.reference is not None else None,
-        target_values=None
-        if block.target_values is None
-        else torch.from_numpy(block.target_values[start:end].copy()),
-    )
-
-
-def references(block: Block) -> list[Any]:
-    """The parsed references of the rows of a block that has them."""
-    assert block.reference is not None  # both are there, or neither
-    assert block.reference_bytes is not None
-    ends = np.cumsum(block.reference_bytes, dtype=np.int64)
-    data = block.reference.tobytes()
-    rows = zip(block.row_ids.tolist(), ends - block.reference_bytes, ends, strict=True)
-    return [_reference(data[start:end], row_id) for row_id, start, end in rows]
-
-
-def _reference(data: bytes, row_id: int) -> Any:
-    """A text may hold any number of brackets, so only its own length limits them."""
-    where, most = f"reference of row {row_id}", len(data)
-    return manifests.parse_json(data, where, max_values=2 * most, max_containers=most)
-
-
-def _segments(block: Block, index: int) -> tuple[int, ...]:
-    if block.segments is None or block.num_segments is None:
-        return (int(block.num_tokens[index]),)
-    start = int(block.num_segments[:index].sum())
-    return tuple(block.segments[start : start + int(block.num_segments[index])].tolist())

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shared.errors import Refused
-from shared.storage import TEMPORARY_PREFIX, Storage
+from shared.storage import TEMPORARY_PREFIX, errors_explained
 
 
 def check_free(out: Path) -> None:
@@ -24,7 +24,7 @@ def check_free(out: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, which takes the name `out` at a clean exit and else is removed."""
     check_free(out)
-    with Storage(out).errors_explained():
+    with errors_explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=out.parent, prefix=TEMPORARY_PREFIX)
     with temporary as around:  # itself readable by its owner alone
@@ -35,5 +35,5 @@ def new_folder(out: Path) -> Iterator[Path]:
         for path in staging.rglob("*"):
             if path.is_file():
                 path.chmod(mode)
-        with Storage(out).errors_explained():
+        with errors_explained(out):
             staging.replace(out)

@@ -3,6 +3,7 @@
 Rows are built in stage one and metrics live in stage two; both read the task from the manifest.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +22,12 @@ Pooling = Literal["mean", "cls", "last", "none"]
 HiddenCodec = Literal["bf16", "fp8", "int8"]  # how hidden states are stored: hidden.py
 ProblemType = Literal["single_label", "multi_label", "regression"]
 
+# As `transformers` names them: its own loss and its pipelines go by it.
+PROBLEM_TYPES: dict[ProblemType, str] = {
+    "single_label": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
 MAX_ANSWER_TOKENS = 30  # of question answering; as the scripts that go with SQuAD have it
 
 
@@ -97,3 +104,8 @@ TASKS: dict[TaskName, Task] = {
         labels="none",
     ),
 }
+
+
+def is_unnamed(labels: Sequence[str]) -> bool:
+    """Whether these are the labels of a model that was given no names, as transformers has them."""
+    return list(labels) == [f"LABEL_{index}" for index in range(len(labels))]

@@ -93,7 +93,8 @@ def compare_command(config: CompareConfig) -> None:
 @command(app, "export", ExportConfig)
 def export_command(config: ExportConfig) -> None:
     """Makes a folder ready to serve: adapters merged, int8, ONNX, each checked, a model card."""
-    from student_train.export.export import run, table
+    from student_train.export.export import run
+    from student_train.export.table import table
 
     numbers = run(config)
     typer.echo(json.dumps(numbers) if config.json else table(numbers))

@@ -97,23 +97,23 @@ class StatusRecord:
 
 def read_status(storage: Storage) -> StatusRecord:
     """How the last start of an unfinished run ended, as far as it could still say so."""
-    path = storage.path(STATUS)
+    where = storage.where(STATUS)
     with _explained(_RUN_AGAIN):
-        raw = parse_json(storage.read(STATUS, max_bytes=_MAX_STATUS_BYTES), str(path))
-        return build(StatusRecord, raw, str(path))
+        raw = parse_json(storage.read(STATUS, max_bytes=_MAX_STATUS_BYTES), where)
+        return build(StatusRecord, raw, where)
 
 
 def read_snapshot(storage: Storage) -> tuple[CacheSnapshot, ...]:
     """The caches that this run was started on."""
-    path = storage.path(SNAPSHOT)
+    path = storage.where(SNAPSHOT)
     with _explained(f"It says which shards this run trains on. {_ANOTHER_RUN}"):
-        raw = parse_json(storage.read(SNAPSHOT), str(path), max_values=8 * MAX_SHARDS)
-        return build(_Snapshot, raw, str(path)).caches
+        raw = parse_json(storage.read(SNAPSHOT), path, max_values=8 * MAX_SHARDS)
+        return build(_Snapshot, raw, path).caches
 
 
 def read_options(storage: Storage) -> dict[str, Any]:
     """The options that this run was started with, as `resolved` gives them."""
-    path = storage.path(CONFIG)
+    path = storage.local(CONFIG)
     with _explained(f"It says how this run was started. {_ANOTHER_RUN}"):
         storage.read(CONFIG, max_bytes=_MAX_CONFIG_BYTES)  # there, a file, and not enormous
         try:
@@ -127,10 +127,10 @@ def read_options(storage: Storage) -> dict[str, Any]:
 
 def read_result(storage: Storage) -> dict[str, Any]:
     """The numbers of a finished run; those that `compare` shows are of their type."""
-    path = storage.path(RESULT)
+    path = storage.where(RESULT)
     with _explained(_RUN_AGAIN):
-        raw = parse_json(storage.read(RESULT, max_bytes=_MAX_RESULT_BYTES), str(path))
-        build(_Result, _with_absent(raw), str(path))
+        raw = parse_json(storage.read(RESULT, max_bytes=_MAX_RESULT_BYTES), path)
+        build(_Result, _with_absent(raw), path)
     result: dict[str, Any] = raw
     for name in ("validation", "before"):
         _check_intervals(result.get(name), f"{path}: {name}")

@@ -20,7 +20,7 @@ from shared.cache import Cache, class_ranks, read_commits
 from shared.errors import CorruptCache, TeacherCacheError
 from shared.format import shards
 from shared.format.shards import ShardReader, commit_name
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
 from teacher_cache.tools.inspection import clean, inspect, verify
 from tests.shared import test_shards as blocks
@@ -118,7 +118,7 @@ def outcome(read):
 
 def shard_reader(path, expected_values):
     """Reads one shard's blocks among otherwise undamaged values: 10 times faster than all."""
-    storage = Storage(path)
+    storage = LocalStorage(path)
     manifest = expected_values[0]
     commits = read_commits(storage, manifest, manifest.cache_id)
     ranks = class_ranks(storage, manifest)
@@ -127,7 +127,7 @@ def shard_reader(path, expected_values):
         first = sum(len(c.block_rows) for c in commits if c.shard < commit.shard)
 
         def read():
-            opened = ShardReader(storage.path(commit.file), manifest, commit)
+            opened = ShardReader(storage.local(commit.file), manifest, commit)
             found = list(expected_values[2])
             for block in range(len(commit.block_rows)):
                 found[first + block] = opened.read_block(
@@ -137,7 +137,7 @@ def shard_reader(path, expected_values):
 
         return read
 
-    return {storage.path(commit.file): reader(commit) for commit in commits}
+    return {storage.local(commit.file): reader(commit) for commit in commits}
 
 
 def flip_everywhere(copy, expected, rng, flips):
@@ -252,10 +252,10 @@ def metadata_bytes(path, reader):
 def damaged_metadata(tmp_path, monkeypatch, *, share):
     """Flips in Arrow's own bytes of a shard with 5 blocks in 3 record batches."""
     monkeypatch.setattr(shards, "_BATCH_BLOCKS", 2)
-    manifest, storage = blocks.MANIFESTS["packed labels only"], Storage(tmp_path)
+    manifest, storage = blocks.MANIFESTS["packed labels only"], LocalStorage(tmp_path)
     blocks.write(storage, manifest, [blocks.random_block(manifest, r, r) for r in (3, 1, 6, 2, 4)])
     commit = blocks.read_commit(storage)
-    path = storage.path(commit.file)
+    path = storage.local(commit.file)
     expected = (manifest, [], blocks.read_all(storage, manifest), [])
     places = metadata_bytes(path, ShardReader(path, manifest, commit))
     rng = random.Random(0)

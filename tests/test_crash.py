@@ -27,7 +27,7 @@ import teacher_cache
 from shared import open_cache, storage
 from shared.cache import committed_shards
 from shared.format.shards import commit_name
-from shared.storage import Storage, temporary_files
+from shared.storage import LocalStorage, temporary_files
 from teacher_cache.config import CleanConfig, VerifyConfig
 from teacher_cache.tools.inspection import clean, verify
 
@@ -461,7 +461,7 @@ def test_a_signal_exits_75_and_the_rerun_completes(number, point, server, calm, 
     stopped = Run(out=out, point=point, action=int(number))
     assert server.run(stopped) == [75], server.log_text()
     assert "stopped by a signal. Finished shards are kept; run the same" in server.log_text()
-    assert len(committed_shards(Storage(out))) == (0 if point == "before-link" else 1)
+    assert len(committed_shards(LocalStorage(out))) == (0 if point == "before-link" else 1)
     assert list(temporary_files(out)) == []
     check_complete(server, calm, out)
 

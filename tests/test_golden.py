@@ -26,7 +26,7 @@ from shared.format import manifest as manifests
 from shared.format.blocks import to_planes
 from shared.format.schema import COLUMNS, layout
 from shared.format.shards import EncodedBlock, ShardWriter, encode_block
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from shared.targets.spec import TargetSpec
 from teacher_cache.config import VerifyConfig
 from teacher_cache.tools import seal
@@ -163,7 +163,7 @@ def test_the_plain_reader_agrees_on_columns_that_the_golden_caches_lack(
     manifest = cache_manifest(packed=packed, positions=labels, labels=labels, targets=spec)
     plan = replace(manifest.plan, num_shards=1)
     manifest = replace(manifest, side_files={learnt_name: digest}, plan=plan)
-    storage = Storage(tmp_path / "cache")
+    storage = LocalStorage(tmp_path / "cache")
     storage.put_new(learnt_name, learnt)
     manifests.publish(storage, manifest)
     with ShardWriter(storage, manifest, manifest.cache_id, 0) as writer:
@@ -242,7 +242,7 @@ def one_shard(path, spec, *, code_seed):
     manifest = cache_manifest(targets=spec, hidden=NO_HIDDEN)
     plan = replace(manifest.plan, num_shards=1)
     manifest = replace(manifest, side_files={name: digest}, plan=plan)
-    storage = Storage(path)
+    storage = LocalStorage(path)
     storage.put_new(name, learnt)
     manifests.publish(storage, manifest)
     with ShardWriter(storage, manifest, manifest.cache_id, 0) as writer:

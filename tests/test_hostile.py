@@ -41,7 +41,7 @@ from shared.format.shards import (
     shard_name,
 )
 from shared.models.tokenizer import load_cached_tokenizer
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from teacher_cache.config import VerifyConfig
 from teacher_cache.tools.inspection import verify
 
@@ -221,7 +221,7 @@ def test_a_pipe_is_not_waited_for(copy):
     os.mkfifo(learnt)
     refused(copy, "this file is missing")
     with pytest.raises(CorruptCache, match="this is no file"):
-        Storage(copy).read(learnt.name)
+        LocalStorage(copy).read(learnt.name)
 
 
 # Numbers ----------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_a_writer_is_told_before_it_starts(pristine, tmp_path):
     manifest = open_cache(pristine).manifest
     manifest = replace(manifest, plan=replace(manifest.plan, num_shards=10**7))
     with pytest.raises(ConfigError, match=r"plan\.num_shards: found 10000000.*--shard-tokens"):
-        manifests.publish(Storage(tmp_path / "new"), manifest)
+        manifests.publish(LocalStorage(tmp_path / "new"), manifest)
     assert not (tmp_path / "new").exists()
 
 
@@ -537,7 +537,7 @@ def test_a_pickle_under_the_name_of_another_file_is_never_loaded(copy, tmp_path,
         forge_side_file(copy, name, data)
         assert read_all(copy)[0]  # values do not need the tokenizer
         with pytest.raises(Exception):  # noqa: B017, PT011 (what class it is: see the next test)
-            load_cached_tokenizer(Storage(copy))
+            load_cached_tokenizer(LocalStorage(copy))
     assert not marker.exists()
 
 
@@ -546,7 +546,7 @@ def test_a_pickle_under_the_name_of_another_file_is_never_loaded(copy, tmp_path,
 def test_a_tokenizer_file_of_another_kind_is_an_error_of_ours(copy, file, content):
     forge_side_file(copy, f"tokenizer/{file}", content)
     with pytest.raises(TeacherCacheError, match="tokenizer"):
-        load_cached_tokenizer(Storage(copy))
+        load_cached_tokenizer(LocalStorage(copy))
 
 
 def test_a_tokenizer_that_names_code_does_not_run_it(copy, tmp_path):
@@ -557,7 +557,7 @@ def test_a_tokenizer_that_names_code_does_not_run_it(copy, tmp_path):
     config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
     forge_side_file(copy, "tokenizer/tokenizer_config.json", json.dumps(config).encode())
     with suppress(TeacherCacheError, ValueError):
-        load_cached_tokenizer(Storage(copy))
+        load_cached_tokenizer(LocalStorage(copy))
     assert not (tmp_path / "marker").exists()
 
 
@@ -648,11 +648,11 @@ def test_what_int8_is_relative_to_must_be_numbers_that_can_be(capture, tmp_path,
 
 def forge_planes(path, change):
     """Changes decompressed planes in place; every checksum is right again afterwards."""
-    storage = Storage(path)
+    storage = LocalStorage(path)
     manifest = open_cache(path).manifest
     (commit,) = read_commits(storage, manifest, manifest.cache_id)
     planes = layout(manifest)
-    reader = ShardReader(storage.path(commit.file), manifest, commit)
+    reader = ShardReader(storage.local(commit.file), manifest, commit)
     columns = {plane.name: [] for plane in planes}
     for block in range(len(commit.block_rows)):
         values = reader.read_planes(block, planes)
@@ -695,10 +695,10 @@ def long_frame(size, column):
 
 def input_ids(path):
     """Column code and content of the first plane of the token ids of block 0."""
-    storage, manifest = Storage(path), open_cache(path).manifest
+    storage, manifest = LocalStorage(path), open_cache(path).manifest
     (commit,) = read_commits(storage, manifest, manifest.cache_id)
     plane = next(plane for plane in layout(manifest) if plane.name == "input_ids.0")
-    reader = ShardReader(storage.path(commit.file), manifest, commit)
+    reader = ShardReader(storage.local(commit.file), manifest, commit)
     values = reader.read_planes(0, [plane])["input_ids.0"].tobytes()
     return frames.column_code(plane.number, plane.plane), values
 

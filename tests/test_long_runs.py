@@ -19,7 +19,7 @@ from shared.format import manifest as manifests
 from shared.format.blocks import Block
 from shared.format.schema import MIN_BLOCK_POSITIONS
 from shared.format.shards import ShardWriter, encode_block
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from shared.targets.record import ClassRanks, Target
 from shared.targets.spec import TargetSpec
 from tests.conftest import WORDS
@@ -197,7 +197,7 @@ def test_bytes_on_the_disk_stay_within_their_gates(exponent, top_k, most_bytes, 
         [block.target.ids.ravel() for block in teacher_like(5, top_k, 1, exponent)]
     )
     ranks = ClassRanks.from_counts(np.bincount(learnt, minlength=CLASSES))
-    with ShardWriter(Storage(tmp_path), manifest, manifest.cache_id, 0) as writer:
+    with ShardWriter(LocalStorage(tmp_path), manifest, manifest.cache_id, 0) as writer:
         for number, block in enumerate(teacher_like(20, top_k, 2, exponent)):
             writer.write(encode_block(block, number, manifest, ranks))
     commit = json.loads((tmp_path / "commits" / "00000.json").read_bytes())

@@ -28,7 +28,7 @@ from shared.format import frames
 from shared.format.blocks import Block, from_planes, to_planes
 from shared.format.manifest import FORMAT_VERSION, MAX_SHARD_ROWS, Manifest, build, parse_json
 from shared.format.schema import Plane, layout
-from shared.storage import Storage, crash_point
+from shared.storage import Storage, crash_point, errors_explained
 from shared.targets.hidden import NO_SCALES, ChannelScales, num_states
 from shared.targets.planes import Per
 from shared.targets.record import ClassRanks
@@ -181,7 +181,7 @@ class ShardWriter:
         self._stack = ExitStack()
         temporary = self.storage.temporary(f"shards/{self.shard:05d}")
         self._temporary = self._stack.enter_context(temporary)
-        with self.storage.errors_explained():
+        with errors_explained(self.storage.root):
             self._sink = self._stack.enter_context(pa.OSFile(str(self._temporary), "wb"))
             self._writer = pa.ipc.new_file(self._sink, self._schema())
         return self
@@ -223,7 +223,7 @@ class ShardWriter:
             for plane in self._planes
         ]
         crash_point("before-record-batch")
-        with self.storage.errors_explained():
+        with errors_explained(self.storage.root):
             self._writer.write_batch(pa.record_batch(arrays, schema=self._schema()))
         self._batches.append(len(self._waiting))
         self._waiting, self._waiting_bytes = [], 0
@@ -231,7 +231,7 @@ class ShardWriter:
     def _finish(self) -> None:
         """The rest of the file, then its content name, then the commit."""
         self._flush()
-        with self.storage.errors_explained():
+        with errors_explained(self.storage.root):
             self._writer.close()
             self._sink.close()
             crash_point("after-temporary-write")
@@ -269,7 +269,7 @@ class ShardWriter:
         """Another writer committed this shard first; ours goes unless the winner names it too."""
         name = commit_name(self.shard)
         data = self.storage.read(name, max_bytes=MAX_COMMIT_BYTES)
-        winner = parse_commit(data, str(self.storage.path(name)))
+        winner = parse_commit(data, self.storage.where(name))
         if winner.file != file:
             self.storage.delete(file)
 
@@ -280,12 +280,16 @@ _Columns = dict[str, tuple[np.ndarray, memoryview]]
 class ShardReader:
     """Reads blocks of one committed shard through a memory map; safe in several threads."""
 
-    def __init__(self, path: Path, manifest: Manifest, commit: Commit) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, commit: Commit, where: str | None = None
+    ) -> None:
+        """`where`: what messages call the shard, if it is not read at its own place."""
         self.path, self.manifest, self.commit = path, manifest, commit
+        self.where = str(path) if where is None else where
         self._planes = layout(manifest)
         self._wanted: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], list[Plane]] = {}
-        where = f"commit of {path.name}"
-        self._tokens, self._positions = commit.lengths(where, manifest.num_outputs)
+        name = self.where.rpartition("/")[2]
+        self._tokens, self._positions = commit.lengths(f"commit of {name}", manifest.num_outputs)
         self._row_starts = np.concatenate([[0], np.cumsum(commit.block_rows, dtype=np.int64)])
         states = num_states(self._positions, manifest.hidden.every)
         self._sizes = [
@@ -301,7 +305,7 @@ class ShardReader:
         by_default = not names & {"positions", "segments"} and not manifest.num_outputs
         if by_default and (self._positions != self._tokens - 1).any():
             raise CorruptCache(
-                f"{self.path}: its commit has a row that does not predict every token but its "
+                f"{self.where}: its commit has a row that does not predict every token but its "
                 f"first. {_REPAIR}"
             )
         self._open()
@@ -310,10 +314,10 @@ class ShardReader:
         try:
             status = self.path.stat()
         except FileNotFoundError:
-            raise CorruptCache(f"{self.path}: {_MISSING}") from None
+            raise CorruptCache(f"{self.where}: {_MISSING}") from None
         if status.st_size != self.commit.num_bytes or not stat.S_ISREG(status.st_mode):
             raise CorruptCache(
-                f"{self.path}: {status.st_size:,} bytes, but its commit says "
+                f"{self.where}: {status.st_size:,} bytes, but its commit says "
                 f"{self.commit.num_bytes:,}. {_REPAIR}"
             )
         try:
@@ -322,11 +326,11 @@ class ShardReader:
             self._schema, self._messages = open_arrow(self._map)
             self._check_schema(self._schema)
         except (pa.ArrowException, OSError, ValueError, struct.error) as error:
-            raise CorruptCache(f"{self.path}: not readable as Arrow: {error}. {_REPAIR}") from None
+            raise CorruptCache(f"{self.where}: not readable as Arrow: {error}. {_REPAIR}") from None
         found, expected = len(self._messages), len(self.commit.batch_blocks)
         if found != expected:
             raise CorruptCache(
-                f"{self.path}: {found} record batches, but its commit says {expected}. {_REPAIR}"
+                f"{self.where}: {found} record batches, but its commit says {expected}. {_REPAIR}"
             )
         self._batches: dict[int, _Columns] = {}
         starts = np.cumsum(self.commit.batch_blocks, dtype=np.int64)
@@ -342,12 +346,12 @@ class ShardReader:
         for key, value in expected.items():
             if metadata.get(key) != value:
                 raise CorruptCache(
-                    f"{self.path}: {key} is {metadata.get(key)!r}, expected {value!r}. {_REPAIR}"
+                    f"{self.where}: {key} is {metadata.get(key)!r}, expected {value!r}. {_REPAIR}"
                 )
         for plane in self._planes:
             index = schema.get_field_index(plane.name)
             if index < 0 or schema.field(index).type != pa.large_binary():
-                raise CorruptCache(f"{self.path}: the column {plane.name} is missing. {_REPAIR}")
+                raise CorruptCache(f"{self.where}: the column {plane.name} is missing. {_REPAIR}")
 
     def _columns(self, index: int) -> "_Columns":
         """Offsets i64 [blocks + 1] and bytes of each plane of a batch, fully validated once."""
@@ -359,12 +363,12 @@ class ShardReader:
             for array in arrays.values():
                 array.validate(full=True)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise CorruptCache(f"{self.path}: not readable as Arrow: {error}. {_REPAIR}") from None
+            raise CorruptCache(f"{self.where}: not readable as Arrow: {error}. {_REPAIR}") from None
         columns: _Columns = {}
         for name, array in arrays.items():
             if array.null_count or len(array) != self.commit.batch_blocks[index]:
                 raise CorruptCache(
-                    f"{self.path}: record batch {index}, column {name}: {len(array)} blocks, "
+                    f"{self.where}: record batch {index}, column {name}: {len(array)} blocks, "
                     f"{array.null_count} of them null; expected "
                     f"{self.commit.batch_blocks[index]}. {_REPAIR}"
                 )
@@ -390,7 +394,7 @@ class ShardReader:
             size = sum(sizes[per] * count for per, count in item_bytes.items())
             if size > _FREE_BLOCK_BYTES + _MOST_EXPANSION * stored:
                 raise CorruptCache(
-                    f"{self.path}: block {first + row}: found {stored:,} bytes in frames, which "
+                    f"{self.where}: block {first + row}: found {stored:,} bytes in frames, which "
                     f"its commit says expand to {size:,}. {_REPAIR}"
                 )
 
@@ -405,7 +409,7 @@ class ShardReader:
         row = block - int(self._batch_starts[batch])
         columns = self._columns(batch)
         sizes = self._sizes[block]
-        where = str(self.path)
+        where = self.where
         values: dict[str, np.ndarray] = {}
         for plane in planes:
             name = plane.name
@@ -449,7 +453,7 @@ class ShardReader:
         stored = sum(int(ends[row + 1] - ends[row]) for ends in offsets)
         if entries * _DECODED_ENTRY_BYTES > _FREE_BLOCK_BYTES + _MOST_EXPANSION * stored:
             raise CorruptCache(
-                f"{self.path}: block {block}, column target_counts: found {entries:,} entries in "
+                f"{self.where}: block {block}, column target_counts: found {entries:,} entries in "
                 f"{stored:,} bytes of frames, far more than such a block can hold. {_REPAIR}"
             )
         return entries
@@ -474,7 +478,7 @@ class ShardReader:
         try:
             return from_planes(values, *lengths, self.manifest, ranks, scales)
         except CorruptCache as error:
-            raise CorruptCache(f"{self.path}: block {block}, column {error}") from None
+            raise CorruptCache(f"{self.where}: block {block}, column {error}") from None
 
 
 def empty_block(

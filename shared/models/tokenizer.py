@@ -34,12 +34,12 @@ def load_cached_tokenizer(storage: Storage) -> "PreTrainedTokenizerBase":
     """The tokenizer that a cache carries; no network, no code from the cache."""
     from transformers import AutoTokenizer
 
-    folder = str(storage.path("tokenizer"))
+    folder, where = str(storage.local("tokenizer")), storage.where("tokenizer")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise CorruptCache(
-            f"{folder}: no tokenizer can be loaded from these files ({error!r}); restore them from "
+            f"{where}: no tokenizer can be loaded from these files ({error!r}); restore them from "
             "a copy."
         ) from error
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.errors import CacheMismatch, ConfigError, IncompleteCache
-from shared.storage import Storage
-from student_train.compare.recipes import (
+from shared.storage import LocalStorage
+from student_train.compare.groups import (
     common_name,
     is_baseline,
     mean_and_deviation,
-    recipe_of,
+    options_but_seed,
     recovered,
     score,
 )
@@ -49,7 +49,7 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table: the teacher, a run, or the mean over the seeds of one recipe.
+    """One line of the table: the teacher, a run, or the mean over the seeds of the same options.
 
     `deviation`: standard deviations over these seeds. `recovered`: the share of the teacher's gain
     over the hard-label `baseline`, in the main metric of the task; None also where there is
@@ -109,7 +109,7 @@ def compare(config: CompareConfig) -> Comparison:
 
 
 def _result(path: Path) -> dict[str, Any]:
-    storage = Storage(path)
+    storage = LocalStorage(path)
     if not storage.exists(RESULT):
         raise IncompleteCache(
             f"{path}: no finished run here (result.json is missing). Run train-student run --out "
@@ -179,13 +179,13 @@ def _teacher_line(results: Sequence[tuple[Path, dict[str, Any]]]) -> Line:
 
 
 def _lines_of_seeds(runs: Sequence[tuple[Path, Line]]) -> list[Line]:
-    """A line for each recipe that was run with more than one seed."""
+    """A line for all runs of the same options that were run with more than one seed."""
     groups: dict[str, list[Line]] = defaultdict(list)
     for path, line in runs:
-        storage = Storage(path)
-        # A folder without its options is a recipe of its own.
+        storage = LocalStorage(path)
+        # A folder without its options stands alone.
         known = storage.exists(CONFIG)
-        groups[recipe_of(read_options(storage)) if known else str(path)].append(line)
+        groups[options_but_seed(read_options(storage)) if known else str(path)].append(line)
     return [_mean_line(lines) for lines in groups.values() if len(lines) > 1]
 
 

@@ -22,11 +22,11 @@ class Arrangement:
     """One way of laying out rows.
 
     `arrange` takes the columns that say where things are out of the columns of some rows, and gets
-    their tokens, and where each row starts in these. `sides`: how many parts of a row are sequences
-    of their own for the model, which reads them together. With `of_windows` the segments of a row
-    are one sequence, whose `context` lies between two bounds. With `counts_outputs` a position is
-    an output of a row and not one of its tokens: every row has all L of them, and `position_index`
-    counts through the logits [B, L].
+    their tokens and where each row starts in these. `sides`: how many
+    parts of a row are sequences of their own for the model, which reads them together. With
+    `of_windows` the segments of a row are one sequence, whose `context` lies between two bounds.
+    With `counts_outputs` a position is an output of a row and not one of its tokens: every row has
+    all L of them, and `position_index` counts through the logits [B, L].
     """
 
     arrange: Callable[[Columns, np.ndarray, np.ndarray], Arranged]

@@ -12,8 +12,9 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from shared import compat
 from shared.cache import Cache, open_cache
-from shared.errors import CacheMismatch
+from shared.fit_rules import Side
 from shared.format.blocks import Block
 from shared.format.manifest import Manifest
 from student_train.data.ensemble import Ensemble
@@ -29,7 +30,8 @@ class CacheSet:
     def __init__(self, caches: Sequence[Cache], weights: Sequence[float] = ()) -> None:
         self.caches, self.weights = tuple(caches), tuple(weights)
         for other in self.caches[1:]:
-            _check_joins(self.caches[0], other)
+            sides = (Side(str(cache.path), cache.manifest) for cache in (self.caches[0], other))
+            compat.check("join", *sides)
         self.block_rows = np.concatenate([cache.block_rows for cache in self.caches])
         self.row_tokens = np.concatenate([cache.row_tokens for cache in self.caches])
         self.row_positions = np.concatenate([cache.row_positions for cache in self.caches])
@@ -99,29 +101,3 @@ Source: TypeAlias = CacheSet | Ensemble
 def open_caches(paths: Sequence[Path], *, allow_partial: bool) -> CacheSet:
     """Opens caches that can be trained on together."""
     return CacheSet([open_cache(path, allow_partial=allow_partial) for path in paths])
-
-
-def _check_joins(one: Cache, other: Cache) -> None:
-    for name, get in _JOINED.items():
-        left, right = get(one.manifest), get(other.manifest)
-        if left != right:
-            raise CacheMismatch(
-                f"{one.path} and {other.path} do not train together: {name} is {left!r} in the "
-                f"first and {right!r} in the second. Capture the new documents with cache-teacher "
-                "run --like the first."
-            )
-
-
-_JOINED = {
-    "the tokenizer's content hash": lambda m: m.tokenizer.hash,
-    "the task": lambda m: m.task,
-    "the kind of targets": lambda m: m.targets.kind,
-    "the problem type": lambda m: m.problem_type,
-    "the number of classes": lambda m: m.targets.num_classes,
-    "the names of the classes": lambda m: m.labels,
-    "the token that decoders start from": lambda m: m.preprocessing.decoder_start,
-    "top_k": lambda m: m.targets.top_k,
-    "the stored temperatures": lambda m: m.targets.temperatures,
-    "the hidden layers": lambda m: (m.hidden.layers, m.hidden.widths),
-    "which positions have hidden states, hidden_every,": lambda m: m.hidden.every,
-}

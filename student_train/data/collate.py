@@ -34,7 +34,7 @@ _OF_ENTRIES = ("target_ids", "target_logprobs")  # where positions differ in the
 _NO_ROW = -1  # row id of the one token in a micro-batch without rows
 
 
-class Window:
+class ReadWindow:
     """The columns of all rows of some blocks; threads fill it block by block.
 
     `rows` are global row numbers and ascend; their lengths say where everything goes before
@@ -169,8 +169,8 @@ class Shape:
     """How rows become sequences.
 
     Every segment of a row becomes a sequence of its own, padded on the right with token 0. Of pairs
-    the first segment goes to the encoder, the second to the decoder. Every
-    `hidden_every`-th position of a row has hidden states.
+    the first segment goes to the encoder, the second to the decoder. Every `hidden_every`-th
+    position of a row has hidden states.
     """
 
     arrangement: Arrangement = SEQUENCES
@@ -178,7 +178,7 @@ class Shape:
 
 
 def collate(
-    parts: Sequence[tuple[Window, np.ndarray]], shape: Shape, *, counts: Counts
+    parts: Sequence[tuple[ReadWindow, np.ndarray]], shape: Shape, *, counts: Counts
 ) -> MicroBatch:
     """The micro-batch of these global rows, each part with the window it is in."""
     taken = [window.take(rows) for window, rows in parts]

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from shared import compat
 from shared.arrays import ranges
 from shared.cache import Cache
 from shared.errors import CacheMismatch, ConfigError
+from shared.fit_rules import Side
 from shared.format.blocks import Block
 from shared.format.manifest import Manifest
-from shared.targets.hidden import Bits, bf16_to_float32
+from shared.targets.hidden import Bits, bf16_to_float32, num_states
 from shared.targets.record import Floats, Target
 from student_train.data.mixtures import Voice, entropy_of, mixture
 from student_train.data.order import Part
@@ -47,8 +49,7 @@ class Ensemble:
         given = weights or [1.0] * len(caches)
         self.weights = tuple(weight / sum(given) for weight in given)
         for other in self.caches[1:]:
-            _check_same_rows(self.first, other)
-            _check_same_layers(self.first, other, hidden_layers)
+            _check_same_rows(self.first, other, hidden_layers)
         self.block_rows = self.first.block_rows
         self.row_tokens, self.row_positions = self.first.row_tokens, self.first.row_positions
         self.row_labels = self.first.row_labels  # the others are labelled, or not, as the first is
@@ -87,14 +88,14 @@ class Ensemble:
         own = options.read(self.first, block)
         first_row = int(self._row_starts[0][block])
         others = [self._said(n, first_row, own, options) for n in range(1, len(self.caches))]
-        return self._mixed(own, [_said(own, slice(None), self.temperature), *others])
+        return self._mixed(own, [self._of_rows(own, slice(None)), *others])
 
     def empty_block(self, *, hidden_layers: Sequence[int] = (), targets: bool = True) -> Block:
         """A block of no rows, as `Cache.empty_block`."""
         blocks = [
             cache.empty_block(hidden_layers=hidden_layers, targets=targets) for cache in self.caches
         ]
-        return self._mixed(blocks[0], [_said(b, slice(None), self.temperature) for b in blocks])
+        return self._mixed(blocks[0], [self._of_rows(block, slice(None)) for block in blocks])
 
     def channel_deviation(self, layer: int) -> torch.Tensor:
         """An upper bound of each channel's standard deviation in the mean state, float32 [D].
@@ -114,12 +115,27 @@ class Ensemble:
             block = int(np.searchsorted(starts, row, side="right")) - 1
             begin, end = int(starts[block]), min(int(starts[block + 1]), last_row)
             rows = slice(row - begin, end - begin)
-            pieces.append(_said(options.read(cache, block), rows, self.temperature))
+            pieces.append(self._of_rows(options.read(cache, block), rows))
             row = end
         found = _joined(pieces)
         if not np.array_equal(found.row_ids, own.row_ids):
             _refuse_rows(self.first, cache)
         return found
+
+    def _of_rows(self, block: Block, rows: slice) -> "_Said":
+        """What the teacher of a block says on some of its rows."""
+        ratio = block.log_partition_ratio.get(self.temperature)
+        if len(block.row_ids[rows]) == len(block.row_ids):  # the usual case: nothing is copied
+            return _Said(block.row_ids, block.target, ratio, block.hidden, block.target_values)
+        at = _items_of(rows, block.num_positions)
+        states_at = _items_of(rows, num_states(block.num_positions, self.manifest.hidden.every))
+        return _Said(
+            block.row_ids[rows],
+            None if block.target is None else block.target.at(at),
+            None if ratio is None else ratio[at],
+            {layer: states_SD[states_at] for layer, states_SD in block.hidden.items()},
+            None if block.target_values is None else block.target_values[at],
+        )
 
     def _mixed(self, own: Block, said: Sequence["_Said"]) -> Block:
         """The first cache's block with mixed targets and states; no label_logprob."""
@@ -154,11 +170,11 @@ class Ensemble:
         return np.sum(parts, axis=0, dtype=np.float32)
 
     def _mean(self, states: Sequence[Bits]) -> Bits:
-        """Weighted mean of bfloat16 states [P, D], in float32."""
-        mean_PD = np.zeros(states[0].shape, np.float32)
-        for weight, each_PD in zip(self.weights, states, strict=True):
-            mean_PD += np.float32(weight) * bf16_to_float32(each_PD)
-        bits: Bits = torch.from_numpy(mean_PD).to(torch.bfloat16).view(torch.uint16).numpy()
+        """Weighted mean of bfloat16 states [S, D], in float32."""
+        mean_SD = np.zeros(states[0].shape, np.float32)
+        for weight, each_SD in zip(self.weights, states, strict=True):
+            mean_SD += np.float32(weight) * bf16_to_float32(each_SD)
+        bits: Bits = torch.from_numpy(mean_SD).to(torch.bfloat16).view(torch.uint16).numpy()
         return bits
 
 
@@ -183,25 +199,15 @@ class _Said:
     row_ids: np.ndarray  # u64 [R]
     target: Target | None
     log_partition_ratio: Floats | None  # [P], at the temperature of the ensemble
-    hidden: dict[int, Bits]  # [P, D]
+    hidden: dict[int, Bits]  # [S, D]
     target_values: Floats | None = None  # [P], of a regression
 
 
-def _said(block: Block, rows: slice, temperature: float) -> _Said:
-    """Of some rows of a block."""
-    ratio = block.log_partition_ratio.get(temperature)
-    if len(block.row_ids[rows]) == len(block.row_ids):  # the usual case: nothing is copied
-        return _Said(block.row_ids, block.target, ratio, block.hidden, block.target_values)
-    ends = np.cumsum(block.num_positions)
-    starts = (ends - block.num_positions)[rows]
-    at = ranges(starts, block.num_positions[rows].astype(np.int64))
-    return _Said(
-        block.row_ids[rows],
-        None if block.target is None else block.target.at(at),
-        None if ratio is None else ratio[at],
-        {layer: states[at] for layer, states in block.hidden.items()},
-        None if block.target_values is None else block.target_values[at],
-    )
+def _items_of(rows: slice, counts_R: np.ndarray) -> np.ndarray:
+    """Where the items of some rows of a block lie, when each row has so many of them."""
+    counts_R = counts_R.astype(np.int64)
+    starts_R = np.cumsum(counts_R) - counts_R
+    return ranges(starts_R[rows], counts_R[rows])
 
 
 def _joined(pieces: Sequence[_Said]) -> _Said:
@@ -233,16 +239,10 @@ def _joined_targets(targets: Sequence[Target]) -> Target:
 # ---- What belongs together
 
 
-def _check_same_rows(one: Cache, other: Cache) -> None:
+def _check_same_rows(one: Cache, other: Cache, layers: Sequence[int]) -> None:
     """Equal lengths of all rows are taken for equal rows; their ids are compared block by block."""
-    for name, get in _EQUAL.items():
-        left, right = get(one.manifest), get(other.manifest)
-        if left != right:
-            raise CacheMismatch(
-                f"--ensemble: {one.path} and {other.path} are no two teachers on the same rows: "
-                f"{name} is {left!r} in the first and {right!r} in the second. Capture both "
-                "teachers with the same corpus, tokenizer and options."
-            )
+    sides = (Side(str(cache.path), cache.manifest, layers) for cache in (one, other))
+    compat.check("ensemble", *sides)
     if not one.has_targets:
         raise CacheMismatch(
             f"--ensemble: {one.path} and {other.path} hold hard labels only, and there is nothing "
@@ -253,32 +253,6 @@ def _check_same_rows(one: Cache, other: Cache) -> None:
         and np.array_equal(one.row_positions, other.row_positions)
     ):
         _refuse_rows(one, other)
-
-
-_EQUAL = {
-    "the task": lambda m: m.task,
-    "the tokenizer's content hash": lambda m: m.tokenizer.hash,
-    "whether rows have hard labels": lambda m: m.labelled,
-    "rows_id (corpus, tokenizer and preprocessing)": lambda m: m.rows_id,
-    "the problem type": lambda m: m.problem_type,
-    "the number of classes": lambda m: m.targets.num_classes,
-    "the names of the classes": lambda m: m.labels,
-    "the kind of targets": lambda m: m.targets.kind,
-}
-
-
-def _check_same_layers(one: Cache, other: Cache, layers: Sequence[int]) -> None:
-    for layer in layers:
-        left, right = (
-            dict(zip(m.hidden.layers, m.hidden.widths, strict=True)).get(layer, 0)
-            for m in (one.manifest, other.manifest)
-        )
-        if left != right:
-            raise CacheMismatch(
-                f"--ensemble: hidden layer {layer} has {left} channels in {one.path} and {right} "
-                f"in {other.path} (0: not stored), and only states of equal width have a mean. "
-                "Leave --hidden-weight out, or cache the layer with teachers of equal width."
-            )
 
 
 def _refuse_rows(one: Cache, other: Cache) -> None:

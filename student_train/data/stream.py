@@ -24,8 +24,8 @@ from student_train.data.arrange import SEQUENCES, Arrangement, Columns
 from student_train.data.collate import (
     Counts,
     MicroBatch,
+    ReadWindow,
     Shape,
-    Window,
     collate,
     columns_of,
     without_rows,
@@ -157,7 +157,7 @@ class _Reader:
         self.cache, self.order, self.spec = cache, order, spec
         self._row_labels = cache.row_labels
         self._pool = ThreadPoolExecutor(spec.threads, thread_name_prefix="batch-stream-decode")
-        self._windows: dict[int, Window] = {}
+        self._windows: dict[int, ReadWindow] = {}
         self._unused_memory: list[Columns] = []
         self._jobs: dict[tuple[int, int], Future[None]] = {}  # by window and block
         empty = cache.empty_block(hidden_layers=spec.hidden_layers, targets=spec.targets)
@@ -202,7 +202,7 @@ class _Reader:
         all_rows = ranges(starts[blocks], starts[blocks + 1] - starts[blocks])
         lengths = self.cache.row_tokens[all_rows], self.cache.row_positions[all_rows]
         memory = self._unused_memory.pop() if self._unused_memory else {}
-        window = self._windows[number] = Window(
+        window = self._windows[number] = ReadWindow(
             all_rows,
             *lengths,
             no_rows=self._no_rows,
@@ -215,7 +215,7 @@ class _Reader:
             job = self._pool.submit(self._read, window, some)
             self._jobs |= {(number, block): job for block in some}
 
-    def _read(self, window: Window, blocks: list[int]) -> None:
+    def _read(self, window: ReadWindow, blocks: list[int]) -> None:
         spec, starts = self.spec, self.order.block_starts
         for number in blocks:
             block = self.cache.read_block(
@@ -241,7 +241,7 @@ class _Reader:
             for number in [number for number in self._windows if number < plan.windows[-1]]:
                 self._unused_memory.append(self._windows.pop(number).memory)
 
-    def _parts(self, rows: np.ndarray, windows: np.ndarray) -> list[tuple[Window, np.ndarray]]:
+    def _parts(self, rows: np.ndarray, windows: np.ndarray) -> list[tuple[ReadWindow, np.ndarray]]:
         """The rows by window, once the blocks they are in have been read."""
         parts = []
         for number in np.unique(windows).tolist():

@@ -14,9 +14,10 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from shared.cache import Cache, Row
+from shared.cache import Cache
 from shared.format.schema import layout
 from shared.models.tokenizer import load_cached_tokenizer
+from shared.rows import Row
 from student_train.config import WorstBy
 from student_train.data.collate import MicroBatch
 from student_train.loss.positions import PREFIX

@@ -24,7 +24,7 @@ from student_train.loss.objective import Objective, attach
 from student_train.loss.spec import LossSpec
 from student_train.metrics.texts import require_metrics
 from student_train.student.build import build_student, load_config
-from student_train.student.fit import check_fit, check_labelled
+from student_train.student.fit import check_fit, check_judges
 from student_train.tasks.table import task_of
 
 _SUMS = {"hard", "soft", "agreement", "student_entropy"}  # over positions
@@ -41,13 +41,11 @@ def evaluate(
     """The student's numbers over every row of a cache, at T = 1.
 
     `loss`: mean cross-entropy on the hard labels, nats. `kl`: KL(teacher || student), if the cache
-    knows all of it (`dense`; `sample` on average), else `kl_bucketed`, over the kept classes and
-    one cell for all others. `agreement`: share of positions where student and teacher have the same
-    most probable class. The last two only where the cache has targets. On a label space also the
-    metrics of the task (metrics/labels.py, rows.py), of questions those of spans.py; of
-    hidden states alone those of vectors.py, and `loss` is 1 - cosine. In a regression `loss` is the
-    mean squared error, and `mse_to_teacher` stands for the other two. `details` is shown every
-    batch, and what single positions of it were answered with.
+    knows all of it, exactly or on average, else `kl_bucketed`, over the kept classes and one cell
+    for all others. `agreement`: share of positions where student and teacher have the same most
+    probable class. The last two only where the cache has targets. Beside these, or in their place,
+    stand the numbers of the task: its metrics, and what its loss is (tasks/). `details` is shown
+    every batch, and what single positions of it were answered with.
     """
     task, device = task_of(cache.manifest), next(student.parameters()).device
     stream, collector = _stream(cache, batch_tokens), task.collector(cache, max_answer_tokens)
@@ -135,16 +133,7 @@ def _summed_over_processes(sums: torch.Tensor, device: torch.device) -> torch.Te
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """`train-student evaluate`: loads a student and evaluates it on a cache."""
     cache = open_cache(config.cache, allow_partial=config.allow_partial)
-    model_config = load_config(config.student)
-    check_fit(config.student, model_config, cache)
-    check_labelled(cache)
-    if config.generate:
-        check_writes(cache)
-        require_metrics()
-    student = build_student(config.student, cache, seed=0)
-    task_of(cache.manifest).load_beside(config.student, student, cache)
-    cuda = config.device == "auto" and torch.cuda.is_available()
-    student.to("cuda" if cuda else "cpu")
+    student = _student(config, cache)
     details = None
     if config.html is not None or config.num_worst:
         _check_shown(config, cache)
@@ -162,13 +151,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         ),
     }
     if config.generate:
-        writing = Writing(
-            rows=config.generate_rows,
-            num_beams=config.num_beams,
-            max_new_tokens=config.max_new_tokens,
-            batch_tokens=config.batch_tokens,
-        )
-        numbers |= written_numbers(student, cache, writing)
+        numbers |= _written(config, student, cache)
     if details is None:
         return numbers
     found = details.numbers()
@@ -177,6 +160,29 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     if config.html is not None:
         write_evaluation(numbers | {"details": found}, cache, config.html)
     return numbers | {"details": found} if config.asks_for_worst else numbers
+
+
+def _student(config: EvaluateConfig, cache: Cache) -> Any:
+    """The student on its device, once it is known that the cache can judge it."""
+    check_fit(config.student, load_config(config.student), cache)
+    check_judges(cache)
+    if config.generate:
+        check_writes(cache)
+        require_metrics()
+    student = build_student(config.student, cache, seed=0)
+    task_of(cache.manifest).load_beside(config.student, student, cache)
+    cuda = config.device == "auto" and torch.cuda.is_available()
+    return student.to("cuda" if cuda else "cpu")
+
+
+def _written(config: EvaluateConfig, student: Any, cache: Cache) -> dict[str, Any]:
+    writing = Writing(
+        rows=config.generate_rows,
+        num_beams=config.num_beams,
+        max_new_tokens=config.max_new_tokens,
+        batch_tokens=config.batch_tokens,
+    )
+    return written_numbers(student, cache, writing)
 
 
 def _check_shown(config: EvaluateConfig, cache: Cache) -> None:

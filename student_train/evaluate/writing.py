@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.cache import Cache, references
+from shared.cache import Cache
 from shared.errors import CacheMismatch
 from shared.models.decoding import caches_all_blocks
 from shared.models.tokenizer import end_of_text, load_cached_tokenizer
+from shared.rows import references
 from student_train.metrics.texts import chrf, sentence_chrf, text_numbers
 from student_train.tasks.table import STUDENT_TASKS, task_of
 

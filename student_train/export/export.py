@@ -47,7 +47,6 @@ from student_train.export.onnx_files import (
     write_int8,
     write_onnx,
 )
-from student_train.metrics.names import TITLES
 from student_train.student.fit import check_fit
 from student_train.student.saved import (
     Run,
@@ -78,18 +77,76 @@ class CheckedRows:
     labels: HardLabels | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A student as it was trained, and what its artefacts are held against it with."""
+
+    run: Run | None
+    cache: Cache | None
+    student: Any
+    tokenizer: Any
+    inputs: list[str]
+    outputs: list[str]
+    rows: CheckedRows
+    pad_token: int
+
+    @property
+    def task(self) -> StudentTask:
+        """That of the cache; without one, what the student's own config says of its outputs."""
+        if self.cache is None:
+            return task_of_outputs(self.student.config)
+        return task_of(self.cache.manifest)
+
+    def merged(self, folder: Path) -> Any:
+        """Another copy of the model, plain: the student keeps its adapters."""
+        model = merged(load_student(folder, self.run, _labels(self.cache)))
+        self.task.mark_exported(model.config)
+        return model
+
+    def example(self) -> dict[str, Tensor]:
+        """A batch of random tokens, to trace a model on."""
+        samples = random_samples(_EXAMPLE_ROWS, _vocabulary(self.student), self.inputs)
+        return padded(samples, self.pad_token)
+
+
 def run(config: ExportConfig) -> dict[str, Any]:
     """Exports a student; returns what `export.json` holds."""
     check_free(config.out)
     check_is_student(config.student)
     if {"onnx", "int8"} & set(config.format):
         require_onnx()
+    loaded = _load(config)
+    model = loaded.merged(config.student)
+    with new_folder(config.out) as folder:
+        model.config.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+        copy_modules(config.student, folder)
+        runners = _write(model, config, loaded.example(), loaded.outputs, folder)
+        checks = _checks(loaded, model, runners)
+        subject = Subject(
+            name=config.out.name,
+            architecture=type(model).__name__,
+            model_type=model.config.model_type,
+            parameters=sum(p.numel() for p in model.parameters()),
+            encoder_decoder=bool(model.config.is_encoder_decoder),
+            outputs=tuple(loaded.outputs),
+            checked_on=loaded.rows.text,
+            files=tuple(_exported(name, config, folder, checks[name]) for name in runners),
+        )
+        cache = loaded.cache
+        card = model_card(subject, loaded.run, None if cache is None else cache.manifest)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        numbers = _numbers(subject, cache, loaded.run.cache_ids if loaded.run else ())
+        (folder / REPORT).write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    return numbers
+
+
+def _load(config: ExportConfig) -> _Loaded:
     run_of = find_run(config.student)
     cache = open_cache(config.cache, allow_partial=True) if config.cache is not None else None
     if cache is None and run_of is not None:
         cache = run_of.open_cache()
-    labels = () if cache is None else cache.manifest.labels
-    student = load_student(config.student, run_of, labels)
+    student = load_student(config.student, run_of, _labels(cache))
     tokenizer = load_tokenizer(config.student, run_of, cache)
     inputs = input_names(student, tokenizer)
     tokenizer.model_input_names = [name for name in inputs if name != "decoder_input_ids"]
@@ -97,46 +154,31 @@ def run(config: ExportConfig) -> dict[str, Any]:
     rows = _rows(config, student, cache, inputs, tokenizer, run_of)
     pad_token = _pad_token(student, tokenizer)
     outputs = _outputs(student, padded(rows.samples[:1], pad_token))
+    return _Loaded(run_of, cache, student, tokenizer, inputs, outputs, rows, pad_token)
 
-    reference = torch_runner(student, outputs)
-    model = merged(load_student(config.student, run_of, labels))  # the student keeps its adapters
-    task = _task_of(student, cache)
-    task.mark_exported(model.config)
-    example = padded(random_samples(_EXAMPLE_ROWS, _vocabulary(student), inputs), pad_token)
-    with new_folder(config.out) as folder:
-        model.config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        copy_modules(config.student, folder)
-        runners = _write(model, config, example, outputs, folder)
-        files = []
-        for name, runner in runners.items():
-            found = check(
-                reference,
-                runner,
-                rows.samples,
-                clock=torch_runner(model, outputs),
-                classes=_vocabulary(student),
-                pad_token=pad_token,
-                labels=rows.labels,
-                task=task,
-            )
-            files.append(_exported(name, config, folder, found))
-        parameters = sum(p.numel() for p in model.parameters())
-        subject = Subject(
-            name=config.out.name,
-            architecture=type(model).__name__,
-            model_type=model.config.model_type,
-            parameters=parameters,
-            encoder_decoder=bool(model.config.is_encoder_decoder),
-            outputs=tuple(outputs),
-            checked_on=rows.text,
-            files=tuple(files),
+
+def _labels(cache: Cache | None) -> tuple[str, ...]:
+    return () if cache is None else cache.manifest.labels
+
+
+def _checks(
+    loaded: _Loaded, model: Any, runners: Mapping[ExportFormat, Runner]
+) -> dict[ExportFormat, Check]:
+    """Each artefact against the student; `model` is the student with its adapters merged."""
+    reference = torch_runner(loaded.student, loaded.outputs)
+    return {
+        name: check(
+            reference,
+            runner,
+            loaded.rows.samples,
+            clock=torch_runner(model, loaded.outputs),
+            classes=_vocabulary(loaded.student),
+            pad_token=loaded.pad_token,
+            labels=loaded.rows.labels,
+            task=loaded.task,
         )
-        card = model_card(subject, run_of, None if cache is None else cache.manifest)
-        (folder / CARD).write_text(card, encoding="utf-8")
-        numbers = _numbers(subject, cache, run_of.cache_ids if run_of else ())
-        (folder / REPORT).write_text(json.dumps(numbers, indent=1), encoding="utf-8")
-    return numbers
+        for name, runner in runners.items()
+    }
 
 
 def input_names(student: Any, tokenizer: Any) -> list[str]:
@@ -196,11 +238,6 @@ def _rows(
     return CheckedRows(
         samples, text, task_of(cache.manifest).hard_labels(cache.manifest, student.config)
     )
-
-
-def _task_of(student: Any, cache: Cache | None) -> StudentTask:
-    """That of the cache; without one, what the student's own config says of its outputs."""
-    return task_of_outputs(student.config) if cache is None else task_of(cache.manifest)
 
 
 def _which(cache: Cache, run_of: Run | None) -> str:
@@ -275,53 +312,3 @@ def _pad_token(student: Any, tokenizer: Any) -> int:
 
 def _vocabulary(student: Any) -> int:
     return int(student.get_input_embeddings().weight.shape[0])
-
-
-def table(numbers: Mapping[str, Any]) -> str:
-    """The checks as aligned text."""
-    rows = [("", "size", "max diff", "mean diff", "argmax equal", "time", "loss", "metric")]
-    first = numbers["files"][0]["check"]["student"]
-    rows.append(
-        ("student, float32", _size(numbers["student_bytes"]), *("",) * 3, "1.00 x", *_of(first))
-    )
-    for each in numbers["files"]:
-        found = each["check"]
-        name = each["format"] + (f", {each['dtype']}" if each["format"] == "safetensors" else "")
-        rows.append(
-            (
-                name,
-                _size(each["bytes"]),
-                f"{found['max_difference']:.1e}",
-                f"{found['mean_difference']:.1e}",
-                "" if found["agreement"] is None else f"{found['agreement']:.2%}",
-                f"{found['time_ratio']:.2f} x",
-                *_of(found["artefact"]),
-            )
-        )
-    used = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
-    widths = {column: max(len(row[column]) for row in rows) for column in used}
-    lines = [
-        "  ".join(
-            row[column].rjust(widths[column]) if column else row[column].ljust(widths[column])
-            for column in used
-        ).rstrip()
-        for row in rows
-    ]
-    threads = numbers["threads"]
-    return "\n".join(
-        [
-            *lines,
-            f"on {numbers['checked_on']}; time of one row, {threads} thread{'s'[: threads != 1]}, "
-            "against float32 in torch, adapters merged",
-        ]
-    )
-
-
-def _of(scores: Mapping[str, Any]) -> tuple[str, str]:
-    loss = "" if scores["loss"] is None else f"{scores['loss']:.4f}"
-    name = scores["metric"]
-    return loss, "" if name is None else f"{TITLES[name]} {scores['value']:.4f}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"

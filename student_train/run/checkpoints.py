@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from shared.errors import CorruptRun
 from shared.format.manifest import build, parse_json
-from shared.storage import Storage
+from shared.storage import LocalStorage
 
 _STATE = "trainer_state.json"  # written last
 _INDEX = "model.safetensors.index.json"
@@ -77,17 +77,17 @@ def check_weights(checkpoint: Path) -> None:
     for pattern in ("pytorch_model*", "**/.metadata"):
         for path in checkpoint.glob(pattern):
             raise CorruptRun(f"{path}: may hold a pickle, expected weights in safetensors files")
-    storage = Storage(checkpoint)
+    storage = LocalStorage(checkpoint)
     names = {path.name for path in checkpoint.glob("*.safetensors")}
     if storage.exists(_INDEX):
-        where = str(storage.path(_INDEX))
+        where = storage.where(_INDEX)
         names |= set(
             build(_Index, parse_json(storage.read(_INDEX), where), where).weight_map.values()
         )
     if not names:
         raise CorruptRun(f"{checkpoint}: found no weights, expected model.safetensors")
     for name in sorted(names):
-        path = storage.path(name)
+        path = storage.local(name)
         try:
             with safe_open(path, framework="pt"):
                 pass
@@ -97,7 +97,7 @@ def check_weights(checkpoint: Path) -> None:
 
 def _check_trainer_state(checkpoint: Path) -> None:
     path, step = checkpoint / _STATE, int(checkpoint.name.rpartition("-")[2])
-    data = Storage(checkpoint).read(_STATE, max_bytes=_MAX_STATE_BYTES)
+    data = LocalStorage(checkpoint).read(_STATE, max_bytes=_MAX_STATE_BYTES)
     raw = parse_json(data, str(path), max_values=len(data), max_containers=len(data))
     state = build(_State, raw, str(path))
     if state.global_step != step:

@@ -20,7 +20,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, CorruptCache, CorruptRun
 from shared.format.manifest import differences
 from shared.options import resolved, write_resolved
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from student_train.config import TrainConfig
 from student_train.data.cache_set import CacheSet, Source
 from student_train.data.ensemble import Ensemble
@@ -67,7 +67,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.storage = Storage(path)
+        self.storage = LocalStorage(path)
 
     def open_caches(self, config: TrainConfig) -> Source:
         """The caches of this run: as they are at the first start, later as they were then.

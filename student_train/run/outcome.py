@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from shared.errors import IncompleteCache, Stopped, TeacherCacheError
-from shared.storage import Storage
+from shared.storage import LocalStorage, Storage
 from student_train.run_files import (
     RESULT,
     SNAPSHOT,
@@ -105,7 +105,7 @@ class Status:
 
 def status(run: Path) -> Status:
     """How the run in this folder ended. Nothing is known of one that was killed but that."""
-    storage = Storage(run)
+    storage = LocalStorage(run)
     if not storage.exists(SNAPSHOT):
         raise IncompleteCache(
             f"{run}: no run was started here ({SNAPSHOT} is missing). Name the --out of a "

@@ -21,7 +21,7 @@ from shared.errors import ConfigError
 from shared.format import manifest as manifests
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.signals import StopRequest, stop_on_signals
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from student_train.architecture import trunk_parts
 from student_train.config import TrainConfig
 from student_train.data.cache_set import Source
@@ -46,16 +46,16 @@ from student_train.run.outcome import RunRecord
 from student_train.run_files import kl_of
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, is_from_scratch, load_config
-from student_train.student.fit import (
+from student_train.student.fit import check_fit, check_held_out
+from student_train.student.needs import (
     check_cache,
-    check_fit,
     check_metric,
-    check_same_labels,
     layer_pairs,
     resolved_weights,
     warn_of_lost_mass,
     warn_of_same_rows,
 )
+from student_train.student.saved import saved_parameters
 from student_train.tasks.table import task_named, task_of
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 def run_stoppable(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
     """As `run`, with the caller's handlers, which may outlive it; a signal raises `Stopped`."""
-    with RunRecord(Storage(config.out), main_process=is_main_process()) as record:
+    with RunRecord(LocalStorage(config.out), main_process=is_main_process()) as record:
         return _run(config, stop, record)
 
 
@@ -172,7 +172,7 @@ def _run(config: TrainConfig, stop: StopRequest, record: RunRecord) -> dict[str,
     for each in (*caches.caches, *([] if validation is None else [validation])):
         check_fit(config.student, model_config, each)
     if validation is not None:
-        check_same_labels(caches.first, validation)
+        check_held_out(caches.first, validation)
         check_metric(config, validation)
         if config.generate_rows:
             check_writes(validation)
@@ -213,7 +213,7 @@ def _run(config: TrainConfig, stop: StopRequest, record: RunRecord) -> dict[str,
 
 def with_numbers(config: TrainConfig) -> TrainConfig:
     """The config of this run: what was left to the task is decided by the first cache's."""
-    read = [manifests.read(Storage(path))[0] for path in config.cache_paths]
+    read = [manifests.read(LocalStorage(path))[0] for path in config.cache_paths]
     manifest, labelled = read[0], any(each.labelled for each in read)
     start: Start = "scratch" if is_from_scratch(config.student) else "pretrained"
     config = resolved_weights(config, manifest.task, labelled=labelled)
@@ -335,7 +335,7 @@ def _finish(
     numbers: dict[str, Any] = {
         "student": config.student,
         "out": str(config.out),
-        "parameters": task_of(caches.manifest).saved_parameters(student, caches.first),
+        "parameters": saved_parameters(student, caches.first),
         "task": caches.manifest.task,
         "cache_ids": caches.cache_ids,
         "targets": [cache.manifest.targets.text for cache in caches.caches],

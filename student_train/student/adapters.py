@@ -13,7 +13,7 @@ from student_train.config import AdapterSpec
 from student_train.tasks.table import task_named
 
 
-def add_adapters(student: Any, spec: AdapterSpec, task: TaskName) -> Any:
+def add_adapters(student: Any, spec: AdapterSpec, task_name: TaskName) -> Any:
     """Adapters on the linear layers of the trunk; everything else is frozen.
 
     That is all of a language model; for tasks that bring a head what stands behind the trunk is
@@ -22,8 +22,8 @@ def add_adapters(student: Any, spec: AdapterSpec, task: TaskName) -> Any:
     require_peft()
     from peft import LoraConfig, get_peft_model
 
-    asked = task_named(task)
-    heads = _heads(student) if asked.brings_head else None
+    task = task_named(task_name)
+    heads = _heads(student) if task.brings_head else None
     _check_targets(student, spec.targets, heads or [])
     config = LoraConfig(
         r=spec.rank,
@@ -34,7 +34,7 @@ def add_adapters(student: Any, spec: AdapterSpec, task: TaskName) -> Any:
         target_modules=list(spec.targets) or "all-linear",
         exclude_modules=heads,
         modules_to_save=heads,
-        task_type=asked.peft_type,
+        task_type=task.peft_type,
     )
     return get_peft_model(student, config)
 

@@ -30,28 +30,28 @@ def build_student(name: str, cache: Cache, *, seed: int, dropout: float | None =
     """
     transformers.utils.logging.disable_progress_bar()
     config = load_config(name)
-    task, folder = cache.manifest.task, Path(name)
+    task_name, task, folder = cache.manifest.task, task_of(cache.manifest), Path(name)
     if (folder / "adapter_config.json").is_file():
         return _with_saved_adapters(folder, cache, seed=seed, dropout=dropout)
     if dropout is not None:
         set_dropout(name, config, dropout)
-    from_scratch, asked = is_from_scratch(name), task_of(cache.manifest)
-    new_head = asked.brings_head and not has_head(config, task)
-    asked.shape_config(config, cache, from_scratch=from_scratch, new_head=new_head)
+    from_scratch = is_from_scratch(name)
+    new_head = task.brings_head and not has_head(config, task_name)
+    task.shape_config(config, cache, from_scratch=from_scratch, new_head=new_head)
     torch.manual_seed(seed)
     if from_scratch:
         log.info("%s: no weights there, training from scratch", name)
-        auto: Any = getattr(transformers, TASKS[task].auto_class)
-        return asked.finish(auto.from_config(config, dtype=torch.float32), from_scratch=True)
+        auto: Any = getattr(transformers, TASKS[task_name].auto_class)
+        return task.finish(auto.from_config(config, dtype=torch.float32), from_scratch=True)
     if new_head:
-        log.info("%s: it has no head for %s, a new one is made", name, task)
-    student = _pretrained(name, config, task, new_head=new_head)
-    return asked.finish(student, from_scratch=False)
+        log.info("%s: it has no head for %s, a new one is made", name, task_name)
+    student = _pretrained(name, config, task_name, new_head=new_head)
+    return task.finish(student, from_scratch=False)
 
 
-def _pretrained(name: str, config: PretrainedConfig, task: TaskName, *, new_head: bool) -> Any:
+def _pretrained(name: str, config: PretrainedConfig, task_name: TaskName, *, new_head: bool) -> Any:
     """The weights of a folder or Hub id, in float32."""
-    auto: Any = getattr(transformers, TASKS[task].auto_class)
+    auto: Any = getattr(transformers, TASKS[task_name].auto_class)
     try:
         # A head for another task may have the same name and another width; nothing else may differ.
         student, loaded = auto.from_pretrained(
@@ -79,9 +79,9 @@ def _pretrained(name: str, config: PretrainedConfig, task: TaskName, *, new_head
     return student
 
 
-def has_head(config: PretrainedConfig, task: TaskName) -> bool:
+def has_head(config: PretrainedConfig, task_name: TaskName) -> bool:
     """Whether the model was saved as one for this task, so that its labels mean something."""
-    auto: Any = getattr(transformers, TASKS[task].auto_class)
+    auto: Any = getattr(transformers, TASKS[task_name].auto_class)
     return auto._model_mapping[type(config)].__name__ in (config.architectures or ())
 
 

@@ -20,8 +20,9 @@ from shared.cache import Cache, open_cache
 from shared.errors import ConfigError, IncompleteCache, Refused
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.options import load
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from student_train.config import TrainConfig
+from student_train.loss.objective import PROJECTIONS
 from student_train.run_files import (
     CONFIG,
     RESULT,
@@ -31,7 +32,7 @@ from student_train.run_files import (
     read_snapshot,
 )
 from student_train.student.adapters import require_peft
-from student_train.tasks.table import auto_class_of
+from student_train.tasks.table import auto_class_of, task_of
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def find_run(folder: Path) -> Run | None:
     for place in (folder, folder.resolve().parent):
         if not (place / CONFIG).is_file():
             continue
-        storage = Storage(place)
+        storage = LocalStorage(place)
         read_options(storage)  # refuses a damaged file in its own words
         snapshot = read_snapshot(storage) if storage.exists(SNAPSHOT) else ()
         return Run(
@@ -124,6 +125,16 @@ def merged(student: Any) -> Any:
     if student.can_generate():
         student.config.use_cache = True  # training turns it off
     return student
+
+
+def saved_parameters(student: Any, cache: Cache) -> int:
+    """Parameters of a student as it is saved.
+
+    The projections of hidden states end with training, but for what a task saves beside the model.
+    """
+    counts = {name: parameter.numel() for name, parameter in student.named_parameters()}
+    total = sum(count for name, count in counts.items() if PROJECTIONS not in name.split("."))
+    return total + task_of(cache.manifest).parameters_beside(student, cache)
 
 
 def load_tokenizer(folder: Path, run: Run | None, cache: Cache | None) -> Any:

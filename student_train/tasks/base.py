@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from shared.cache import Cache, Row
+from shared.cache import Cache
+from shared.errors import CacheMismatch
 from shared.format.manifest import Manifest
+from shared.rows import Row
 from shared.tasks import ProblemType
 from student_train.data.arrange import SEQUENCES, Arrangement
 from student_train.data.collate import MicroBatch
-from student_train.loss.objective import PROJECTIONS
 from student_train.loss.outputs import OF_TOKENS, Outputs
 from student_train.metrics.confusion import Confusion, LabelCounts
 from student_train.metrics.scores import Scores, class_scores
@@ -86,6 +87,7 @@ class StudentTask:
     brings_head: bool = False  # a student without a head for it gets a new one, trained as it is
     has_metric: bool = True  # besides loss and KL, that a run may stop early by
     writes_text: bool = False  # the student writes texts that can be scored
+    has_token_positions: bool = True  # else they are of a row as a whole
     one_answer_per_row: bool = False  # the hard label, or the labels, are of the row as a whole
     chooses: bool = True  # between classes, so that two models can agree; else it says numbers
     place_of_label: int = 0  # tokens from a position to the one its label is about
@@ -97,6 +99,26 @@ class StudentTask:
     def of_problem(self, problem_type: ProblemType) -> "StudentTask":
         """The task, where what the labels of a row are (one, several, numbers) makes another."""
         return self
+
+    # ---- Does a student fit (student/fit.py)
+
+    def labels_of_head(self, config: PretrainedConfig) -> tuple[str, ...] | None:
+        """The classes of a student whose head is kept; None where it does not name them."""
+        return None
+
+    def decoder_start(self, name: str) -> int | None:
+        """The token that the decoder of a pretrained student starts from; None: it has none."""
+        return None
+
+    def check_lengths(self, name: str, places: int, cache: Cache) -> None:
+        """Refuses a student that takes fewer positions than a row of the cache has tokens."""
+        longest = int(cache.row_tokens.max(initial=0))
+        if longest > places:
+            raise CacheMismatch(
+                f"{name}: takes {places:,} positions, but the longest row of {cache.path} has "
+                f"{longest:,} tokens. Cache again with --max-length {places}, or use another "
+                "student."
+            )
 
     # ---- Building a student (student/build.py)
 
@@ -114,13 +136,12 @@ class StudentTask:
 
     # ---- Beside the model (evaluate, run)
 
-    def saved_parameters(self, student: Any, cache: Cache) -> int:
-        """Parameters of a student as it is saved: projections of states end with training."""
-        counts = {name: parameter.numel() for name, parameter in student.named_parameters()}
-        return sum(count for name, count in counts.items() if PROJECTIONS not in name.split("."))
-
     def save_beside(self, folder: Path, student: Any, cache: Cache) -> None:
         """Saves what the student needs in use besides its weights."""
+
+    def parameters_beside(self, student: Any, cache: Cache) -> int:
+        """How many numbers `save_beside` saves as weights."""
+        return 0
 
     def load_beside(self, name: str, student: Any, cache: Cache) -> None:
         """Gives a loaded student what `save_beside` saved."""

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from shared.cache import Cache, Row
+from shared.cache import Cache
 from shared.errors import ConfigError
 from shared.format.manifest import Manifest
-from shared.tasks import ProblemType
+from shared.rows import Row
+from shared.tasks import PROBLEM_TYPES, ProblemType, is_unnamed
 from student_train.data.arrange import OUTPUTS
 from student_train.loss.outputs import NUMBERS, OF_ROWS, YES_OR_NO
 from student_train.metrics.confusion import Confusion, LabelCounts
@@ -21,13 +22,6 @@ from student_train.tasks.base import Collector, HardLabels, NameOf, Scored, Serv
 from student_train.tasks.heads import HeadedTask
 from student_train.tasks.label_answers import LabelAnswers, MultiLabelAnswers, NumberAnswers
 from student_train.tasks.samples import Reading, Sample, sequences_of
-
-# As `transformers` names them: its own loss and its pipelines go by it.
-PROBLEM_TYPES: dict[ProblemType, str] = {
-    "single_label": "single_label_classification",
-    "multi_label": "multi_label_classification",
-    "regression": "regression",
-}
 
 
 class LabelTask(HeadedTask):
@@ -38,6 +32,9 @@ class LabelTask(HeadedTask):
         if is_new or not is_unnamed(labels):
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: index for index, label in enumerate(labels)}
+
+    def labels_of_head(self, config: PretrainedConfig) -> tuple[str, ...] | None:
+        return tuple(config.id2label[index] for index in range(config.num_labels))
 
     def collector(self, cache: Cache, max_answer_tokens: int) -> Collector | None:
         return LabelAnswers(cache)
@@ -75,6 +72,7 @@ class RowLabels(LabelTask):
     """One label for each row; what its head is for is written into its config."""
 
     outputs = OF_ROWS
+    has_token_positions = False
     one_answer_per_row = True
     problem_type: ProblemType = "single_label"
 
@@ -185,11 +183,6 @@ def problem_type_of(config: PretrainedConfig) -> ProblemType:
     """What the outputs of a row are, as the config of a model has it."""
     own = config.problem_type
     return next((ours for ours, theirs in PROBLEM_TYPES.items() if theirs == own), "single_label")
-
-
-def is_unnamed(labels: Sequence[str]) -> bool:
-    """As transformers names the labels of a model that was given no names."""
-    return list(labels) == [f"LABEL_{index}" for index in range(len(labels))]
 
 
 def _of_rows(answers: Sequence[Scored]) -> tuple[np.ndarray, np.ndarray]:

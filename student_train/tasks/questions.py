@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from shared.cache import Cache, Row
+from shared.cache import Cache
 from shared.format.manifest import Manifest
+from shared.rows import Row
 from shared.windows import NO_ANSWER, PLACES
 from student_train.data.arrange import WINDOWS
 from student_train.loss.outputs import OF_WINDOWS
@@ -20,6 +21,7 @@ class QuestionTask(HeadedTask):
 
     arrangement = WINDOWS
     outputs = OF_WINDOWS
+    has_token_positions = False
 
     def shape_head(self, config: PretrainedConfig, cache: Cache, *, is_new: bool) -> None:
         if is_new:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared.cache import Row
+from shared.rows import Row
 
 
 @dataclass(frozen=True, slots=True)

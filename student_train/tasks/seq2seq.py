@@ -5,9 +5,12 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
-from shared.cache import Cache, Row
+from shared.cache import Cache
+from shared.errors import CacheMismatch
 from shared.format.manifest import Manifest
+from shared.models.decoding import decoder_start_of
 from shared.models.tokenizer import end_of_text, load_cached_tokenizer
+from shared.rows import Row
 from student_train.data.arrange import PAIRS
 from student_train.tasks.base import HardLabels
 from student_train.tasks.language import LanguageTask
@@ -19,6 +22,24 @@ class Seq2SeqTask(LanguageTask):
 
     arrangement = PAIRS
     writes_text = True
+
+    def decoder_start(self, name: str) -> int | None:
+        return decoder_start_of(name)
+
+    def check_lengths(self, name: str, places: int, cache: Cache) -> None:
+        """Refuses a student that takes fewer positions than either side of a row has."""
+        # A position is a token of the decoder that is not its last.
+        targets = cache.row_positions + 1
+        for option, longest in (
+            ("--max-length", int((cache.row_tokens - targets).max(initial=0))),
+            ("--max-target-length", int(targets.max(initial=0))),
+        ):
+            if longest > places:
+                fits = places - (option == "--max-target-length")
+                raise CacheMismatch(
+                    f"{name}: takes {places:,} positions, but a side of a row of {cache.path} has "
+                    f"{longest:,} tokens. Cache again with {option} {fits}, or use another student."
+                )
 
     def shape_config(
         self, config: PretrainedConfig, cache: Cache, *, from_scratch: bool, new_head: bool

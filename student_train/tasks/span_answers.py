@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.cache import Cache, references
+from shared.cache import Cache
 from shared.format.schema import ROW_CHUNK_BITS
+from shared.rows import references
 from shared.windows import PLACES, Spans, WindowReference, best_spans, bounds_of, reference_of
 from student_train.data.collate import MicroBatch
 from student_train.loss.rows import SoftTarget

@@ -22,8 +22,9 @@ _MODES = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
 
 def layer_pair(cache: Cache) -> tuple[int, int]:
     """The deepest cached layer, and the student's final state."""
-    layers = cache.manifest.hidden.layers
-    return (-1 if -1 in layers else max(layers)), -1
+    layer = cache.manifest.hidden.deepest
+    assert layer is not None  # a cache of states has some
+    return layer, -1
 
 
 def projection_of(student: Any, cache: Cache) -> nn.Linear | None:
@@ -87,8 +88,7 @@ def copy_modules(source: Path, target: Path) -> None:
 def load_projection(name: str, student: Any, cache: Cache) -> None:
     """Gives a student the projection of its folder; one that needs it and has none is refused."""
     teacher_layer, student_layer = layer_pair(cache)
-    hidden = cache.manifest.hidden
-    wanted = hidden.widths[hidden.layers.index(teacher_layer)]
+    wanted = cache.manifest.hidden.width_of(teacher_layer)
     width = int(student.config.get_text_config().hidden_size)
     file = Path(name) / _DENSE / "model.safetensors"
     if not file.is_file():

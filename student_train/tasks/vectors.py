@@ -38,16 +38,15 @@ class VectorTask(StudentTask):
             student.pooler = None
         return student
 
-    def saved_parameters(self, student: Any, cache: Cache) -> int:
-        """With the projection that vectors are served with."""
-        total, projection = super().saved_parameters(student, cache), projection_of(student, cache)
-        return total if projection is None else total + projection.weight.numel()
-
     def save_beside(self, folder: Path, student: Any, cache: Cache) -> None:
         """The projection, which a student of another width needs in use, and its pooling."""
         folder.mkdir(parents=True, exist_ok=True)
         width = int(student.config.get_text_config().hidden_size)
         save(folder, projection_of(student, cache), width, cache)
+
+    def parameters_beside(self, student: Any, cache: Cache) -> int:
+        projection = projection_of(student, cache)
+        return 0 if projection is None else projection.weight.numel()
 
     def load_beside(self, name: str, student: Any, cache: Cache) -> None:
         load_projection(name, student, cache)

@@ -9,7 +9,7 @@ B rows, T tokens, N positions (flat in B * T), n positions of one chunk, V logit
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ __all__ = [
     "TeacherBatch",
     "TeacherOutput",
     "config_hash",
+    "digest_of",
     "hidden_width_of",
     "load_tokenizer",
     "logit_width_of",
@@ -493,10 +494,16 @@ def _config(teacher: str, revision: str | None) -> Any:
 
 def weights_digest(model: nn.Module) -> str:
     """xxh3_128 over name, dtype, shape and bytes of all weights as loaded, in order of name."""
+    return digest_of(sorted(model.state_dict().items()))
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """xxh3_128 over name, dtype, shape and bytes of named tensors, one after another."""
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().data)
     return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,9 @@ import xxhash
 from safetensors.numpy import save as save_safetensors
 from torch import Tensor
 
-from shared.errors import CacheMismatch, CorpusError, Refused
+from shared import compat
+from shared.errors import CorpusError, Refused
+from shared.fit_rules import Side
 from shared.format import manifest as manifests
 from shared.format.manifest import (
     BatchPlan,
@@ -43,7 +45,7 @@ from teacher_cache.engines.memory import is_out_of_memory
 from teacher_cache.engines.teacher import (
     Teacher,
 )
-from teacher_cache.job.draft import Draft, asked_targets
+from teacher_cache.job.draft import Draft
 from teacher_cache.select.targets import select, values_of
 from teacher_cache.select.thresholds import find_threshold, inclusion
 from teacher_cache.tasks.rows import Row
@@ -379,15 +381,5 @@ def _mend_tokenizer(draft: Draft, manifest: Manifest, storage: Storage) -> None:
 
 def check_asked(draft: Draft, manifest: Manifest, storage: Storage) -> None:
     """Refuses to go on with a cache that was started for something else, field by field."""
-    fields = asdict(manifest)
-    found = {key: fields.get(key) for key in draft.asked()}
-    found["targets"] = asked_targets(fields["targets"])
-    found["shard_tokens"] = manifest.plan.asked_shard_tokens
-    found["forward_tokens"] = manifest.plan.asked_forward_tokens
-    lines = list(manifests.differences(found, draft.asked()))
-    if lines:
-        raise CacheMismatch(
-            f"{storage.root}: this folder holds another cache. "
-            + "; ".join(lines)
-            + ". Choose another --out, or ask for the same thing to go on with this one."
-        )
+    cached, asked = Side(str(storage.root), manifest), Side("asked", draft.asked_of(manifest))
+    compat.check("resume", cached, asked)

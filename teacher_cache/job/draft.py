@@ -8,11 +8,13 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from shared import compat
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
+from shared.fit_rules import Side
 from shared.format import manifest as manifests
 from shared.format.manifest import (
     GenerationSpec,
@@ -24,7 +26,7 @@ from shared.format.manifest import (
 )
 from shared.models.decoding import decoder_start_of
 from shared.models.tokenizer import describe
-from shared.storage import Storage
+from shared.storage import LocalStorage, Storage
 from shared.targets.base import TargetKind
 from shared.targets.kinds import RAGGED_KINDS
 from shared.targets.spec import TargetSpec
@@ -103,29 +105,30 @@ class Draft:
         task, options = self.config.task, self.preprocessing
         return Writer(task, self.tokenizer, options, spec, self.teacher, forward_tokens)
 
-    def asked(self) -> dict[str, Any]:
-        """Every field that a second run must ask for alike; compared before it may go on."""
-        return {
-            "task": self.config.task,
-            "labels": self.labels,
-            "problem_type": self.problem_type,
-            "labelled": self.labelled,
-            "teacher": None if self.teacher_info is None else asdict(self.teacher_info),
-            "tokenizer": asdict(self.tokenizer_info),
-            "corpus": asdict(self.corpus.info),
-            "preprocessing": asdict(self.preprocessing),
-            "targets": asked_targets(asdict(self.targets)),
-            "hidden": asdict(self.hidden),
-            "seed": self.config.seed,
-            "nonfinite": self.config.nonfinite,
-            "shard_tokens": self.config.shard_tokens,
-            "forward_tokens": self.config.forward_tokens,
-        }
-
-
-def asked_targets(targets: dict[str, Any]) -> dict[str, Any]:
-    """Of a target spec what was asked for: the threshold was found."""
-    return {name: value for name, value in targets.items() if name != "threshold"}
+    def asked_of(self, cached: Manifest) -> Manifest:
+        """The manifest of a cache that this job asks for, had it learnt what `cached` did."""
+        plan = replace(
+            cached.plan,
+            asked_shard_tokens=self.config.shard_tokens,
+            asked_forward_tokens=self.config.forward_tokens,
+        )
+        return replace(
+            cached,
+            task=self.config.task,
+            teacher=self.teacher_info,
+            tokenizer=self.tokenizer_info,
+            corpus=self.corpus.info,
+            preprocessing=self.preprocessing,
+            targets=self.targets,
+            hidden=self.hidden,
+            plan=plan,
+            seed=self.config.seed,
+            nonfinite=self.config.nonfinite,
+            origin=None,
+            labels=self.labels,
+            problem_type=self.problem_type,
+            labelled=self.labelled,
+        )
 
 
 def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
@@ -133,7 +136,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
 
     Without `load_teacher` (for `plan`) only the teacher's config and tokenizer are read.
     """
-    old = None if config.like is None else Storage(config.like)
+    old = None if config.like is None else LocalStorage(config.like)
     if old is not None:
         config = _as_in(config, manifests.read(old)[0])
     corpus = open_corpus(config)
@@ -196,18 +199,10 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
 def _like(draft: Draft, old: Storage) -> Draft:
     """Refuses another teacher or tokenizer than the old cache's, and takes over what it learnt."""
     manifest, _ = manifests.read(old)
-    fields = asdict(manifest)
-    fields["targets"] = asked_targets(fields["targets"])
-    names = {"teacher", "tokenizer", "targets", "hidden", "problem_type", "labels"}
+    asked = draft.asked_of(manifest)
     if draft.teacher is None:  # of a plan that reads no weights nobody can say whose they are
-        names.remove("teacher")
-    asked = {name: value for name, value in draft.asked().items() if name in names}
-    lines = list(manifests.differences({name: fields[name] for name in names}, asked))
-    if lines:
-        raise CacheMismatch(
-            f"--like {old.root}: the new documents would not train together with it. "
-            f"{'; '.join(lines)}."
-        )
+        asked = replace(asked, teacher=manifest.teacher)
+    compat.check("like", Side(str(old.root), manifest), Side("the new documents", asked))
     names_learnt = [name for name in manifest.side_files if name.startswith("learnt-")]
     learnt = old.read(names_learnt[0]) if names_learnt else None
     return replace(draft, targets=manifest.targets, learnt=learnt)
@@ -264,9 +259,8 @@ def _load_teacher(config: CaptureConfig, problem_type: ProblemType) -> Teacher:
 
 def teacher_info(name: str, teacher: Teacher) -> TeacherInfo:
     """What the manifest says of a teacher loaded as `name`."""
-    folder = Path(name)
     return TeacherInfo(
-        id=folder.resolve().name if folder.is_dir() else name,
+        id=teacher_id(name),
         revision=teacher.revision or "local",
         config_hash=config_hash(teacher.model),
         weights_digest=weights_digest(teacher.model),
@@ -274,6 +268,12 @@ def teacher_info(name: str, teacher: Teacher) -> TeacherInfo:
         attn_implementation=teacher.attn_implementation or "unknown",
         parameters=sum(parameter.numel() for parameter in teacher.model.parameters()),
     )
+
+
+def teacher_id(name: str) -> str:
+    """The Hub id, or the name of the folder without where it lies."""
+    folder = Path(name)
+    return folder.resolve().name if folder.is_dir() else name
 
 
 def _num_classes(config: CaptureConfig, teacher: Teacher | None, info: TokenizerInfo) -> int:

@@ -26,11 +26,12 @@ from shared.format.shards import EncodedBlock, ShardWriter, commit_name
 from shared.options import write_resolved
 from shared.progress import Progress, WaitClock
 from shared.signals import StopRequest, stop_on_signals
-from shared.storage import Storage
+from shared.storage import LocalStorage, Storage
 from shared.targets.hidden import ChannelScales
 from shared.targets.record import ClassRanks
 from teacher_cache.config import CaptureConfig
 from teacher_cache.engines.teacher import Teacher
+from teacher_cache.finished import finished_as_asked
 from teacher_cache.job.calibrate import publish_or_adopt
 from teacher_cache.job.capture import WindowTargets, capture_window
 from teacher_cache.job.draft import Draft, resolve
@@ -93,7 +94,13 @@ def run_stoppable(config: CaptureConfig, stop: StopRequest) -> None:
     if count > 1:
         _run_many(config, share, count, stop)
         return
-    storage = Storage(config.out)
+    storage = LocalStorage(config.out)
+    if (finished := finished_as_asked(config, storage)) is not None:
+        publish_or_adopt(finished, storage)
+        _record(config, storage, share)
+        shards = len(committed_shards(storage))
+        log.info("%s: %d of %d shards done", storage.root, shards, shards)
+        return
     draft = resolve(config)
     manifest, cache_id = publish_or_adopt(draft, storage)
     torch.set_num_threads(manifest.plan.cpu_threads)  # on a CPU it decides the last bits
@@ -315,7 +322,7 @@ def _run_many(config: CaptureConfig, share: Share, count: int, stop: StopRequest
         )
 
 
-def _record(config: CaptureConfig, storage: Storage, share: Share) -> None:
+def _record(config: CaptureConfig, storage: LocalStorage, share: Share) -> None:
     """The resolved config of this process, for the user; never read by stage two."""
     folder = storage.root / "runs"
     folder.mkdir(exist_ok=True)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shared import cache as caches
+from shared.rows import Row
 from shared.tasks import MAX_ANSWER_TOKENS
 from shared.windows import NO_ANSWER, PLACES, best_spans, reference_of
 
@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 _SHOWN_CHARACTERS = 120  # of a context, from either end
 
 
-def shown(
-    row: "caches.Row", num_classes: int, tokenizer: "PreTrainedTokenizerBase"
-) -> dict[str, Any]:
+def shown(row: Row, num_classes: int, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Question, the ends of the context, all answers, the labels' span, the teacher's likeliest."""
     before, context = row.segments[:2]
     reference = reference_of(row.reference, context, f"reference of row {row.row_id}")

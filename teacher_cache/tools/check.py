@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.cache import Cache, RowTargets, open_cache
+from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch
 from shared.format.manifest import differences
 from shared.models.tokenizer import describe
+from shared.rows import RowTargets
 from shared.targets.ragged import MAX_ENTRIES
 from shared.targets.sample import drawn_logprob
 from shared.targets.spec import TargetSpec

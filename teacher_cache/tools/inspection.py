@@ -15,7 +15,6 @@ import numpy as np
 
 from shared.cache import (
     Cache,
-    Row,
     channel_scales,
     check_side_files,
     class_ranks,
@@ -30,7 +29,8 @@ from shared.format.schema import layout
 from shared.format.shards import Commit, ShardReader, commit_name, file_hash
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.progress import Progress
-from shared.storage import Storage, temporary_files, temporary_writer
+from shared.rows import Row
+from shared.storage import LocalStorage, Storage, temporary_files, temporary_writer
 from shared.targets.sample import drawn_logprob
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
 from teacher_cache.job.statistics import HIDDEN_ERRORS, add, histogram, kept_masses
@@ -51,7 +51,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     cache = open_cache(config.cache, allow_partial=True)
     numbers = {
         **summary(cache),
-        "rows_shown": [_decoded(cache, index) for index in _spread(cache, config.rows)],
+        "rows_shown": _rows_shown(cache, config.rows),
     }
     if config.html is not None and cache.has_targets and cache.manifest.targets.kind != "values":
         numbers["histograms"] = histograms(cache)
@@ -144,10 +144,17 @@ def _spread(cache: Cache, count: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, cache.num_rows - 1, count)}) if count else []
 
 
-def _decoded(cache: Cache, index: int) -> dict[str, Any]:
-    """One row as text, with the teacher's best classes at its first positions."""
+def _rows_shown(cache: Cache, count: int) -> list[dict[str, Any]]:
+    """Some rows as text; the tokenizer, which may take a second to load, is loaded once."""
+    rows = cache[_spread(cache, count)]
+    if not rows:
+        return []
     tokenizer = load_cached_tokenizer(cache.storage)
-    row = cache[index]
+    return [_decoded(cache, row, tokenizer) for row in rows]
+
+
+def _decoded(cache: Cache, row: Row, tokenizer: Any) -> dict[str, Any]:
+    """One row as text, with the teacher's best classes at its first positions."""
     shown: dict[str, Any] = {
         "row_id": row.row_id,
         "document": row.row_id >> 24,
@@ -258,7 +265,7 @@ class Verification:
 
 def verify(config: VerifyConfig) -> Verification:
     """Reads every byte of every committed shard; --drop-bad removes the commits of bad ones."""
-    storage = Storage(config.cache)
+    storage = LocalStorage(config.cache)
     manifest, cache_id = manifests.read(storage)
     check_side_files(storage, manifest)
     found = Verification(num_shards=manifest.plan.num_shards)
@@ -287,25 +294,25 @@ def verify(config: VerifyConfig) -> Verification:
 def _verify_shard(storage: Storage, manifest: Manifest, cache_id: str, shard: int) -> Commit:
     """Every checksum and count of one shard: file hash, frames, lengths, decoded values."""
     commit = read_commit(storage, manifest, cache_id, shard)
-    path = storage.path(commit.file)
-    reader = ShardReader(path, manifest, commit)
+    path, where = storage.local(commit.file), storage.where(commit.file)
+    reader = ShardReader(path, manifest, commit, where)
     ranks, planes = class_ranks(storage, manifest), layout(manifest)
     scales = channel_scales(storage, manifest)
-    tokens, positions = commit.lengths(str(path), manifest.num_outputs)
+    tokens, positions = commit.lengths(where, manifest.num_outputs)
     start = 0
     for number, rows in enumerate(commit.block_rows):
         values = reader.read_planes(number, planes)
         for name, expected in (("num_tokens", tokens), ("num_positions", positions)):
             stored = values[f"{name}.0"].view(np.uint32)
             if not np.array_equal(stored, expected[start : start + rows]):
-                raise CorruptCache(f"{path}: block {number}, column {name}: not as in the commit")
+                raise CorruptCache(f"{where}: block {number}, column {name}: not as in the commit")
         layers = manifest.hidden.layers
         reader.read_block(number, ranks, hidden_layers=layers, targets=True, scales=scales)
         start += rows
     digest = file_hash(path)
     if digest != commit.xxh3_128:
         raise CorruptCache(
-            f"{path}: its xxh3_128 is {digest}, but its commit says {commit.xxh3_128}. The bytes "
+            f"{where}: its xxh3_128 is {digest}, but its commit says {commit.xxh3_128}. The bytes "
             "between the frames were changed."
         )
     return commit
@@ -313,7 +320,7 @@ def _verify_shard(storage: Storage, manifest: Manifest, cache_id: str, shard: in
 
 def clean(config: CleanConfig) -> list[str]:
     """Removes shards that no commit names and temporary files that have no writer any more."""
-    storage = Storage(config.cache)
+    storage = LocalStorage(config.cache)
     manifest, cache_id = manifests.read(storage)
     removable = [
         *_unnamed_shards(storage, manifest, cache_id),
@@ -326,7 +333,7 @@ def clean(config: CleanConfig) -> list[str]:
     return [path.relative_to(storage.root).as_posix() for path in removable]
 
 
-def _unnamed_shards(storage: Storage, manifest: Manifest, cache_id: str) -> Iterator[Path]:
+def _unnamed_shards(storage: LocalStorage, manifest: Manifest, cache_id: str) -> Iterator[Path]:
     """Shard files without a commit; young ones are left, their commit may be a moment away."""
     named = set()
     for shard in committed_shards(storage):
@@ -335,7 +342,7 @@ def _unnamed_shards(storage: Storage, manifest: Manifest, cache_id: str) -> Iter
         except CorruptCache as error:
             raise CorruptCache(f"{error} Nothing was removed.") from None
     for name in storage.list("shards"):
-        path = storage.path(name)
+        path = storage.local(name)
         number = name.removeprefix("shards/").partition("-")[0]
         if not number.isdecimal():
             continue  # not ours
@@ -345,12 +352,12 @@ def _unnamed_shards(storage: Storage, manifest: Manifest, cache_id: str) -> Iter
             yield path
 
 
-def _unnamed_side_files(storage: Storage, manifest: Manifest) -> Iterator[Path]:
+def _unnamed_side_files(storage: LocalStorage, manifest: Manifest) -> Iterator[Path]:
     """Left by a first start of another job that lost, or died before its manifest."""
     learnt = [name for name in storage.list() if name.startswith("learnt-")]
     for name in [*learnt, *storage.list("tokenizer")]:
         if name not in manifest.side_files:
-            yield storage.path(name)
+            yield storage.local(name)
 
 
 def _stale(root: Path) -> Iterator[Path]:

@@ -26,7 +26,7 @@ from shared.format.manifest import HiddenSpec, Manifest, differences
 from shared.format.schema import ROW_CHUNK_BITS, Plane, layout
 from shared.format.shards import ShardWriter, commit_name, compress_planes
 from shared.progress import Progress
-from shared.storage import Storage
+from shared.storage import LocalStorage, Storage
 from shared.targets.hidden import num_states
 from shared.targets.kinds import RAGGED_KINDS
 from shared.targets.planes import Per
@@ -49,7 +49,7 @@ _READ_BY = {  # option -> the kinds it says something about
 def repack(config: RepackConfig) -> None:
     """Writes the smaller cache; run again to resume."""
     source = open_cache(config.cache)
-    storage = Storage(config.out)
+    storage = LocalStorage(config.out)
     manifest, cache_id = _publish_or_adopt(storage, source, _smaller(config, source))
     ranks = class_ranks(storage, manifest)
     documents = config.document_range(manifest.corpus.num_documents)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from shared.cache import Row
 from shared.format.manifest import Manifest
+from shared.rows import Row
 
 _SHOWN = 4  # labels of a row
 

@@ -41,7 +41,7 @@ def seal(storage: Storage, manifest: Manifest, cache_id: str) -> None:
 
 def check_seal(storage: Storage, manifest: Manifest, cache_id: str) -> None:
     """Every commit and the sha256 of every shard against index.arrow."""
-    path = storage.path(INDEX)
+    path = storage.where(INDEX)
     commits = read_commits(storage, manifest, cache_id)
     try:
         sealed = _read(storage, commits, cache_id)
@@ -85,7 +85,7 @@ def _table(storage: Storage, commits: list[Commit], cache_id: str) -> pa.Table:
         {
             "shard": commit.shard,
             "file": commit.file,
-            "sha256": _sha256(storage.path(commit.file)),
+            "sha256": _sha256(storage.local(commit.file)),
             "commit": commit.to_json().decode(),
         }
         for commit in commits

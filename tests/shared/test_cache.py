@@ -4,6 +4,7 @@ P positions of a row, C classes, K entries, D channels.
 """
 
 import json
+import os
 import random
 import shutil
 import threading
@@ -21,10 +22,13 @@ from shared.cache import class_ranks, committed_shards
 from shared.errors import CacheMismatch, CorruptCache, IncompleteCache
 from shared.format import manifest as manifests
 from shared.format.shards import commit_name, file_hash, parse_commit
-from shared.storage import Storage
+from shared.models.tokenizer import load_cached_tokenizer
+from shared.storage import LocalStorage
+from teacher_cache.config import VerifyConfig
 from teacher_cache.engines.batches import forward_batches
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.tasks.rows import Row
+from teacher_cache.tools.inspection import verify
 from tests.shared.test_shards import assert_same
 from tests.shared.test_storage import tree
 
@@ -315,7 +319,7 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path):
 
 def test_a_newer_format_is_refused(cache_copy):
     raw = json.loads((cache_copy / "manifest.json").read_text())
-    storage = Storage(cache_copy)
+    storage = LocalStorage(cache_copy)
     storage.put(manifests.MANIFEST, json.dumps(raw | {"format_version": 2}).encode())
     storage.delete(manifests.MANIFEST_HASH)
     manifests.write_hash(storage)
@@ -360,13 +364,40 @@ def test_a_cache_can_be_moved_and_is_never_written_to(cache, cache_copy, tmp_pat
     assert {name: (moved / name).stat().st_mtime_ns for name in tree(moved)} == before
 
 
+def test_a_cache_in_a_snapshot_of_the_hub_opens(cache, cache_copy, tmp_path):
+    """Every file is a link to a blob, named by its hash, of the same repository."""
+    store = tmp_path / "datasets--owner--name"
+    (store / "blobs").mkdir(parents=True)
+    snapshot = store / "snapshots" / "0123abcd"
+    for name in tree(cache_copy):
+        blob = store / "blobs" / file_hash(cache_copy / name)
+        shutil.copy(cache_copy / name, blob)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(os.path.relpath(blob, (snapshot / name).parent))
+    found = open_cache(snapshot)
+    assert [row.row_id for row in found] == [row.row_id for row in cache]
+    assert len(load_cached_tokenizer(found.storage)) == 300
+    assert verify(VerifyConfig(cache=snapshot)).sound
+
+
 @pytest.mark.parametrize(
     "name", ["0.json", "00000.json.bak", "00000 (1).json", "notes.txt", ".tmp.x.1.ab", "²²²²².json"]
 )
 def test_files_that_are_no_commits_are_not_counted(cache, cache_copy, name):
     shutil.copy(cache_copy / commit_name(0), cache_copy / "commits" / name)
-    assert committed_shards(Storage(cache_copy)) == list(range(13))
+    assert committed_shards(LocalStorage(cache_copy)) == list(range(13))
     assert len(open_cache(cache_copy)) == len(cache)
+
+
+def test_no_commit_is_looked_for_in_a_list_of_all_commits(cache_copy, monkeypatch):
+    class Names(list):
+        def __contains__(self, name):
+            raise AssertionError(f"{name} is compared with up to {len(self)} names")
+
+    storage = LocalStorage(cache_copy)
+    names = Names(storage.list("commits"))
+    monkeypatch.setattr(storage, "list", lambda prefix: names)
+    assert committed_shards(storage) == list(range(13))
 
 
 def test_commits_in_the_wrong_place_are_refused(cache, cache_copy, labels_dir):
@@ -397,7 +428,7 @@ def test_commits_in_the_wrong_place_are_refused(cache, cache_copy, labels_dir):
 def test_a_commit_cannot_name_a_file_that_is_not_its_own(cache, cache_copy, file):
     """Forged with a right checksum."""
     commit = replace(cache.commits[0], file=file)
-    Storage(cache_copy).put(commit_name(0), commit.to_json())
+    LocalStorage(cache_copy).put(commit_name(0), commit.to_json())
     with pytest.raises(CorruptCache):
         open_cache(cache_copy)[0]
 
@@ -430,10 +461,10 @@ def test_the_side_files_are_checked_and_named(cache, cache_copy):
 )
 def test_a_learnt_file_that_is_none_is_refused_by_name(cache, tmp_path, data):
     """Even where a forged manifest has its hash."""
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     name = next(name for name in cache.manifest.side_files if name.startswith("learnt-"))
     storage.put(name, data)
-    forged = replace(cache.manifest, side_files={name: file_hash(storage.path(name))})
+    forged = replace(cache.manifest, side_files={name: file_hash(storage.local(name))})
     with pytest.raises(CorruptCache, match=name):
         class_ranks(storage, forged)
 
@@ -467,9 +498,9 @@ def test_the_shard_used_longest_ago_is_closed_first(cache_dir, monkeypatch):
     cache, opened = open_cache(cache_dir), []
     original = cache_module.ShardReader
 
-    def spy(path, manifest, commit):
+    def spy(path, manifest, commit, where):
         opened.append(commit.shard)
-        return original(path, manifest, commit)
+        return original(path, manifest, commit, where)
 
     monkeypatch.setattr(cache_module, "ShardReader", spy)
     first_block = np.cumsum([0, *(len(commit.block_rows) for commit in cache.commits)])

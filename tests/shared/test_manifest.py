@@ -21,7 +21,7 @@ from shared.format.manifest import (
     rows_id,
 )
 from shared.format.schema import optional_columns
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from shared.targets.spec import TargetSpec
 
 TOKENIZER = TokenizerInfo(
@@ -91,7 +91,7 @@ def forged(tmp_path, change):
     """A storage whose manifest is the usual one, changed by `change` in place."""
     raw = json.loads(make_manifest().to_json())
     change(raw)
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     forge(storage, json.dumps(raw).encode())
     return storage
 
@@ -107,7 +107,7 @@ def forged(tmp_path, change):
     ],
 )
 def test_what_is_published_is_what_is_read(tmp_path, manifest):
-    storage = Storage(tmp_path / "a cache")
+    storage = LocalStorage(tmp_path / "a cache")
     assert manifests.publish(storage, manifest)
     found, cache_id = manifests.read(storage)
     assert found == manifest
@@ -115,7 +115,7 @@ def test_what_is_published_is_what_is_read(tmp_path, manifest):
 
 
 def test_the_cache_id_is_the_sha256_of_the_file_and_the_hash_file_is_for_sha256sum(tmp_path):
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     manifests.publish(storage, make_manifest())
     data = (tmp_path / "manifest.json").read_bytes()
     digest = hashlib.sha256(data).hexdigest()
@@ -131,14 +131,14 @@ def test_equal_manifests_are_equal_bytes_and_any_other_field_is_another_cache():
 
 
 def test_the_second_publisher_changes_nothing(tmp_path):
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     assert manifests.publish(storage, make_manifest())
     assert not manifests.publish(storage, make_manifest(seed=1))
     assert manifests.read(storage)[0].seed == 0
 
 
 def test_a_crash_between_manifest_and_hash_is_told_and_mended(tmp_path):
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     manifests.publish(storage, make_manifest())
     storage.delete(manifests.MANIFEST_HASH)
     with pytest.raises(IncompleteCache, match=r"manifest.sha256 is missing.* run command again"):
@@ -149,7 +149,7 @@ def test_a_crash_between_manifest_and_hash_is_told_and_mended(tmp_path):
 
 def test_a_folder_without_a_manifest_is_no_cache(tmp_path):
     with pytest.raises(IncompleteCache, match=r"no cache here .*cache-teacher run --out"):
-        manifests.read(Storage(tmp_path))
+        manifests.read(LocalStorage(tmp_path))
 
 
 def paths_of(value, path=()):
@@ -245,7 +245,7 @@ def test_unknown_fields_are_ignored_but_belong_to_the_cache_id(tmp_path):
 
 @pytest.mark.parametrize("version", [2, 99])
 def test_a_newer_format_is_refused_whatever_else_it_says(tmp_path, version):
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     forge(storage, json.dumps({"format_version": version, "all": "new"}).encode())
     with pytest.raises(
         CacheMismatch,
@@ -269,14 +269,14 @@ def test_a_newer_format_is_refused_whatever_else_it_says(tmp_path, version):
     ids=["empty", "cut", "list", "null", "not UTF-8", "5,000 digits", "deep"],
 )
 def test_what_is_no_manifest_is_an_error_that_names_the_file(tmp_path, data):
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     forge(storage, data)
     with pytest.raises(CorruptCache, match=r"manifest\.json: "):
         manifests.read(storage)
 
 
 def test_a_manifest_too_large_is_not_read(tmp_path):
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     manifests.publish(storage, make_manifest())
     with open(tmp_path / "manifest.json", "r+b") as file:
         file.truncate(manifests.MAX_MANIFEST_BYTES + 1)  # sparse: takes no disk
@@ -285,7 +285,7 @@ def test_a_manifest_too_large_is_not_read(tmp_path):
 
 
 def test_a_changed_manifest_is_found_by_its_hash_and_a_changed_hash_too(tmp_path):
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     manifests.publish(storage, make_manifest())
     good = deepcopy(make_manifest())
     storage.put(manifests.MANIFEST, replace(good, seed=1).to_json())

@@ -14,7 +14,7 @@ from shared.format import manifest as manifests
 from shared.format.blocks import from_planes, to_planes
 from shared.format.schema import optional_columns
 from shared.format.shards import ShardWriter, commit_name, encode_block
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from teacher_cache.config import RepackConfig, VerifyConfig
 from teacher_cache.tools.inspection import verify
 from teacher_cache.tools.repack import repack
@@ -62,7 +62,7 @@ def manifest():
 @pytest.fixture(scope="module")
 def cache(manifest, tmp_path_factory, tokenizer_dir) -> Path:
     """One shard of three blocks."""
-    storage = Storage(tmp_path_factory.mktemp("references") / "cache")
+    storage = LocalStorage(tmp_path_factory.mktemp("references") / "cache")
     manifests.publish(storage, manifest)
     with ShardWriter(storage, manifest, manifest.cache_id, 0) as writer:
         for number in range(BLOCKS):
@@ -81,6 +81,19 @@ def test_rows_have_their_references(cache):
     assert [row.reference for row in open_cache(cache)] == expected
     assert [row["reference"] for row in read_cache(cache)] == expected
     assert verify(VerifyConfig(cache=cache)).sound
+
+
+def test_one_row_parses_its_own_reference_only(cache, monkeypatch):
+    opened, parsed, original = open_cache(cache), [], manifests.parse_json
+
+    def parse_json(data, where, **limits):
+        parsed.append(where)
+        return original(data, where, **limits)
+
+    monkeypatch.setattr(manifests, "parse_json", parse_json)
+    row = opened[ROWS + 2]
+    assert row.reference == values_of(1)[2]
+    assert parsed == [f"reference of row {row.row_id}"]
 
 
 @pytest.mark.parametrize("rows", [0, 1, ROWS])

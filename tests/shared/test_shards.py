@@ -25,7 +25,7 @@ from shared.format.shards import (
     file_hash,
     parse_commit,
 )
-from shared.storage import Storage, temporary_files
+from shared.storage import LocalStorage, temporary_files
 from shared.targets.record import ClassRanks, Target
 from shared.targets.sample import drawn_logprob
 from shared.targets.spec import TargetSpec
@@ -292,7 +292,7 @@ def read_commit(storage, shard=0):
 def read_all(storage, manifest, shard=0):
     """Every block, with everything."""
     commit = read_commit(storage, shard)
-    reader = ShardReader(storage.path(commit.file), manifest, commit)
+    reader = ShardReader(storage.local(commit.file), manifest, commit)
     return [
         reader.read_block(b, RANKS, hidden_layers=manifest.hidden.layers, targets=True)
         for b in range(len(commit.block_rows))
@@ -307,12 +307,12 @@ def through_planes(block, manifest):
 @pytest.mark.parametrize("kind", MANIFESTS)
 def test_a_shard_of_several_record_batches_round_trips(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(shard_module, "_BATCH_BLOCKS", 2)
-    manifest, storage = MANIFESTS[kind], Storage(tmp_path)
+    manifest, storage = MANIFESTS[kind], LocalStorage(tmp_path)
     blocks = [random_block(manifest, rows, rows) for rows in (3, 1, 6, 2, 4)]
     writer = write(storage, manifest, blocks, statistics={"documents": 4, "sum_entropy": 1.5})
     assert writer.won
     commit = read_commit(storage)
-    with pa.OSFile(str(storage.path(commit.file))) as file:
+    with pa.OSFile(str(storage.local(commit.file))) as file:
         assert pa.ipc.open_file(file).num_record_batches == 3
     for found, block in zip(read_all(storage, manifest), blocks, strict=True):
         assert_same(found, through_planes(block, manifest))
@@ -323,7 +323,7 @@ def test_a_shard_of_several_record_batches_round_trips(tmp_path, monkeypatch, ki
     assert positions.tolist() == np.concatenate([b.num_positions for b in blocks]).tolist()
     assert (commit.rows, commit.tokens, commit.positions) == (16, tokens.sum(), positions.sum())
     assert commit.statistics == {"documents": 4.0, "sum_entropy": 1.5}
-    path = storage.path(commit.file)
+    path = storage.local(commit.file)
     assert (commit.num_bytes, commit.xxh3_128) == (path.stat().st_size, file_hash(path))
     assert commit.file == f"shards/00000-{commit.xxh3_128[:16]}.arrow"
     assert commit.column_bytes.keys() == {plane.column for plane in layout(manifest)}
@@ -333,15 +333,15 @@ def test_a_shard_of_several_record_batches_round_trips(tmp_path, monkeypatch, ki
 
 def test_record_batches_are_cut_by_bytes_too(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_module, "_BATCH_BYTES", 1)
-    manifest, storage = MANIFESTS["plain"], Storage(tmp_path)
+    manifest, storage = MANIFESTS["plain"], LocalStorage(tmp_path)
     write(storage, manifest, [random_block(manifest, 2, seed) for seed in range(3)])
-    with pa.OSFile(str(storage.path(read_commit(storage).file))) as file:
+    with pa.OSFile(str(storage.local(read_commit(storage).file))) as file:
         assert pa.ipc.open_file(file).num_record_batches == 3
     assert len(read_all(storage, manifest)) == 3
 
 
 def test_a_shard_without_rows_is_a_shard(tmp_path):
-    manifest, storage = MANIFESTS["plain"], Storage(tmp_path)
+    manifest, storage = MANIFESTS["plain"], LocalStorage(tmp_path)
     assert write(storage, manifest, []).won
     commit = read_commit(storage)
     assert (commit.rows, commit.block_rows) == (0, ())
@@ -353,17 +353,17 @@ def test_the_same_blocks_are_the_same_bytes(tmp_path):
     blocks = [random_block(manifest, 3, seed) for seed in range(3)]
     trees = []
     for name in ("one", "two"):
-        write(Storage(tmp_path / name), manifest, blocks)
+        write(LocalStorage(tmp_path / name), manifest, blocks)
         names = sorted(tree(tmp_path / name))
         trees.append([(n, (tmp_path / name / n).read_bytes()) for n in names])
     assert trees[0] == trees[1]
 
 
 def test_only_the_columns_asked_for_are_decompressed(tmp_path, monkeypatch):
-    manifest, storage = MANIFESTS["plain"], Storage(tmp_path)
+    manifest, storage = MANIFESTS["plain"], LocalStorage(tmp_path)
     write(storage, manifest, [random_block(manifest, 3)])
     commit = read_commit(storage)
-    reader = ShardReader(storage.path(commit.file), manifest, commit)
+    reader = ShardReader(storage.local(commit.file), manifest, commit)
     read = []
     original = reader.read_planes
 
@@ -384,11 +384,11 @@ def test_only_the_columns_asked_for_are_decompressed(tmp_path, monkeypatch):
 
 
 def test_arrow_columns_that_we_do_not_know_are_ignored(tmp_path):
-    manifest, storage = MANIFESTS["plain"], Storage(tmp_path)
+    manifest, storage = MANIFESTS["plain"], LocalStorage(tmp_path)
     blocks = [random_block(manifest, 3)]
     write(storage, manifest, blocks)
     commit = read_commit(storage)
-    path = storage.path(commit.file)
+    path = storage.local(commit.file)
     with pa.OSFile(str(path)) as file:
         table = pa.ipc.open_file(file).read_all()
     table = table.append_column("later.0", pa.array([b"x"], pa.large_binary()))
@@ -403,7 +403,7 @@ def test_arrow_columns_that_we_do_not_know_are_ignored(tmp_path):
 @pytest.fixture
 def two_shards(tmp_path):
     """Shards 0 and 1 of equal size: the same rows, so only what says which is which differs."""
-    manifest, storage = MANIFESTS["plain"], Storage(tmp_path)
+    manifest, storage = MANIFESTS["plain"], LocalStorage(tmp_path)
     for shard in (0, 1):
         write(storage, manifest, [random_block(manifest, 5, seed) for seed in (1, 2)], shard)
     sizes = {read_commit(storage, shard).num_bytes for shard in (0, 1)}
@@ -413,7 +413,7 @@ def two_shards(tmp_path):
 
 def test_swapped_shard_files_are_found_out(two_shards):
     storage, manifest = two_shards
-    paths = [storage.path(read_commit(storage, shard).file) for shard in (0, 1)]
+    paths = [storage.local(read_commit(storage, shard).file) for shard in (0, 1)]
     contents = [path.read_bytes() for path in paths]
     for path, content in zip(paths, reversed(contents), strict=True):
         path.write_bytes(content)
@@ -424,10 +424,10 @@ def test_swapped_shard_files_are_found_out(two_shards):
 
 def test_a_shard_of_another_cache_is_found_out(two_shards, tmp_path):
     storage, manifest = two_shards
-    other, elsewhere = replace(manifest, seed=1), Storage(tmp_path / "other")
+    other, elsewhere = replace(manifest, seed=1), LocalStorage(tmp_path / "other")
     write(elsewhere, other, [random_block(other, 5, seed) for seed in (1, 2)], 0)
-    foreign = elsewhere.path(read_commit(elsewhere).file).read_bytes()
-    path = storage.path(read_commit(storage).file)
+    foreign = elsewhere.local(read_commit(elsewhere).file).read_bytes()
+    path = storage.local(read_commit(storage).file)
     assert len(foreign) == path.stat().st_size
     path.write_bytes(foreign)
     with pytest.raises(CorruptCache, match=f"{path}: cache_id is '{other.cache_id}', expected"):
@@ -445,7 +445,7 @@ def test_a_missing_shard_names_the_way_out(two_shards):
 def test_what_is_no_shard_is_refused_by_its_size_and_then_by_its_content(two_shards, content):
     storage, manifest = two_shards
     commit = read_commit(storage)
-    path = storage.path(commit.file)
+    path = storage.local(commit.file)
     path.write_bytes(content)
     with pytest.raises(CorruptCache, match=f"{path}: {len(content)} bytes, but its commit says"):
         ShardReader(path, manifest, commit)
@@ -455,7 +455,7 @@ def test_what_is_no_shard_is_refused_by_its_size_and_then_by_its_content(two_sha
 
 def test_a_frame_in_the_place_of_another_is_found_out(tmp_path):
     """Blocks 0 and 1 have the same sizes, so that nothing but the frame's own header tells."""
-    manifest, storage = MANIFESTS["labels only"], Storage(tmp_path)
+    manifest, storage = MANIFESTS["labels only"], LocalStorage(tmp_path)
     blocks = [random_block(manifest, 4, 1), random_block(manifest, 4, 1)]
     encoded = [encode_block(block, number, manifest, RANKS) for number, block in enumerate(blocks)]
     names = ("input_ids.0", "num_tokens.0")
@@ -468,7 +468,7 @@ def test_a_frame_in_the_place_of_another_is_found_out(tmp_path):
 
 @pytest.mark.parametrize("same", [True, False])
 def test_of_two_writers_of_one_shard_the_first_commit_wins(tmp_path, same):
-    manifest, storage = MANIFESTS["plain"], Storage(tmp_path)
+    manifest, storage = MANIFESTS["plain"], LocalStorage(tmp_path)
     first, second = [random_block(manifest, 3, 1)], [random_block(manifest, 3, 1 if same else 2)]
     with ShardWriter(storage, manifest, manifest.cache_id, 0) as slow:
         slow.write(encode_block(second[0], 0, manifest, RANKS))
@@ -481,7 +481,7 @@ def test_of_two_writers_of_one_shard_the_first_commit_wins(tmp_path, same):
 
 
 def test_an_exception_inside_the_writer_leaves_nothing(tmp_path):
-    manifest, storage = MANIFESTS["plain"], Storage(tmp_path)
+    manifest, storage = MANIFESTS["plain"], LocalStorage(tmp_path)
     block = encode_block(random_block(manifest, 3), 0, manifest, RANKS)
 
     def blocks():
@@ -499,7 +499,7 @@ def test_an_exception_inside_the_writer_leaves_nothing(tmp_path):
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch, limit, batch_blocks):
     """At the schema, in a record batch inside the `with`, and in the last batch at its end."""
     monkeypatch.setattr(shard_module, "_BATCH_BLOCKS", batch_blocks)
-    manifest, storage = MANIFESTS["plain"], Storage(tmp_path)
+    manifest, storage = MANIFESTS["plain"], LocalStorage(tmp_path)
     encoded = encode_block(random_block(manifest, 20), 0, manifest, RANKS)
     with (
         pytest.raises(DiskFull, match="no space left on the disk"),
@@ -519,7 +519,7 @@ def test_a_full_disk_while_the_file_is_opened(tmp_path, monkeypatch):
     manifest = MANIFESTS["plain"]
     with (
         pytest.raises(DiskFull, match="no space left on the disk"),
-        ShardWriter(Storage(tmp_path), manifest, manifest.cache_id, 0),
+        ShardWriter(LocalStorage(tmp_path), manifest, manifest.cache_id, 0),
     ):
         pass
     assert tree(tmp_path) == set()
@@ -615,7 +615,7 @@ def test_a_plane_of_zeros_alone_does_not_make_a_block_too_large(tmp_path, monkey
     block.target.ids = RANKS.classes[np.concatenate(ranks)].astype(np.int32)
     encoded = encode_block(block, 0, manifest, RANKS)
     assert len(encoded.frames["target_ids.1"]) * 64 * 8 < 8 * len(block.target.ids)
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     write(storage, manifest, [block])
     (found,) = read_all(storage, manifest)
     assert found.target.ids.tolist() == block.target.ids.tolist()

@@ -1,16 +1,15 @@
-"""Storage: names stay inside the folder, files appear whole, the first writer wins."""
+"""The store that is a folder: links, full disks, what is flushed when. See test_stores.py too."""
 
 import errno
 import os
 import resource
-import threading
 from contextlib import contextmanager
 
 import pytest
 
 from shared import storage as storages
 from shared.errors import CorruptCache, DiskFull, Refused, TeacherCacheError
-from shared.storage import Storage, temporary_files, temporary_writer
+from shared.storage import LocalStorage, temporary_files, temporary_writer
 
 FULL = r"no space left on the disk .*Nothing finished is lost.*run the same command again"
 
@@ -37,61 +36,8 @@ def failing(error):
     return fail
 
 
-@pytest.mark.parametrize("root", ["cache", "a folder with späces", "deep/er"])
-def test_the_verbs(tmp_path, root):
-    storage = Storage(tmp_path / root)
-    assert storage.list() == storage.list("a") == []
-    assert not storage.exists("a/x")
-    storage.put("a/x", b"1")
-    storage.put("a/x", b"22")
-    assert storage.read("a/x") == b"22"
-    assert storage.put_new("a/y", b"")
-    assert not storage.put_new("a/y", b"3")
-    assert storage.read("a/y") == b""
-    storage.put("z", b"z")
-    assert storage.exists("a/x")
-    assert not storage.exists("a")
-    assert storage.list("a") == ["a/x", "a/y"]
-    assert storage.list() == ["z"]
-    storage.delete("a/x")
-    storage.delete("a/x")
-    assert tree(storage.root) == {"a/y", "z"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        "..",
-        "../x",
-        "a/../../x",
-        "a/..",
-        "/etc/passwd",
-        "a//x",
-        "a/",
-        "./x",
-        "a\0x",
-        "C:x",
-        "..\\x",
-    ],
-)
-def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
-    storage = Storage(tmp_path / "cache")
-    (tmp_path / "x").write_text("secret")
-    for verb in (
-        storage.exists,
-        storage.read,
-        storage.delete,
-        lambda name: storage.put(name, b""),
-        lambda name: storage.put_new(name, b""),
-    ):
-        with pytest.raises(CorruptCache, match="does not stay inside the folder"):
-            verb(name)
-    assert tree(tmp_path) == {"x"}
-
-
 def test_links_that_leave_the_folder_are_refused_and_those_inside_are_not(tmp_path):
-    storage = Storage(tmp_path / "cache")
+    storage = LocalStorage(tmp_path / "cache")
     storage.put("a/x", b"1")
     (tmp_path / "secret").write_text("2")
     (storage.root / "out").symlink_to(tmp_path / "secret")
@@ -106,8 +52,72 @@ def test_links_that_leave_the_folder_are_refused_and_those_inside_are_not(tmp_pa
     assert (tmp_path / "secret").read_text() == "2"
 
 
+@pytest.mark.parametrize("kind", ["models", "datasets"])
+@pytest.mark.parametrize("place", ["", "caches/of a teacher"])
+def test_a_snapshot_of_the_hub_links_into_its_own_store(tmp_path, kind, place):
+    """As `huggingface_hub` lays a repository out; the cache may be a folder of it."""
+    store = tmp_path / f"{kind}--owner--name"
+    (store / "blobs").mkdir(parents=True)
+    (store / "blobs" / "ab12").write_text("1")
+    root = store / "snapshots" / "c0ffee" / place
+    (root / "commits").mkdir(parents=True)
+    blob = os.path.relpath(store / "blobs" / "ab12", root / "commits")
+    (root / "commits" / "x").symlink_to(blob)
+    (tmp_path / "hub").symlink_to(root)
+    for folder in (root, tmp_path / "hub"):
+        storage = LocalStorage(folder)
+        assert storage.read("commits/x") == b"1"
+        assert storage.list("commits") == ["commits/x"]
+
+
+def test_a_snapshot_links_nowhere_else(tmp_path):
+    for name in ("models--a--b", "models--c--d"):
+        (tmp_path / name / "blobs").mkdir(parents=True)
+        (tmp_path / name / "blobs" / "ab12").write_text("secret")
+        (tmp_path / name / "refs").mkdir()
+        (tmp_path / name / "refs" / "main").write_text("secret")
+    root = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    elsewhere = root.parent / "beef"
+    for folder in (root, elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "x").symlink_to("../../blobs/ab12")
+    outside = [
+        tmp_path / "models--c--d" / "blobs" / "ab12",
+        tmp_path / "models--a--b" / "refs" / "main",
+        elsewhere / "real",
+        tmp_path / "models--a--b" / "blobs" / "out",
+    ]
+    (elsewhere / "real").write_text("secret")
+    (tmp_path / "models--a--b" / "blobs" / "out").symlink_to(tmp_path / "models--c--d/refs/main")
+    for number, place in enumerate(outside):
+        (root / f"link{number}").symlink_to(place)
+        with pytest.raises(CorruptCache, match=f"link{number}: this link leaves the folder"):
+            LocalStorage(root).read(f"link{number}")
+    (tmp_path / "models--c--d" / "blobs" / "ab12").unlink()
+    (tmp_path / "models--c--d" / "blobs").rmdir()
+    (tmp_path / "models--c--d" / "blobs").symlink_to(tmp_path / "models--a--b" / "blobs")
+    other = tmp_path / "models--c--d" / "snapshots" / "c0ffee"
+    other.mkdir(parents=True)
+    (other / "x").symlink_to("../../blobs/ab12")
+    with pytest.raises(CorruptCache, match="x: this link leaves the folder"):
+        LocalStorage(other).read("x")
+
+
+@pytest.mark.parametrize(
+    "place", ["snapshots/c0ffee", "models--a--b/c0ffee", "models--a--b/old/c0ffee", "m--a/s/c"]
+)
+def test_a_folder_that_is_no_snapshot_has_no_store(tmp_path, place):
+    root = tmp_path / place
+    root.mkdir(parents=True)
+    (root.parent.parent / "blobs").mkdir()
+    (root.parent.parent / "blobs" / "ab12").write_text("secret")
+    (root / "x").symlink_to("../../blobs/ab12")
+    with pytest.raises(CorruptCache, match="x: this link leaves the folder"):
+        LocalStorage(root).read("x")
+
+
 def test_a_linked_folder_that_leaves_the_cache_is_refused_as_well(tmp_path):
-    storage = Storage(tmp_path / "cache")
+    storage = LocalStorage(tmp_path / "cache")
     storage.put("x", b"1")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "secret").write_text("2")
@@ -118,14 +128,29 @@ def test_a_linked_folder_that_leaves_the_cache_is_refused_as_well(tmp_path):
         storage.read("shards/secret")
 
 
+@pytest.mark.parametrize("link", ["root", "above", "none"])
+def test_a_path_is_checked_with_a_look_at_each_of_its_own_parts(tmp_path, monkeypatch, link):
+    """However deep the folder lies, and whether or not it is a link: a commit is two parts."""
+    real = tmp_path / "a" / "b" / "c" / "cache"
+    LocalStorage(real).put("commits/00000.json", b"{}")
+    (tmp_path / "above").symlink_to(tmp_path / "a")
+    (tmp_path / "root").symlink_to(real)
+    places = {"root": tmp_path / "root", "above": tmp_path / "above/b/c/cache", "none": real}
+    storage, looks = LocalStorage(places[link]), []
+    original = os.lstat
+    monkeypatch.setattr(os, "lstat", lambda *place, **o: looks.append(place) or original(*place))
+    assert storage.local("commits/00000.json").read_bytes() == b"{}"
+    assert len(looks) == 2
+
+
 def test_the_cache_folder_itself_may_be_a_link(tmp_path):
-    Storage(tmp_path / "real").put("a/x", b"1")
+    LocalStorage(tmp_path / "real").put("a/x", b"1")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert Storage(tmp_path / "link").read("a/x") == b"1"
+    assert LocalStorage(tmp_path / "link").read("a/x") == b"1"
 
 
 def test_reading_names_what_is_wrong(tmp_path):
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     storage.put("x", b"123")
     assert storage.read("x", max_bytes=3) == b"123"
     with pytest.raises(CorruptCache, match="x: 3 bytes where at most 2 are expected"):
@@ -139,56 +164,13 @@ def test_reading_names_what_is_wrong(tmp_path):
         storage.read("x/y")
 
 
-def test_of_many_first_writers_exactly_one_wins(tmp_path):
-    storage = Storage(tmp_path)
-    for turn in range(20):
-        barrier, won = threading.Barrier(4), []
-
-        def write(number, barrier=barrier, won=won, name=f"a/{turn}"):
-            barrier.wait()
-            if storage.put_new(name, bytes([number]) * 1000):
-                won.append(number)
-
-        threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(won) == 1
-        assert storage.read(f"a/{turn}") == bytes(won) * 1000
-    assert not list(temporary_files(tmp_path))
-
-
-def test_a_reader_never_sees_half_a_file(tmp_path):
-    storage = Storage(tmp_path)
-    storage.put("x", b"0" * 100_000)
-    stop = threading.Event()
-
-    def rewrite():
-        number = 0
-        while not stop.is_set():
-            number = (number + 1) % 10
-            storage.put("x", str(number).encode() * 100_000)
-
-    thread = threading.Thread(target=rewrite)
-    thread.start()
-    try:
-        for _ in range(200):
-            data = storage.read("x")
-            assert len(data) == 100_000
-            assert len(set(data)) == 1
-    finally:
-        stop.set()
-        thread.join()
-
-
 @pytest.mark.parametrize("verb", ["put", "put_new"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 @pytest.mark.parametrize("call", ["fsync", "open"])
 def test_a_full_disk_says_so_and_leaves_nothing_half_written(
     tmp_path, monkeypatch, verb, number, call
 ):
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     storage.put("old", b"old")
     fail = failing(OSError(number, os.strerror(number)))
     if call == "fsync":
@@ -203,7 +185,7 @@ def test_a_full_disk_says_so_and_leaves_nothing_half_written(
 
 
 def test_a_file_that_really_cannot_grow_is_a_full_disk(tmp_path):
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     with file_size_limit(10_000):
         with pytest.raises(DiskFull, match=FULL):
             storage.put("x", b"1" * 20_000)
@@ -215,7 +197,7 @@ def test_a_file_that_really_cannot_grow_is_a_full_disk(tmp_path):
 def test_a_full_disk_while_making_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "mkdir", failing(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(DiskFull, match=FULL):
-        Storage(tmp_path / "cache").put("x", b"1")
+        LocalStorage(tmp_path / "cache").put("x", b"1")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +209,7 @@ def test_a_full_disk_while_making_the_folder(tmp_path, monkeypatch):
     ],
 )
 def test_other_failures_to_write_are_our_errors_too(tmp_path, monkeypatch, number, kind, message):
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     monkeypatch.setattr(os, "fsync", failing(OSError(number, os.strerror(number))))
     with pytest.raises(kind, match=message):
         storage.put("x", b"1")
@@ -239,7 +221,7 @@ def test_a_folder_that_is_read_only_is_refused(tmp_path):
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(Refused, match=r"cannot be written .*Choose another --out"):
-            Storage(tmp_path).put("x", b"1")
+            LocalStorage(tmp_path).put("x", b"1")
     finally:
         tmp_path.chmod(0o700)
 
@@ -247,12 +229,12 @@ def test_a_folder_that_is_read_only_is_refused(tmp_path):
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(TeacherCacheError, match=r"cache: (File exists|Not a directory)"):
-        Storage(tmp_path / "cache").put("x", b"1")
+        LocalStorage(tmp_path / "cache").put("x", b"1")
 
 
 def test_a_disk_without_hard_links_is_refused_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", failing(PermissionError(errno.EPERM, "not permitted")))
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     with pytest.raises(Refused, match=r"no hard links.*local or network disk that has them"):
         storage.put_new("x", b"1")
     assert tree(tmp_path) == set()
@@ -261,12 +243,12 @@ def test_a_disk_without_hard_links_is_refused_with_the_way_out(tmp_path, monkeyp
 def test_a_full_disk_at_the_link_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", failing(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(DiskFull, match=FULL):
-        Storage(tmp_path).put_new("x", b"1")
+        LocalStorage(tmp_path).put_new("x", b"1")
     assert tree(tmp_path) == set()
 
 
 def test_temporary_files_are_unique_beside_their_name_and_gone_after_any_exception(tmp_path):
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     seen = set()
 
     def interrupted():
@@ -288,13 +270,13 @@ def test_temporary_files_are_unique_beside_their_name_and_gone_after_any_excepti
 
 def test_the_writer_of_a_temporary_file_is_known_whatever_its_host_is_called(tmp_path, monkeypatch):
     monkeypatch.setattr(storages.socket, "gethostname", lambda: "node-7.rack.example")
-    with Storage(tmp_path).temporary("x") as temporary:
+    with LocalStorage(tmp_path).temporary("x") as temporary:
         assert temporary_writer(temporary) == ("node-7.rack.example", os.getpid())
 
 
 def test_files_are_flushed_before_they_get_their_name_and_the_folder_after(tmp_path, monkeypatch):
     """What makes "done" survive a power cut is the order of these calls."""
-    storage = Storage(tmp_path)
+    storage = LocalStorage(tmp_path)
     storage.put("first", b"")
     calls = []
 

@@ -1,5 +1,6 @@
 """Windows: which tokens may be chosen, the likeliest span, references, and blocks that are none."""
 
+import re
 from itertools import product
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from shared.errors import CorruptCache
+from shared.format import manifest as manifests
 from shared.format.blocks import Block
 from shared.windows import WindowReference, best_spans, check, reference_of, window_logits
 
@@ -89,6 +91,20 @@ def test_a_reference_reads_any_span_of_its_window():
 def test_a_reference_that_is_none_is_an_error(value, message):
     with pytest.raises(CorruptCache, match=message):
         reference_of(value, 1, "here")
+
+
+def test_the_places_of_a_windows_tokens_are_checked_together(monkeypatch):
+    """Not one after another: a window has hundreds, and an evaluation has thousands of windows."""
+    calls, original = [], manifests._build
+    monkeypatch.setattr(manifests, "_build", lambda *a: calls.append(a) or original(*a))
+    places = {"steps": list(range(384)), "lengths": [2**63] * 384}
+    found = reference_of({"answers": ["a"], "text": "a"} | places, 384, "here")
+    assert (found.steps, found.lengths) == (tuple(range(384)), (2**63,) * 384)
+    assert len(calls) < 10
+    for wrong in (-(2**63) - 1, 2**64, True, 1.0, None, "1", [1]):
+        steps = [*range(383), wrong]
+        with pytest.raises(CorruptCache, match=f"here: steps: found '{re.escape(str(wrong))}'"):
+            reference_of({"answers": ["a"], "text": "a"} | places | {"steps": steps}, 384, "here")
 
 
 def block(**changes):

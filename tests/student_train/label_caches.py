@@ -19,7 +19,7 @@ from shared.format.manifest import HiddenSpec
 from shared.format.schema import optional_columns
 from shared.format.shards import ShardWriter, encode_block, file_hash
 from shared.models.tokenizer import describe
-from shared.storage import Storage
+from shared.storage import LocalStorage
 from shared.targets.record import ClassRanks, Target
 from shared.targets.spec import TargetSpec
 from shared.tasks import TaskName
@@ -115,7 +115,7 @@ def write_cache(
     labelled: bool = True,
 ) -> Path:
     """Two shards of blocks of `ROWS_PER_BLOCK`; without a teacher hard labels only."""
-    storage, names = Storage(path), labels or LABELS[task]
+    storage, names = LocalStorage(path), labels or LABELS[task]
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     tokenizer.save_pretrained(path / "tokenizer")
     files = [file for file in (path / "tokenizer").iterdir() if file.is_file()]

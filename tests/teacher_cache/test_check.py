@@ -49,9 +49,9 @@ def rewritten(cache: Cache, out: Path, change: object) -> Path:
 
 
 def cache_storage(path: Path) -> object:
-    from shared.storage import Storage
+    from shared.storage import LocalStorage
 
-    return Storage(path)
+    return LocalStorage(path)
 
 
 def shift(block: Block) -> None:

@@ -353,7 +353,7 @@ def test_repacked_rows_keep_their_numbers_and_labels(problem, caches, tmp_path):
 def test_a_flipped_bit_in_any_frame_of_numbers_is_found(problem, caches, cache_copy_of):
     folder = cache_copy_of(caches[problem])
     cache = open_cache(folder)
-    shard = cache.storage.path(cache.commits[0].file)
+    shard = cache.storage.local(cache.commits[0].file)
     data = shard.read_bytes()
     names = {"regression": ("label_values", "target_values"), "multi_label": ("labels",)}
     flipped = 0

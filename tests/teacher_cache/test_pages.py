@@ -17,6 +17,7 @@ from shared.models.tokenizer import load_cached_tokenizer
 from shared.pages.drawing import Axis, Series, histogram, lines, log_axis
 from shared.targets.sample import drawn_logprob
 from teacher_cache.config import InspectConfig, PlanConfig
+from teacher_cache.tools import inspection
 from teacher_cache.tools.inspection import inspect
 from teacher_cache.tools.pages import write_inspection, write_plan
 from teacher_cache.tools.plan import estimate
@@ -130,6 +131,18 @@ def test_the_text_says_what_is_kept(cache_of, name):
     assert targets == expected[name]
     assert ("of the classes kept as they are" in text) == (name == "sample")
     assert ("kept mass" in text) == (name != "none")
+
+
+def test_the_tokenizer_is_loaded_once_for_all_rows_shown(cache_of, monkeypatch):
+    loads, original = [], inspection.load_cached_tokenizer
+    monkeypatch.setattr(
+        inspection, "load_cached_tokenizer", lambda storage: loads.append(1) or original(storage)
+    )
+    path = open_cache(cache_of("topk")).path
+    assert len(inspected(path, rows=20)["rows_shown"]) == 20
+    assert len(loads) == 1
+    assert inspected(path, rows=0)["rows_shown"] == []
+    assert len(loads) == 1
 
 
 @pytest.mark.parametrize("name", ["adaptive", "sample"])

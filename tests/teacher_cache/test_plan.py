@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from shared import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
-from shared.storage import Storage
-from teacher_cache.config import CaptureConfig, PlanConfig
+from shared.storage import LocalStorage
+from teacher_cache.config import CaptureConfig, PlanConfig, RepackConfig
 from teacher_cache.engines.streamed_head import TeacherBatch
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.job import calibrate as plan
@@ -25,6 +25,7 @@ from teacher_cache.job.draft import Draft, resolve
 from teacher_cache.job.run import run
 from teacher_cache.tasks.rows import build
 from teacher_cache.tools.plan import estimate
+from teacher_cache.tools.repack import repack
 from tests.conftest import Capture, llama_config
 
 SMALL = {"limit_documents": 30, "shard_tokens": 600, "max_length": 64, "top_k": 8, "device": "cpu"}
@@ -173,6 +174,16 @@ def test_one_changed_document_is_refused(options, small_copy, tmp_path):
     assert "corpus.fingerprint: the cache has " in message
 
 
+def test_a_repacked_cache_is_not_gone_on_with(options, small_dir, tmp_path):
+    """All of its shards are there, but of fewer documents: a capture would call it finished."""
+    repack(RepackConfig(cache=small_dir, out=tmp_path / "fewer", documents=":20"))
+    before = content(tmp_path / "fewer")
+    message = refusal(options | {"out": tmp_path / "fewer"}, CacheMismatch)
+    assert "this folder holds another cache. origin: the cache has {" in message
+    assert "}, asked for None. Choose another --out" in message
+    assert content(tmp_path / "fewer") == before
+
+
 def test_the_same_job_again_changes_nothing(options, small_copy):
     before = content(small_copy)
     run(CaptureConfig(**options | {"out": small_copy, "worker": "1/2"}))
@@ -295,7 +306,7 @@ def test_what_never_fits_is_refused_with_the_length(
     draft = resolve(CaptureConfig(**options | {"forward_tokens": forward_tokens}))
     monkeypatch.setattr(Teacher, "forward", out_of_memory)
     with pytest.raises(Refused, match=message):
-        plan.publish_or_adopt(draft, Storage(options["out"]))
+        plan.publish_or_adopt(draft, LocalStorage(options["out"]))
     assert tried == sizes
     assert not list(options["out"].glob("*"))
 

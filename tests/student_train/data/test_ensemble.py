@@ -13,7 +13,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError, Stopped
 from student_train.config import TrainConfig
 from student_train.data.ensemble import Ensemble
-from student_train.student.fit import warn_of_same_rows
+from student_train.student.needs import warn_of_same_rows
 from teacher_cache.config import RepackConfig
 from teacher_cache.tools.repack import repack
 from tests.conftest import Capture, llama_config
@@ -44,6 +44,16 @@ def dense(capture: Capture, other_teacher_dir: Path) -> tuple[Path, Path]:
         patch.setattr("teacher_cache.job.run.MIN_BLOCK_POSITIONS", 150)
         options = FEW | {"shard_tokens": 900, "teacher": str(other_teacher_dir)}
         return first, capture(targets="dense", hidden_layers=(-1,), **options)
+
+
+@pytest.fixture(scope="module")
+def some_states(capture: Capture, other_teacher_dir: Path) -> tuple[Path, Path]:
+    """As `dense`, with the states of every third position of a row."""
+    asked = {"targets": "dense", "hidden_layers": (-1,), "hidden_every": 3, **FEW}
+    first = capture(**asked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("teacher_cache.job.run.MIN_BLOCK_POSITIONS", 150)
+        return first, capture(**asked | {"shard_tokens": 900, "teacher": str(other_teacher_dir)})
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +94,19 @@ def test_dense_teachers_are_mixed_row_by_row(dense, weights):
         x, y = (np.concatenate([rows[i][1] for i in ids]) for rows in (first, second))
         states = torch.from_numpy(block.hidden[-1]).view(torch.bfloat16).float().numpy()
         np.testing.assert_allclose(states, share * x + (1 - share) * y, rtol=2**-8, atol=1e-6)
+
+
+def test_states_of_some_positions_are_mixed_row_by_row(some_states):
+    """The second cache's blocks end elsewhere, so its states are picked row by row."""
+    one, two = (open_cache(path) for path in some_states)
+    assert not np.array_equal(one.block_rows, two.block_rows)
+    ensemble, first, second = Ensemble([one, two], hidden_layers=(-1,)), rows_of(one), rows_of(two)
+    for number in range(one.num_blocks):
+        block = ensemble.read_block(number, hidden_layers=(-1,))
+        ids = block.row_ids.tolist()
+        x, y = (np.concatenate([rows[i][1] for i in ids]) for rows in (first, second))
+        states = torch.from_numpy(block.hidden[-1]).view(torch.bfloat16).float().numpy()
+        np.testing.assert_allclose(states, (x + y) / 2, rtol=2**-8, atol=1e-6)
 
 
 def test_the_deviation_of_mean_states_lies_between_those_of_the_teachers(dense):
@@ -191,6 +214,17 @@ def test_what_is_nothing_to_mix_is_refused(topk, labels_dir, train, dense, tmp_p
     repack(RepackConfig(cache=dense[1], out=without, drop_hidden=True))
     with pytest.raises(CacheMismatch, match=rf"layer -1 has 32 channels .* and 0 in {without}"):
         train(cache=(dense[0], without), ensemble=True, hidden_weight=1.0)
+
+
+def test_states_of_other_positions_have_no_mean(dense, some_states, train):
+    expected = (
+        f"which positions have hidden states, hidden_every, is 1 in {dense[0]} and 3 in "
+        f"{some_states[1]}, .* Leave --hidden-weight out"
+    )
+    caches = (dense[0], some_states[1])
+    with pytest.raises(CacheMismatch, match=expected):
+        train(cache=caches, ensemble=True, hidden_weight=1.0)
+    train(cache=caches, ensemble=True, max_steps=1)  # nothing reads the states
 
 
 # ---- Mixing caches by weight

@@ -11,7 +11,7 @@ import torch
 
 from shared.format.blocks import Block
 from shared.targets.record import Target
-from student_train.data.collate import Window
+from student_train.data.collate import ReadWindow
 from student_train.data.order import Order, OrderSpec, Part, split
 from student_train.data.stream import BatchStream, StreamSpec, _Background
 
@@ -396,7 +396,7 @@ def test_each_iteration_asks_where_to_start():
 def test_a_block_goes_to_its_place_in_the_window():
     window_rows, lengths = np.arange(3), np.array([2, 3, 4])
     no_rows = {"row_ids": np.zeros(0, np.int64), "target_ids": np.zeros((0, K), np.int32)}
-    window = Window(window_rows, lengths + 1, lengths, no_rows, {})
+    window = ReadWindow(window_rows, lengths + 1, lengths, no_rows, {})
     columns = {"row_ids": np.array([8, 9]), "target_ids": np.full((7, K), 7, np.int32)}
     window.fill(1, 2, columns)
     assert window.columns["row_ids"][1:].tolist() == [8, 9]

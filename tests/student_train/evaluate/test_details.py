@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from shared.cache import Cache, Row, open_cache
+from shared.cache import Cache, open_cache
 from shared.errors import ConfigError
+from shared.rows import Row
 from student_train.cli import _evaluation_text
 from student_train.config import EvaluateConfig
 from student_train.evaluate.details import Details, row_numbers, token_texts

@@ -22,7 +22,7 @@ from student_train.data.ensemble import Ensemble
 from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
 from student_train.export.export import run as run_export
-from student_train.export.export import table as export_table
+from student_train.export.table import table as export_table
 from student_train.loss.objective import Objective, attach
 from student_train.loss.spec import LossSpec
 from student_train.run.trainer import run

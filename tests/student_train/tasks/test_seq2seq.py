@@ -354,6 +354,15 @@ def test_a_target_longer_than_the_decoder_names_its_own_option(tmp_path, files):
         fit(short, cache.path)
 
 
+def test_a_held_out_decoder_starts_as_the_one_that_learns(train, files, tmp_path):
+    """A student from scratch starts as the cache it learns from, whatever another cache says."""
+    corpus = make_corpus(tmp_path / "corpus.jsonl", 20)
+    asked = {"targets": "none", "tokenizer": str(files / "t5")}
+    held_out = capture(tmp_path / "end", corpus, decoder_start=END, **asked)
+    with pytest.raises(CacheMismatch, match="its token that decoders start from is 1, but that of"):
+        train(validation_cache=held_out.path)
+
+
 def test_writing_is_refused_where_there_is_no_source(cache_dir, teacher_dir, train, tmp_path):
     config = EvaluateConfig(student=str(teacher_dir), cache=cache_dir, generate=True, device="cpu")
     with pytest.raises(CacheMismatch, match="is of causal-lm, where a student writes no text"):

@@ -17,6 +17,8 @@ from shared.models.pooling import pooled
 from student_train.cli import _evaluation_text
 from student_train.compare.report import compare, table
 from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
+from student_train.data.cache_set import CacheSet
+from student_train.data.ensemble import Ensemble
 from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
 from student_train.loss.objective import PROJECTIONS, Objective, attach
@@ -256,6 +258,38 @@ def test_a_student_learns_and_its_folder_gives_its_vectors(files, caches, tmp_pa
             vector = dense @ model(row.input_ids[None]).last_hidden_state[0].mean(0)
         cosines.append(float(torch.cosine_similarity(vector, row.hidden[-1][0].float(), dim=0)))
     assert np.mean(cosines) == pytest.approx(after["cosine"], abs=1e-5)
+
+
+def test_vectors_pooled_otherwise_judge_no_student(files, caches, capture, tmp_path):
+    def refused(message: str, **changes: Any) -> None:
+        with pytest.raises(CacheMismatch, match=message):
+            trained(files, caches, tmp_path / "run", **changes)
+
+    by_cls, by_token = caches["cls"], caches["none"]
+    refused(
+        f"--validation-cache {by_cls}: its pooling is cls, but that of .* is mean. Hold out rows",
+        validation_cache=by_cls,
+    )
+    every_third = capture(pooling="none", hidden_layers=(-1,), hidden_every=3)
+    refused(
+        "its hidden_every is 3, but that of .* is 1",
+        cache=(by_token,),
+        validation_cache=every_third,
+    )
+    first_layer = capture(hidden_layers=(0,))
+    refused(
+        r"its deepest hidden layer is 0 with 32 channels, but that of .* is -1 with 32",
+        validation_cache=first_layer,
+    )
+
+
+def test_vectors_pooled_otherwise_are_not_mixed(caches):
+    mean, by_cls = (open_cache(caches[pooling]) for pooling in ("mean", "cls"))
+    message = "how the states of a row become one, pooling, is 'mean' in the first and 'cls'"
+    with pytest.raises(CacheMismatch, match=f"do not train together: {message}"):
+        CacheSet([mean, by_cls])
+    with pytest.raises(CacheMismatch, match=f"no two teachers on the same rows: {message}"):
+        Ensemble([mean, by_cls])
 
 
 def test_adapters_of_a_student_of_equal_width(files, caches, tmp_path):

@@ -1,6 +1,6 @@
-"""Runs that answer one question together: seeds of one recipe, and what a teacher adds to labels.
+"""Runs that answer one question together: several seeds, and what a teacher adds to labels.
 
-A recipe is the options of a run but for its seed and its folder. The baseline of a student is the
+Runs belong together where only their seed and their folder differ. The baseline of a student is the
 same student trained on the hard labels alone.
 """
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from student_train.metrics.names import MetricName
 
-_NOT_OF_THE_RECIPE = ("seed", "out")
+_FREE = ("seed", "out")
 
 
-def recipe_of(options: Mapping[str, Any]) -> str:
+def options_but_seed(options: Mapping[str, Any]) -> str:
     """Equal for runs that differ in seed and folder only."""
-    return repr(sorted((k, v) for k, v in options.items() if k not in _NOT_OF_THE_RECIPE))
+    return repr(sorted((k, v) for k, v in options.items() if k not in _FREE))
 
 
 def is_baseline(result: Mapping[str, Any]) -> bool:
