@@ -43,7 +43,7 @@ def run_command(config: TrainConfig) -> None:
         train-student run --student Qwen/Qwen3-0.6B --cache cache --out distilled
     """
     stop = stop_until_exit()  # the next import takes seconds
-    from student_train.run.trainer import run_stoppable
+    from student_train.run.run import run_stoppable
 
     result = run_stoppable(config, stop)
     if "validation" in result:

@@ -44,7 +44,7 @@ class Terms:
             log_tail_n=prepared.log_tail.to(dtype),
             top_ids_n1=_top_ids(target),
             labels_n1=labels_n1,
-            sampled=target.kind == "sample",
+            sampled=target.of_kind.sampled,
         )
 
 

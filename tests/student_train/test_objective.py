@@ -12,7 +12,9 @@ from student_train.data.cache_set import CacheSet
 from student_train.data.order import Order, OrderSpec
 from student_train.data.stream import BatchStream, StreamSpec
 from student_train.evaluate.evaluate import evaluate
-from student_train.loss.objective import Objective, attach, probe_head
+from student_train.loss.attachment import attach
+from student_train.loss.head import probe_head
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
 from student_train.tasks.table import task_of
 from tests.conftest import llama_config

@@ -19,9 +19,10 @@ from transformers import (
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError
 from student_train.config import TrainConfig
-from student_train.loss.objective import Objective, attach
+from student_train.loss.attachment import attach
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
-from student_train.run.trainer import run as train
+from student_train.run.run import run as train
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig
 from teacher_cache.corpus.sources import open_corpus
 from teacher_cache.job.run import run

@@ -31,9 +31,11 @@ from student_train.compare.report import compare, table
 from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
 from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
-from student_train.loss.objective import Objective, attach, probe_head
+from student_train.loss.attachment import attach
+from student_train.loss.head import probe_head
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
-from student_train.run.trainer import run as train
+from student_train.run.run import run as train
 from student_train.student.build import load_config
 from student_train.student.fit import check_fit
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig

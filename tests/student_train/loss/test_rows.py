@@ -8,13 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.errors import ConfigError
+from student_train.loss.hidden import PER_STATE, hidden_contrastive, hidden_cosine, hidden_mse
 from student_train.loss.linear import linear_loss
 from student_train.loss.rows import (
-    PER_STATE,
     SoftTarget,
-    hidden_contrastive,
-    hidden_cosine,
-    hidden_mse,
     log_cells,
     merge_repeats,
     prepare_target,

@@ -14,7 +14,7 @@ from shared.cache import open_cache
 from shared.errors import ConfigError, Stopped
 from student_train.config import AdapterSpec, TrainConfig
 from student_train.run import trainer
-from student_train.run.trainer import run
+from student_train.run.run import run
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, set_dropout
 from tests.conftest import llama_config

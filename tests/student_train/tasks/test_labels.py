@@ -28,9 +28,10 @@ from student_train.compare.report import compare, table
 from student_train.config import AdapterSpec, CompareConfig, EvaluateConfig, TrainConfig
 from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
-from student_train.loss.objective import Objective, attach
+from student_train.loss.attachment import attach
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
-from student_train.run.trainer import run
+from student_train.run.run import run
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, load_config
 from student_train.student.fit import check_fit

@@ -23,9 +23,10 @@ from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
 from student_train.export.export import run as run_export
 from student_train.export.table import table as export_table
-from student_train.loss.objective import Objective, attach
+from student_train.loss.attachment import attach
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
-from student_train.run.trainer import run
+from student_train.run.run import run
 from student_train.student.build import build_student
 from student_train.tasks.table import task_of
 from tests.output_caches import (

@@ -19,9 +19,10 @@ from student_train.data.collate import Counts, Shape, columns_of, without_rows
 from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
 from student_train.evaluate.writing import Writing, sources_of, write
-from student_train.loss.objective import Objective, attach
+from student_train.loss.attachment import attach
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
-from student_train.run.trainer import run
+from student_train.run.run import run
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, load_config
 from student_train.student.fit import check_fit

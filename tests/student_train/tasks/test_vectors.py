@@ -21,12 +21,14 @@ from student_train.data.cache_set import CacheSet
 from student_train.data.ensemble import Ensemble
 from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
-from student_train.loss.objective import PROJECTIONS, Objective, attach
+from student_train.loss.attachment import attach
+from student_train.loss.layers import PROJECTIONS
+from student_train.loss.objective import Objective
 from student_train.loss.outputs import STATES
 from student_train.loss.spec import LossSpec
 from student_train.metrics.names import TITLES
 from student_train.metrics.vectors import nearest_agreement, similarity_correlation
-from student_train.run.trainer import run as train
+from student_train.run.run import run as train
 from student_train.student.build import build_student
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
 from teacher_cache.job.run import run
