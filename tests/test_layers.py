@@ -110,6 +110,7 @@ LIGHT = [
     "shared.options",
     "shared.format.manifest",
     "student_train.compare.report",
+    "student_train.compare.table",
     "teacher_cache.tools.report",
 ]
 

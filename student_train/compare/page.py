@@ -7,7 +7,8 @@ from typing import Any
 from shared.pages import drawing
 from shared.pages.drawing import Axis, Chart, Series
 from shared.pages.pages import write_page
-from student_train.compare.report import Comparison, Line, notes, rows
+from student_train.compare.report import Comparison, Line
+from student_train.compare.table import notes, rows
 from student_train.metrics.names import TITLES
 
 _COLOURS = 6  # of charts.html

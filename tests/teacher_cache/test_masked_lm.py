@@ -27,7 +27,8 @@ from shared.errors import CacheMismatch, ConfigError, Refused
 from shared.format.manifest import rows_id
 from shared.models.limits import most_tokens
 from student_train.cli import _evaluation_text
-from student_train.compare.report import compare, table
+from student_train.compare.report import compare
+from student_train.compare.table import table
 from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
 from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate

@@ -24,7 +24,8 @@ from transformers import (
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, Refused, Stopped
 from student_train.cli import _evaluation_text
-from student_train.compare.report import compare, table
+from student_train.compare.report import compare
+from student_train.compare.table import table
 from student_train.config import AdapterSpec, CompareConfig, EvaluateConfig, TrainConfig
 from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate

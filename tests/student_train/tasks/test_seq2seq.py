@@ -12,7 +12,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError
 from student_train.cli import _evaluation_text
-from student_train.compare.report import compare, table
+from student_train.compare.report import compare
+from student_train.compare.table import table
 from student_train.config import AdapterSpec, CompareConfig, EvaluateConfig, TrainConfig
 from student_train.data.arrange import PAIRS
 from student_train.data.collate import Counts, Shape, columns_of, without_rows

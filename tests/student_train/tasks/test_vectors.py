@@ -15,7 +15,8 @@ from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, Refused
 from shared.models.pooling import pooled
 from student_train.cli import _evaluation_text
-from student_train.compare.report import compare, table
+from student_train.compare.report import compare
+from student_train.compare.table import table
 from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
 from student_train.data.cache_set import CacheSet
 from student_train.data.ensemble import Ensemble
