@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from shared.targets.base import TargetKind
+from shared.targets.kinds import KINDS
 from shared.targets.record import Target
 from shared.targets.spec import TargetSpec
 from student_train.data.mixtures import Voice, entropy_of, mixture
@@ -190,3 +191,22 @@ def test_a_teacher_mixed_with_itself_is_that_teacher(kind, weights):
         masses.append(mass_PC)
     np.testing.assert_allclose(masses[1], masses[0], rtol=2e-6)
     np.testing.assert_allclose(np.exp(found.log_tail), np.exp(alone.log_tail), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dense", "topk", "sample"])
+def test_a_kind_that_is_added_is_mixed_by_its_traits(kind, monkeypatch):
+    monkeypatch.setitem(KINDS, "toy", type("Toy", (type(KINDS[kind]),), {})())
+    said = voices(kind, offset_N=torch.linspace(0, 0.9, P))
+    found, expected = (mixture(said, name) for name in ("toy", kind))
+    for ours, theirs in zip(dense_rows(found), dense_rows(expected), strict=True):
+        assert ours == theirs
+
+
+def dense_rows(target: Target) -> list[tuple[list[int], list[float]]]:
+    """Classes and log-probabilities as lists, position by position."""
+    counts = [target.ids.shape[-1]] * P if target.counts is None else target.counts.tolist()
+    ends = np.cumsum(counts)[:-1]
+    pairs = zip(
+        np.split(target.ids.ravel(), ends), np.split(target.logprobs.ravel(), ends), strict=True
+    )
+    return [(ids.tolist(), logprobs.tolist()) for ids, logprobs in pairs]
