@@ -37,7 +37,7 @@ from teacher_cache.tools.report import inspect_text
 from tests import plain_reader
 from tests.conftest import WORDS
 from tests.output_caches import HF, SCORES, TOPICS, bert, capture, make_tokenizer, save_teacher
-from tests.student_train.test_objective import batches, sequences
+from tests.student_train.loss.test_attachment import batches, sequences
 
 TAGS = ("O", "B-thing", "I-thing")
 KINDS = ("single_label", "multi_label", "regression", "tags")

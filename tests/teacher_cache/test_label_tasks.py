@@ -31,7 +31,7 @@ from teacher_cache.tools.check import check
 from teacher_cache.tools.inspection import inspect
 from teacher_cache.tools.report import inspect_text
 from tests.conftest import WORDS
-from tests.student_train.test_objective import batches
+from tests.student_train.loss.test_attachment import batches
 
 TAGS = ("O", "B-thing", "I-thing")
 CLASSES = ("calm", "loud", "odd", "plain")

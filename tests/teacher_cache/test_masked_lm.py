@@ -49,7 +49,7 @@ from teacher_cache.tools.check import check
 from teacher_cache.tools.inspection import inspect
 from teacher_cache.tools.plan import estimate
 from teacher_cache.tools.report import inspect_text
-from tests.student_train.test_objective import batches
+from tests.student_train.loss.test_attachment import batches
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CLS, SEP, MASK = 2, 3, 4

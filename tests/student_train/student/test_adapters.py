@@ -19,7 +19,7 @@ from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, set_dropout
 from tests.conftest import llama_config
 from tests.student_train.label_caches import bert_config, make_rows, make_teacher, write_cache
-from tests.student_train.test_trainer import SignalAt, losses
+from tests.student_train.run.test_trainer import SignalAt, losses
 
 KINDS = ("lora", "dora", "rslora")
 IDS = torch.arange(5, 29).reshape(2, 12)

@@ -48,8 +48,8 @@ from tests.student_train.label_caches import (
     make_teacher,
     write_cache,
 )
-from tests.student_train.test_objective import batches
-from tests.student_train.test_trainer import SignalAt, losses, weights
+from tests.student_train.loss.test_attachment import batches
+from tests.student_train.run.test_trainer import SignalAt, losses, weights
 
 TASKS = list(LABELS)
 ROWS = 150

@@ -42,7 +42,7 @@ from tests.output_caches import (
     save_teacher,
     write_corpus,
 )
-from tests.student_train.test_objective import batches
+from tests.student_train.loss.test_attachment import batches
 
 PROBLEMS = ("multi_label", "regression")
 

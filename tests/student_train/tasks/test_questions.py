@@ -42,7 +42,7 @@ from tests.questions import (
     write_corpus,
     write_teacher,
 )
-from tests.student_train.test_objective import batches
+from tests.student_train.loss.test_attachment import batches
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},

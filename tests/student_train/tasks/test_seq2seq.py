@@ -40,7 +40,7 @@ from tests.seq2seq import (
     make_tokenizer,
     sides,
 )
-from tests.student_train.test_objective import batches
+from tests.student_train.loss.test_attachment import batches
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {"hidden_layers": (-1, 0)},

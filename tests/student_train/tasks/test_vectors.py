@@ -38,7 +38,7 @@ from teacher_cache.tools.inspection import inspect
 from teacher_cache.tools.pages import write_inspection
 from teacher_cache.tools.plan import estimate
 from teacher_cache.tools.report import check_text, estimate_text, inspect_text
-from tests.student_train.test_objective import batches
+from tests.student_train.loss.test_attachment import batches
 from tests.teacher_cache.test_masked_lm import bert_config, tokenizer_of
 
 POOLINGS = ("mean", "cls", "last", "none")

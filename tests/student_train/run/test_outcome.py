@@ -10,7 +10,7 @@ from student_train.cli import app
 from student_train.run import trainer
 from student_train.run.folder import RunFolder
 from student_train.run.outcome import status
-from tests.student_train.test_trainer import SignalAt
+from tests.student_train.run.test_trainer import SignalAt
 
 
 def test_a_run_that_was_stopped_is_to_be_run_again_and_is_finished_then(

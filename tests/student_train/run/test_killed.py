@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 
-from tests.student_train.test_trainer import losses, weights
+from tests.student_train.run.test_trainer import losses, weights
 
 # Imports the command once, then runs it in a fork for every place in the list, where it kills
 # itself as `kill -9` does; None: nowhere. Prints how each ended.

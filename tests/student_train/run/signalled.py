@@ -1,7 +1,7 @@
 """Runs of `train-student run` in forks, one or two ranks each, that get signals at known places.
 
-python -m tests.student_train.signalled PLAN         runs one after another; writes how they ended
-torchrun ... -m tests.student_train.signalled PLAN   one run: this rank of it, whose end it notes
+python -m tests.student_train.run.signalled PLAN        runs one after another; writes how they end
+torchrun ... -m tests.student_train.run.signalled PLAN  one run: this rank of it, whose end it notes
 
 A rank that is to be signalled waits at its place until the file `sent-RANK` says that it was.
 """

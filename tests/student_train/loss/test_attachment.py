@@ -5,9 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+)
 
 from shared.cache import Cache, open_cache
+from shared.errors import ConfigError
 from student_train.data.cache_set import CacheSet
 from student_train.data.order import Order, OrderSpec
 from student_train.data.stream import BatchStream, StreamSpec
@@ -435,3 +440,8 @@ def test_a_cached_teacher_trains_as_one_in_the_loop(teacher, cache_dir):
     # Steps add what their targets were rounded by.
     torch.testing.assert_close(cached, live, rtol=0, atol=2e-3)
     torch.testing.assert_close(cached_head, live_head, rtol=0, atol=2e-3)
+
+
+def test_an_objective_of_an_unknown_kind_is_refused():
+    with pytest.raises(ConfigError, match="found 'top-k', expected one of topk, adaptive"):
+        objective(target_kind="top-k")

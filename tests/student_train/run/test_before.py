@@ -12,7 +12,7 @@ from shared.errors import Stopped
 from student_train.evaluate.evaluate import evaluate
 from student_train.run import trainer
 from student_train.student.build import build_student
-from tests.student_train.test_trainer import SignalAt, losses, weights
+from tests.student_train.run.test_trainer import SignalAt, losses, weights
 
 
 def eval_steps(run: Path) -> list[int]:

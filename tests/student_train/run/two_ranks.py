@@ -1,6 +1,6 @@
 """One step of a student with its loss attached, on as many gloo ranks as this is started on.
 
-torchrun --standalone --nproc-per-node 2 -m tests.student_train.two_ranks CACHE TAGS UNTAGGED OUT
+torchrun --standalone --nproc-per-node 2 -m tests.student_train.run.two_ranks CACHE TAGS PLAIN OUT
 """
 
 import json
