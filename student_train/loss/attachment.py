@@ -161,14 +161,14 @@ class Attachment:
         head, arguments = self.head, row_arguments(self.objective, targets)
         states_ND = states_BTD.flatten(0, 1).index_select(0, targets["position_index"])
         weight_VD, bias_V = whole_weights(self.head_module)
-        answers: Sums = {}
-        if self.objective.with_answers:
-            linear = LinearHead(weight_VD, bias_V, head.scale, head.softcap)
-            answers = _named(answers_of_states(states_ND, linear, **compared(arguments)))
         if head.offset_V is not None:
             bias_V = head.offset_V if bias_V is None else bias_V + head.offset_V
         arguments |= {"logit_scale": head.scale, "softcap": head.softcap}
-        return linear_loss(states_ND, weight_VD, bias_V, **arguments), answers
+        result = linear_loss(states_ND, weight_VD, bias_V, **arguments)
+        if not self.objective.with_answers:
+            return result, {}
+        linear = LinearHead(weight_VD, bias_V, head.scale, head.softcap)
+        return result, _named(answers_of_states(states_ND, linear, **compared(arguments)))
 
     def _loss_of_logits(self, output: Any, targets: Targets) -> tuple[LossOutput, Sums]:
         """From the student's own logits, which of a label space are returned as well."""
