@@ -61,7 +61,7 @@ def _strip(lines: Sequence[Line], name: str, title: str) -> dict[str, Any]:
 
 
 def _ends(line: Line, name: str) -> tuple[float | None, float | None]:
-    """Of the interval of a run's metric, or one standard deviation over seeds."""
+    """The ends of the interval of a run's metric, or of one standard deviation over seeds."""
     value = getattr(line.numbers, name)
     spread = None if line.deviation is None else getattr(line.deviation, name)
     if value is not None and spread is not None:

@@ -246,7 +246,7 @@ def _auto_rows(row_bytes: int, device_type: str) -> int:
 
 
 def _matmul_dtype(weight_VD: Tensor) -> torch.dtype:
-    """As F.linear would have it; float16 has not the range for gradients that are not scaled up."""
+    """The dtype F.linear would take, but for float16, too narrow for gradients as they come."""
     dtype, device_type = weight_VD.dtype, weight_VD.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)

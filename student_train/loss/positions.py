@@ -48,7 +48,7 @@ def answers_of_states(
     labels_N: Tensor,
     num_classes: int,
 ) -> dict[str, Tensor]:
-    """As `answers_of_logits`, from the hidden states in front of a linear head."""
+    """What `answers_of_logits` gives, from the hidden states in front of a linear head."""
     return _in_chunks(
         lambda rows: head.logits(states_ND[rows], num_classes), target, labels_N, num_classes
     )
@@ -57,7 +57,7 @@ def answers_of_states(
 def answers_of_logits(
     logits_NV: Tensor, target: SoftTarget | None, labels_N: Tensor, num_classes: int
 ) -> dict[str, Tensor]:
-    """Of each position, [N]:
+    """What the student answers at each position, [N]:
 
     `loss`: -ln of the probability of the label, nats, 0 where there is no label (a negative one);
     `student`, `probability`: the most probable class and how probable it is, at T = 1;

@@ -34,7 +34,7 @@ class Terms:
     wanted: Wanted
 
     def at(self, rows: slice) -> RowTerms:
-        """Those of a chunk: ragged entries padded, temperature and tail applied."""
+        """What a chunk is compared with: ragged entries padded, temperature and tail applied."""
         labels_n1, dtype = self.labels_N1[rows], self.wanted.dtype
         target = self.target.at(rows)
         prepared = prepare_target(target, labels_n1[:, 0], self.wanted.spec)

@@ -50,7 +50,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 
 def run_stoppable(config: TrainConfig, stop: StopRequest) -> dict[str, Any]:
-    """As `run`, with the caller's handlers, which may outlive it; a signal raises `Stopped`."""
+    """Does what `run` does, under the caller's signal handlers; a signal raises `Stopped`."""
     with RunRecord(LocalStorage(config.out), main_process=is_main_process()) as record:
         return _run(config, stop, record)
 

@@ -85,7 +85,7 @@ class DistillTrainer(Trainer):
         return logged
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer, after the terms of the loss apart have joined the log."""
+        """Logs what the Trainer does, together with each term of the loss."""
         if self.metrics is not None and "loss" in logs:
             self.metrics.flush(self.stream.seconds_waited)
             logs |= self.metrics.take_means()
@@ -98,7 +98,7 @@ class DistillTrainer(Trainer):
             self.model.save_pretrained(target, state_dict=state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer, after the steps up to here are in metrics.jsonl."""
+        """Writes the steps up to here into metrics.jsonl first, then the checkpoint."""
         if self.metrics is not None:
             self.metrics.flush(self.stream.seconds_waited)
         super()._save_checkpoint(model, trial)
