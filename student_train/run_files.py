@@ -138,7 +138,7 @@ def read_result(storage: Storage) -> dict[str, Any]:
 
 
 def _with_absent(raw: Any) -> Any:
-    """The result with None for every number that a run may not have."""
+    """The numbers with None for each that a run may not have."""
     if not isinstance(raw, dict):
         return raw
     filled: dict[str, Any] = dict.fromkeys(_OPTIONAL) | raw

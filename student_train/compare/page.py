@@ -1,6 +1,7 @@
 """`train-student compare --html`: the table, held-out numbers before and after, training loss."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def write_html(comparison: Comparison, path: Path) -> None:
 
 def _strip(lines: Sequence[Line], name: str, title: str) -> dict[str, Any]:
     """One number of every model on a common scale, places in percent of its width."""
-    values = [getattr(line.numbers, name) for line in lines]
-    befores = [None if line.before is None else getattr(line.before, name) for line in lines]
+    values = [asdict(line.numbers)[name] for line in lines]
+    befores = [None if line.before is None else asdict(line.before)[name] for line in lines]
     ends = [_ends(line, name) for line in lines]
     known = [v for v in (*values, *befores, *(e for both in ends for e in both)) if v is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)
@@ -62,8 +63,8 @@ def _strip(lines: Sequence[Line], name: str, title: str) -> dict[str, Any]:
 
 def _ends(line: Line, name: str) -> tuple[float | None, float | None]:
     """The ends of the interval of a run's metric, or of one standard deviation over seeds."""
-    value = getattr(line.numbers, name)
-    spread = None if line.deviation is None else getattr(line.deviation, name)
+    value = asdict(line.numbers)[name]
+    spread = None if line.deviation is None else asdict(line.deviation)[name]
     if value is not None and spread is not None:
         return value - spread, value + spread
     if name != "metric":

@@ -34,7 +34,7 @@ HARD_LABELS_ONLY, NO_GAIN = "hard labels only", "no gain to recover"
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """What one model reaches on the held-out cache; None where a number does not exist."""
+    """The numbers of one model on the held-out cache; None where one does not exist."""
 
     loss: float | None = None
     kl: float | None = None

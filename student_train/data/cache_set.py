@@ -81,8 +81,8 @@ class CacheSet:
         return self._filled(self.first.empty_block(hidden_layers=hidden_layers, targets=targets))
 
     def _filled(self, block: Block) -> Block:
-        """With what other caches of the set store: where it is missing a row is one segment, and
-        of one text."""
+        """The block with what other caches of the set store: where that is missing, a row is one
+        segment of one text."""
         if "segments" in self._columns and block.segments is None:
             ones = np.ones(len(block.num_tokens), np.int32)
             block = replace(block, segments=block.num_tokens, num_segments=ones)

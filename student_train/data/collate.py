@@ -84,8 +84,10 @@ class ReadWindow:
             column[starts[begin] : starts[begin + num_rows]] = columns[name]
 
     def _add_entries(self, entries: Sequence[np.ndarray]) -> int:
-        """Where the entries of a block begin. Who took the arrays before they grew may use them
-        on: what was there is in both."""
+        """The place where the entries of a block begin.
+
+        Who took the arrays before they grew may use them on: what was there is in both.
+        """
         with self._lock:
             begin, end = self._num_entries, self._num_entries + len(entries[0])
             for name, values in zip(_OF_ENTRIES, entries, strict=True):

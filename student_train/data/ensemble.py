@@ -204,7 +204,7 @@ class _Said:
 
 
 def _items_of(rows: slice, counts_R: np.ndarray) -> np.ndarray:
-    """Where the items of some rows of a block lie, when each row has so many of them."""
+    """The places of the items of some rows of a block, when each row has so many of them."""
     counts_R = counts_R.astype(np.int64)
     starts_R = np.cumsum(counts_R) - counts_R
     return ranges(starts_R[rows], counts_R[rows])

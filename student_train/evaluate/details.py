@@ -39,7 +39,7 @@ class _Kept:
 
 
 class Details:
-    """Of one evaluation, in one process."""
+    """What one evaluation shows, in one process."""
 
     def __init__(self, cache: Cache, *, worst: int, by: WorstBy) -> None:
         self.cache, self.worst, self.by = cache, worst, by
@@ -110,7 +110,7 @@ class Details:
 
 
 def row_numbers(cache: Cache, row_ids: Sequence[int]) -> dict[int, int]:
-    """Where rows of these ids are in a cache; reads the ids of blocks until all are found."""
+    """The places of rows of these ids in a cache; reads the ids of blocks until all are found."""
     planes = [plane for plane in layout(cache.manifest) if plane.column == "row_ids"]
     wanted, found, first = np.array(row_ids, np.int64), {}, 0
     for block, rows in enumerate(cache.block_rows.tolist()):

@@ -45,7 +45,7 @@ class Check:
 
 @dataclass(slots=True)
 class _Sums:
-    """Over the decisions so far, and the answers on labelled ones, of student and artefact."""
+    """Sums over the decisions so far, and the answers of student and artefact on labelled ones."""
 
     largest: float = 0.0
     total: float = 0.0

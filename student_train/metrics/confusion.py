@@ -56,7 +56,7 @@ class Confusion:
 
 
 class LabelCounts:
-    """The same of rows with several labels, of which each is right or not."""
+    """Counts of rows with several labels, of which each is right or not."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names

@@ -133,7 +133,7 @@ def _shares(
     row_P: np.ndarray,
     names: Sequence[str],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row what the metric sums up and what it divides by, [R] each."""
+    """What the metric sums up in each row and what it divides by, [R] each."""
     rows = int(row_P.max(initial=-1)) + 1
     if metric == "accuracy":
         right_R = np.bincount(row_P, weights=labels_P == predicted_P, minlength=rows)

@@ -42,7 +42,7 @@ class Reliability:
         return gap / max(1.0, float(self.count_B.sum()))
 
     def bins(self) -> list[dict[str, Any]]:
-        """Of each bin its edges, positions, mean probability and share right; None if empty."""
+        """The edges, positions, mean probability and share right of each bin; None if empty."""
         found = []
         for number in range(NUM_BINS):
             count = int(self.count_B[number])

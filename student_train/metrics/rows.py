@@ -102,7 +102,7 @@ def spearman(one_RC: np.ndarray, other_RC: np.ndarray) -> float:
 
 
 def mean_squared_error(one_RC: np.ndarray, other_RC: np.ndarray) -> float:
-    """Over rows and numbers alike."""
+    """The mean over rows and numbers alike."""
     return float(np.square(one_RC - other_RC).mean()) if one_RC.size else 0.0
 
 

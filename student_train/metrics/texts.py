@@ -98,7 +98,7 @@ def require_metrics() -> None:
 
 
 def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """As sacrebleu takes them: the first reference of every row, the second ones, ..."""
+    """What sacrebleu takes: the first references of all rows, then the second ones, and so on."""
     most = max(map(len, references))
     return [[some[i] if i < len(some) else None for some in references] for i in range(most)]
 

@@ -33,7 +33,7 @@ def _pair_ranks(vectors_RD: Tensor) -> np.ndarray:
 
 
 def _ranks(values_P: np.ndarray) -> np.ndarray:
-    """From 0 by size; equal values share the mean of their ranks."""
+    """The ranks by size, from 0; equal values share the mean of their ranks."""
     _, group_P, count_G = np.unique(values_P, return_inverse=True, return_counts=True)
     last_G = np.cumsum(count_G)
     return ((last_G - count_G + last_G - 1) / 2)[group_P]

@@ -157,7 +157,7 @@ def warn_of_same_rows(config: TrainConfig, caches: Sequence[Cache]) -> None:
 
 
 def warn_of_lost_mass(config: TrainConfig, cache: Cache) -> None:
-    """Of what is cut away a student learns only how much it is together, not where it lies."""
+    """A student learns how much is cut away of a distribution together, not where it lies."""
     if not (config.uses_soft_loss and cache.manifest.targets.truncated):
         return
     name = "sum_kept_mass" if config.temperature == 1 else f"sum_kept_mass.{config.temperature:g}"

@@ -169,7 +169,13 @@ def _with_adapters(folder: Path, run: Run | None, labels: Sequence[str]) -> Any:
     if not own and labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-    name = auto_class_of(str(adapters.task_type))
+    model = _base_of(folder, adapters, config)
+    return PeftModel.from_pretrained(model, folder)
+
+
+def _base_of(folder: Path, adapters: Any, config: PretrainedConfig) -> Any:
+    """The model below adapters, whose every weight is there or comes with them."""
+    base, name = str(adapters.base_model_name_or_path), auto_class_of(str(adapters.task_type))
     model_class = getattr(transformers, name) if name else _class_of(config, str(folder))
     try:
         with _no_load_report():  # what is missing is looked at below
@@ -194,7 +200,7 @@ def _with_adapters(folder: Path, run: Run | None, labels: Sequence[str]) -> Any:
             f"{folder}: {base} has no weight {lost[0]} of this shape, and the adapters do not "
             "bring it. Put the model that they were trained on back where it was."
         )
-    return PeftModel.from_pretrained(model, folder)
+    return model
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class QuestionTask(HeadedTask):
     def tokens_about(
         self, row: Row, place: int, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
     ) -> tuple[int, int] | None:
-        """Where an answer begins or ends, its label."""
+        """The token where an answer begins or ends: the label of the position."""
         label = int(row.labels[place])
         return None if label == NO_ANSWER else (label, label + 1)
 
