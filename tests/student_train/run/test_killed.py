@@ -12,8 +12,8 @@ from tests.student_train.run.test_trainer import losses, weights
 _KILLED = """
 import json, os, signal, sys
 from student_train import cli
-from student_train.run import callbacks
-from student_train.run import trainer  # what a run imports
+from student_train.run import callbacks, trainer
+from student_train.run import run  # and so all that it imports
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, BertModel, GPT2Config, LlamaForCausalLM, Ma
 from shared.cache import open_cache
 from shared.errors import ConfigError, Stopped
 from student_train.config import AdapterSpec, TrainConfig
-from student_train.run import trainer
+from student_train.run import finish
 from student_train.run.run import run
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, set_dropout
@@ -74,13 +74,13 @@ def test_every_kind_trains_loads_again_and_merges(
     model, kind, train, students, caches, tmp_path, monkeypatch
 ):
     trained: list[torch.Tensor] = []
-    save = trainer._save
+    save = finish._save
 
     def look_and_save(path: Path, student: Any, cache: Any) -> None:
         trained.append(logits_of(student))
         save(path, student, cache)
 
-    monkeypatch.setattr(trainer, "_save", look_and_save)
+    monkeypatch.setattr(finish, "_save", look_and_save)
     train(model, adapter=kind)
     cache = open_cache(caches[model])
     again = build_student(str(tmp_path / "run"), cache, seed=9)
