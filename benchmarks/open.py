@@ -22,9 +22,10 @@ import torch
 from stream import CLASSES, Clock, block_of, environment, measured, synthetic_manifest
 
 from shared.cache import open_cache, read_commit
-from shared.format import manifest as manifests
+from shared.format import manifest_file
+from shared.format.commits import commit_name, shard_name
 from shared.format.schema import MIN_BLOCK_POSITIONS
-from shared.format.shards import ShardWriter, commit_name, encode_block, shard_name
+from shared.format.writer import ShardWriter, encode_block
 from shared.storage import LocalStorage
 from shared.targets.record import ClassRanks
 
@@ -33,7 +34,7 @@ def write_cache(folder: Path, args: argparse.Namespace, *, shards: int, blocks: 
     """A cache whose shard 0 has `blocks` blocks and whose other shards have a commit only."""
     storage, ranks = LocalStorage(folder), ClassRanks.from_classes(np.arange(CLASSES))
     manifest = synthetic_manifest(args, shards)
-    manifests.publish(storage, manifest)
+    manifest_file.publish(storage, manifest)
     rows = -(-MIN_BLOCK_POSITIONS // (args.row_tokens - 1))
     with ShardWriter(storage, manifest, manifest.cache_id, 0) as writer:
         for number in range(blocks):

@@ -33,7 +33,9 @@ from safetensors.numpy import load_file
 
 from shared.cache import Cache, open_cache
 from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.format.blocks import Block
+from shared.format.column import Contents
 from shared.format.manifest import (
     BatchPlan,
     CorpusInfo,
@@ -42,8 +44,8 @@ from shared.format.manifest import (
     Preprocessing,
     TokenizerInfo,
 )
-from shared.format.schema import MIN_BLOCK_POSITIONS, optional_columns
-from shared.format.shards import ShardWriter, encode_block
+from shared.format.schema import MIN_BLOCK_POSITIONS, columns_of
+from shared.format.writer import ShardWriter, encode_block
 from shared.storage import LocalStorage
 from shared.targets.record import ClassRanks, Target
 from shared.targets.spec import TargetSpec
@@ -90,7 +92,7 @@ def synthetic_manifest(args: argparse.Namespace, num_shards: int) -> Manifest:
         targets=TargetSpec(kind="topk", num_classes=CLASSES, top_k=args.top_k),
         hidden=HiddenSpec(layers=layers, widths=(args.hidden,) * len(layers), codec="bf16"),
         columns=tuple(
-            optional_columns(segments=False, positions=False, labels=False, targets=True)
+            columns_of(Contents(segments=False, positions=False, labels=False, targets=True))
         ),
         plan=BatchPlan(
             documents_per_shard=ROWS_PER_SHARD,
@@ -169,7 +171,7 @@ def write_cache(folder: Path, args: argparse.Namespace) -> None:
     rows_per_block = -(-MIN_BLOCK_POSITIONS // (args.row_tokens - 1))
     storage, ranks = LocalStorage(folder), ClassRanks.from_classes(np.arange(CLASSES))
     manifest = synthetic_manifest(args, -(-rows // ROWS_PER_SHARD))
-    manifests.publish(storage, manifest)
+    manifest_file.publish(storage, manifest)
     sample = sample_of(args.sample, args.top_k) if args.sample else None
     for shard, first in enumerate(range(0, rows, ROWS_PER_SHARD)):
         last = min(first + ROWS_PER_SHARD, rows)

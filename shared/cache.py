@@ -13,20 +13,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 
 from shared.errors import CorruptCache, IncompleteCache
-from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.format.blocks import Block
-from shared.format.manifest import MAX_SHARD_ROWS, Manifest
-from shared.format.schema import Plane
-from shared.format.shards import (
+from shared.format.column import PlaneSpec
+from shared.format.commits import (
     MAX_COMMIT_BYTES,
     Commit,
-    ShardReader,
     commit_name,
-    empty_block,
     file_hash,
     parse_commit,
     shard_name,
 )
+from shared.format.limits import MAX_SHARD_ROWS
+from shared.format.manifest import Manifest
+from shared.format.reader import ShardReader, empty_block
 from shared.rows import BlockRows, Row
 from shared.storage import LocalStorage, Storage
 from shared.targets.hidden import ChannelScale, ChannelScales
@@ -136,7 +136,7 @@ class Cache(Sequence[Row]):
             scales=self.scales,
         )
 
-    def read_planes(self, block: int, planes: Iterable[Plane]) -> dict[str, np.ndarray]:
+    def read_planes(self, block: int, planes: Iterable[PlaneSpec]) -> dict[str, np.ndarray]:
         """Decompressed planes of one block as they lie on the disk, u8 each, by plane name."""
         reader, number = self._place(block)
         return reader.read_planes(number, planes)
@@ -252,7 +252,7 @@ def open_cache(path: Path | str | Storage, *, allow_partial: bool = False) -> Ca
     that was changed, or a newer format always is.
     """
     storage = LocalStorage(path) if isinstance(path, Path | str) else path
-    manifest, cache_id = manifests.read(storage)
+    manifest, cache_id = manifest_file.read(storage)
     check_side_files(storage, manifest)
     cache = Cache(storage, manifest, cache_id, read_commits(storage, manifest, cache_id))
     missing, shards = cache.missing_shards, manifest.plan.num_shards

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared import strict
 from shared.errors import ConfigError
-from shared.format import manifest as manifests
 from shared.format.blocks import Block
 from shared.format.manifest import Manifest
 from shared.targets.hidden import num_states
@@ -198,7 +198,7 @@ def references(block: Block) -> list[Any]:
 def _parsed(data: bytes, row_id: int) -> Any:
     """A text may hold any number of brackets, so only its own length limits them."""
     where, most = f"reference of row {row_id}", len(data)
-    return manifests.parse_json(data, where, max_values=2 * most, max_containers=most)
+    return strict.parse_json(data, where, max_values=2 * most, max_containers=most)
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

@@ -5,17 +5,9 @@ Rows are built in stage one and metrics live in stage two; both read the task fr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
-TaskName = Literal[
-    "causal-lm",
-    "masked-lm",
-    "seq2seq-lm",
-    "token-classification",
-    "sequence-classification",
-    "question-answering",
-    "feature-extraction",
-]
+TaskName: TypeAlias = str  # a name in TASKS
 Layout = Literal["tokens", "row", "outputs", "window", "pair"]
 Labels = Literal["next", "stored", "none"]
 Pooling = Literal["mean", "cls", "last", "none"]
@@ -32,6 +24,29 @@ MAX_ANSWER_TOKENS = 30  # of question answering; as the scripts that go with SQu
 
 
 @dataclass(frozen=True, slots=True)
+class Problem:
+    """What the named labels of a sequence classification are to a row, for `Manifest.problem_type`.
+
+    `layout` stands in the place of the task's own, where each label is an output of the head with a
+    position of its own; then `kind` and `num_classes` are what the targets of a position are.
+    `label_column` holds the hard labels, which are `numbers` or classes.
+    """
+
+    layout: Layout | None = None
+    kind: str = ""
+    num_classes: int = 0
+    label_column: str = "labels"
+    numbers: bool = False
+
+
+PROBLEMS: dict[ProblemType, Problem] = {
+    "single_label": Problem(),  # one of them is right
+    "multi_label": Problem("outputs", "dense", 2),  # each is right or not
+    "regression": Problem("outputs", "values", 1, "label_values", numbers=True),  # each is a number
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """`target_space`: what a class is; states: there are none, and no targets.
     `auto_class`: the class in `transformers` that loads it.
@@ -44,7 +59,8 @@ class Task:
     decoder reads, targets at all tokens of the second but its last.
     `labels`: the hard labels are the next tokens, stored in a column of their own, or absent.
     `ways`: which columns a document may consist of, by role. `unlabelled`: of which ones, where it
-    has no label and only what a teacher says of it is learnt.
+    has no label and only what a teacher says of it is learnt. `has_problem_type`: whether its
+    labels may be anything else than one of several (`PROBLEMS`).
     """
 
     target_space: Literal["vocabulary", "labels", "tokens", "states"]
@@ -53,6 +69,12 @@ class Task:
     ways: tuple[tuple[str, ...], ...]
     labels: Labels = "stored"
     unlabelled: tuple[tuple[str, ...], ...] = ()
+    has_problem_type: bool = False
+
+    @property
+    def named_classes(self) -> bool:
+        """Whether classes are the labels that a manifest names."""
+        return self.target_space == "labels"
 
 
 TASKS: dict[TaskName, Task] = {
@@ -89,6 +111,7 @@ TASKS: dict[TaskName, Task] = {
         layout="row",
         ways=(("text", "text_pair", "label"), ("text", "label")),
         unlabelled=(("text", "text_pair"), ("text",)),
+        has_problem_type=True,
     ),
     "question-answering": Task(
         "tokens",

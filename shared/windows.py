@@ -1,16 +1,12 @@
-"""Rows that are windows of a text with a question before it: the layout of question answering.
+"""Answers in windows of a text: which tokens may be chosen, the likeliest span, its text.
 
-Such a row has three parts, whose lengths are its `segments`: what stands before the context
-(special tokens and the question), the context's tokens, and what stands behind it, where anything
-does. Its positions are two, 0 and 1: the start of the answer and its end. The classes of both are
-the tokens of the row, and of these only token 0 (no answer in this window) and the context may be
-chosen; the others have probability 0.
+What a window is and where its positions are is `shared/format/layouts.py`'s matter.
 
 R or B rows, T tokens of the longest, N positions, C classes, L tokens of the longest answer.
 """
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared.errors import CorruptCache
-from shared.format import manifest as manifests
-
-if TYPE_CHECKING:
-    from shared.format.blocks import Block
-
-PLACES = (0, 1)  # the positions of a row: start and end
-NO_ANSWER = 0  # the token that says so
+from shared.format.layouts import NO_ANSWER
+from shared.strict import build
 
 
 def context_bounds(segments_RS: Tensor) -> Tensor:
@@ -108,43 +99,10 @@ class WindowReference:
 
 def reference_of(value: Any, num_tokens: int, where: str) -> WindowReference:
     """A reference from parsed JSON, of a window whose context has so many tokens."""
-    found = manifests.build(WindowReference, value, where)
+    found = build(WindowReference, value, where)
     if not len(found.steps) == len(found.lengths) == num_tokens:
         raise CorruptCache(
             f"{where}: found the places of {len(found.steps):,} and {len(found.lengths):,} tokens, "
             f"expected {num_tokens:,}. Run cache-teacher verify CACHE --drop-bad, then run again."
         )
     return found
-
-
-def bounds_of(block: "Block") -> np.ndarray:
-    """As context_bounds, of the rows of a block that `check` let pass: i32 [R, 2]."""
-    assert block.segments is not None  # a cache of windows has them
-    assert block.num_segments is not None
-    first = np.cumsum(block.num_segments) - block.num_segments
-    before = block.segments[first]
-    return np.stack((before, before + block.segments[first + 1]), axis=1).astype(np.int32)
-
-
-def check(block: "Block", num_classes: int) -> None:
-    """Whether rows are laid out as windows; that segments add up was checked before."""
-    assert block.num_segments is not None  # `manifest` refuses a cache of windows without
-    assert block.labels is not None
-    rows = len(block.row_ids)
-    parts = (block.num_segments >= 2) & (block.num_segments <= 3)
-    places = np.array_equal(block.positions, np.tile(PLACES, rows))
-    if not (parts.all() and places and (block.num_positions == len(PLACES)).all()):
-        raise _no_windows("two or three parts, and the positions 0 and 1")
-    if block.num_tokens.max(initial=0) > num_classes:
-        raise _no_windows(f"at most {num_classes} tokens")
-    first, behind = np.repeat(bounds_of(block), len(PLACES), axis=0).T
-    inside = (block.labels >= first) & (block.labels < behind)
-    if not (inside | (block.labels == NO_ANSWER)).all():
-        raise _no_windows("labels that are tokens of the context, or 0")
-
-
-def _no_windows(expected: str) -> CorruptCache:
-    return CorruptCache(
-        f"segments, positions, labels: expected of each row {expected}. "
-        "Run cache-teacher verify CACHE --drop-bad, then run again."
-    )

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.errors import ConfigError, CorruptCache, CorruptRun
-from shared.format.manifest import MAX_SHARDS, build, parse_json
+from shared.format.limits import MAX_SHARDS
 from shared.options import load, resolved
 from shared.storage import Storage
+from shared.strict import build, parse_json
 from shared.targets.base import Kind
 from shared.targets.kinds import KINDS
 from student_train.config import TrainConfig

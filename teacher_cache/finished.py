@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from shared.cache import committed_shards
 from shared.errors import CacheMismatch
-from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.format.manifest import Manifest, TeacherInfo
 from shared.storage import Storage
 from shared.tasks import TASKS
@@ -34,9 +34,9 @@ from teacher_cache.job.draft import Draft, resolve, teacher_id
 
 def finished_as_asked(config: CaptureConfig, storage: Storage) -> Draft | None:
     """What was asked for, without its teacher, if all of it is in the cache; else None."""
-    if not (storage.exists(manifests.MANIFEST) and storage.exists(manifests.MANIFEST_HASH)):
+    if not (storage.exists(manifest_file.MANIFEST) and storage.exists(manifest_file.MANIFEST_HASH)):
         return None
-    manifest, _ = manifests.read(storage)
+    manifest, _ = manifest_file.read(storage)
     its = manifest.teacher
     if len(committed_shards(storage)) < manifest.plan.num_shards or its is None:
         return None  # a cache without a teacher loads none

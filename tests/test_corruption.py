@@ -18,12 +18,13 @@ import pytest
 from shared import open_cache
 from shared.cache import Cache, class_ranks, read_commits
 from shared.errors import CorruptCache, TeacherCacheError
-from shared.format import shards
-from shared.format.shards import ShardReader, commit_name
+from shared.format import writer as shard_writer
+from shared.format.commits import commit_name, packed_lengths
+from shared.format.reader import ShardReader
 from shared.storage import LocalStorage
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
 from teacher_cache.tools.inspection import clean, inspect, verify
-from tests.shared import test_shards as blocks
+from tests.shared.format import test_shards as blocks
 from tests.shared.test_storage import tree
 
 OPTIONS = {
@@ -251,7 +252,7 @@ def metadata_bytes(path, reader):
 
 def damaged_metadata(tmp_path, monkeypatch, *, share):
     """Flips in Arrow's own bytes of a shard with 5 blocks in 3 record batches."""
-    monkeypatch.setattr(shards, "_BATCH_BLOCKS", 2)
+    monkeypatch.setattr(shard_writer, "_BATCH_BLOCKS", 2)
     manifest, storage = blocks.MANIFESTS["packed labels only"], LocalStorage(tmp_path)
     blocks.write(storage, manifest, [blocks.random_block(manifest, r, r) for r in (3, 1, 6, 2, 4)])
     commit = blocks.read_commit(storage)
@@ -471,7 +472,9 @@ def test_verify_compares_the_lengths_in_the_shard_with_those_in_the_commit(copy)
     order = [*range(1, len(tokens)), 0]
     assert tokens[0] != tokens[1]
     forged = replace(
-        commit, row_tokens=shards._pack(tokens[order]), row_positions=shards._pack(positions[order])
+        commit,
+        row_tokens=packed_lengths(tokens[order]),
+        row_positions=packed_lengths(positions[order]),
     )
     (copy / commit_name(1)).write_bytes(forged.to_json())
     found = verify(VerifyConfig(cache=copy))

@@ -26,7 +26,7 @@ import shared
 import teacher_cache
 from shared import open_cache, storage
 from shared.cache import committed_shards
-from shared.format.shards import commit_name
+from shared.format.commits import commit_name
 from shared.storage import LocalStorage, temporary_files
 from teacher_cache.config import CleanConfig, VerifyConfig
 from teacher_cache.tools.inspection import clean, verify
@@ -49,7 +49,7 @@ import json, multiprocessing, os, signal, sys
 import datasets, torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 from shared import storage
-from shared.format import shards
+from shared.format import writer
 from teacher_cache import cli
 from teacher_cache.tools import inspection
 import teacher_cache.job.run as job

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import TeacherCacheError
-from shared.format.manifest import MANIFEST, MANIFEST_HASH
-from shared.format.shards import _checksum, commit_name, file_hash
-from tests.shared.test_shards import assert_same
+from shared.format.commits import _checksum, commit_name, file_hash
+from shared.format.manifest_file import MANIFEST, MANIFEST_HASH
+from tests.shared.format.test_shards import assert_same
 from tests.test_hostile import batch_of, forge_commit, forge_manifest, forge_side_file, read_all
 
 FEW = settings(

@@ -19,13 +19,12 @@ import xxhash
 from safetensors.numpy import save as save_safetensors
 
 import shared
-from shared import cache, open_cache, storage
+from shared import cache, open_cache, storage, strict
 from shared.errors import CacheMismatch, CorruptCache
-from shared.format import frames, shards
-from shared.format import manifest as manifests
-from shared.format.blocks import to_planes
-from shared.format.schema import COLUMNS, layout
-from shared.format.shards import EncodedBlock, ShardWriter, encode_block
+from shared.format import commits, frames, limits, manifest_file, reader
+from shared.format.encoding import to_planes
+from shared.format.schema import COLUMNS, planes_of
+from shared.format.writer import EncodedBlock, ShardWriter, encode_block
 from shared.storage import LocalStorage
 from shared.targets.spec import TargetSpec
 from teacher_cache.config import VerifyConfig
@@ -33,7 +32,7 @@ from teacher_cache.tools import seal
 from teacher_cache.tools.inspection import verify
 from tests import plain_reader, questions
 from tests.plain_reader import read_cache
-from tests.shared.test_shards import CLASSES, NO_HIDDEN, RANKS, cache_manifest, random_block
+from tests.shared.format.test_shards import CLASSES, NO_HIDDEN, RANKS, cache_manifest, random_block
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = [
@@ -165,7 +164,7 @@ def test_the_plain_reader_agrees_on_columns_that_the_golden_caches_lack(
     manifest = replace(manifest, side_files={learnt_name: digest}, plan=plan)
     storage = LocalStorage(tmp_path / "cache")
     storage.put_new(learnt_name, learnt)
-    manifests.publish(storage, manifest)
+    manifest_file.publish(storage, manifest)
     with ShardWriter(storage, manifest, manifest.cache_id, 0) as writer:
         for number in range(2):
             block = random_block(manifest, 6, seed=number)
@@ -185,7 +184,7 @@ def test_the_plain_reader_agrees_on_hidden_states_of_every_codec(codec, every, c
     assert_same(list(read_cache(cache)), rows)
     columns = plain_reader.layout(json.loads((cache / "manifest.json").read_bytes()))
     assert {name.removesuffix(".scale") for name in columns} == {
-        plane.column for plane in layout(open_cache(cache).manifest)
+        plane.column for plane in planes_of(open_cache(cache).manifest)
     }
     for row in rows:
         assert len(row["hidden.0"]) == -(-len(row["positions"]) // every)
@@ -244,12 +243,12 @@ def one_shard(path, spec, *, code_seed):
     manifest = replace(manifest, side_files={name: digest}, plan=plan)
     storage = LocalStorage(path)
     storage.put_new(name, learnt)
-    manifests.publish(storage, manifest)
+    manifest_file.publish(storage, manifest)
     with ShardWriter(storage, manifest, manifest.cache_id, 0) as writer:
         for number in range(2):
             block = random_block(manifest, 6, seed=number)
             planes = to_planes(block, manifest, RANKS)
-            for plane in layout(manifest):
+            for plane in planes_of(manifest):
                 if plane.column in ("target_codes", "target_tail"):
                     size = planes[plane.name].size
                     high = 0x50 if plane.name == "target_codes.1" else 256  # 32 nats
@@ -260,7 +259,7 @@ def one_shard(path, spec, *, code_seed):
                     block=number,
                     column=frames.column_code(plane.number, plane.plane),
                 )
-                for plane in layout(manifest)
+                for plane in planes_of(manifest)
             }
             writer.write(EncodedBlock(frames_of, block.num_tokens, block.num_positions))
     return path
@@ -275,7 +274,7 @@ def test_the_text_lists_exactly_the_columns_of_the_schema():
     ):
         columns = [name.partition(".<")[0] for name in re.findall(r"`([^`]+)`", names)]
         found += zip(columns, map(int, numbers.split(",")), strict=True)
-    assert found == [(column.name, column.number) for column in COLUMNS]
+    assert found == sorted(((c.name, c.number) for c in COLUMNS), key=lambda pair: pair[1])
 
 
 LIMITS = re.compile(r"_?(MAX|MOST|FREE)_[A-Z_]+|_ROWS_ON_TRUST")
@@ -287,7 +286,7 @@ def test_the_text_states_every_limit_with_its_value():
     stated = {(module, name): int(value.replace(",", "")) for value, module, name in rows}
     actual = {
         (module.__name__.rpartition(".")[2], name): value
-        for module in (storage, manifests, shards, cache, seal)
+        for module in (storage, strict, manifest_file, limits, commits, reader, cache, seal)
         for name, value in vars(module).items()
         if LIMITS.fullmatch(name) and f"\n{name} = " in inspect.getsource(module)
     }
@@ -300,7 +299,7 @@ def test_the_plain_reader_knows_exactly_the_planes_of_the_writer(name):
     """Every plane of a shard is read, so none can be left out of the text."""
     columns = plain_reader.layout(json.loads((GOLDEN / name / "manifest.json").read_bytes()))
     found = {f"{column}.{p}" for column, row in columns.items() for p in range(row[1])}
-    assert found == {plane.name for plane in layout(open_cache(GOLDEN / name).manifest)}
+    assert found == {plane.name for plane in planes_of(open_cache(GOLDEN / name).manifest)}
     for path in (GOLDEN / name / "shards").iterdir():
         assert found == set(pa.ipc.open_file(path.read_bytes()).schema.names)
 

@@ -28,18 +28,19 @@ from shared import open_cache
 from shared.cache import read_commits
 from shared.errors import CorruptCache, TeacherCacheError
 from shared.format import frames
-from shared.format.manifest import MANIFEST, MANIFEST_HASH, MAX_MANIFEST_BYTES, MAX_SHARD_ROWS
-from shared.format.schema import layout
-from shared.format.shards import (
+from shared.format.commits import (
     MAX_COMMIT_BYTES,
-    ShardReader,
     _checksum,
-    _pack,
     commit_name,
     file_hash,
+    packed_lengths,
     parse_commit,
     shard_name,
 )
+from shared.format.limits import MAX_SHARD_ROWS
+from shared.format.manifest_file import MANIFEST, MANIFEST_HASH, MAX_MANIFEST_BYTES
+from shared.format.reader import ShardReader
+from shared.format.schema import planes_of
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.storage import LocalStorage
 from teacher_cache.config import VerifyConfig
@@ -282,12 +283,12 @@ def test_what_no_cache_has_is_refused_by_the_name_of_the_field(copy, name, value
 
 def test_a_writer_is_told_before_it_starts(pristine, tmp_path):
     from shared.errors import ConfigError
-    from shared.format import manifest as manifests
+    from shared.format import manifest_file
 
     manifest = open_cache(pristine).manifest
     manifest = replace(manifest, plan=replace(manifest.plan, num_shards=10**7))
     with pytest.raises(ConfigError, match=r"plan\.num_shards: found 10000000.*--shard-tokens"):
-        manifests.publish(LocalStorage(tmp_path / "new"), manifest)
+        manifest_file.publish(LocalStorage(tmp_path / "new"), manifest)
     assert not (tmp_path / "new").exists()
 
 
@@ -326,7 +327,7 @@ def test_lengths_that_add_up_but_cannot_be_are_refused(copy, token, position):
     tokens, positions = (lengths.astype(np.int64) for lengths in commit.lengths("here"))
     tokens[:2] = token, tokens[:2].sum() - token
     positions[:2] = position, positions[:2].sum() - position
-    packed = {"row_tokens": _pack(tokens), "row_positions": _pack(positions)}
+    packed = {"row_tokens": packed_lengths(tokens), "row_positions": packed_lengths(positions)}
     forge_commit(copy, lambda body: body | packed)
     refused(copy, "00000")
 
@@ -651,7 +652,7 @@ def forge_planes(path, change):
     storage = LocalStorage(path)
     manifest = open_cache(path).manifest
     (commit,) = read_commits(storage, manifest, manifest.cache_id)
-    planes = layout(manifest)
+    planes = planes_of(manifest)
     reader = ShardReader(storage.local(commit.file), manifest, commit)
     columns = {plane.name: [] for plane in planes}
     for block in range(len(commit.block_rows)):
@@ -697,7 +698,7 @@ def input_ids(path):
     """Column code and content of the first plane of the token ids of block 0."""
     storage, manifest = LocalStorage(path), open_cache(path).manifest
     (commit,) = read_commits(storage, manifest, manifest.cache_id)
-    plane = next(plane for plane in layout(manifest) if plane.name == "input_ids.0")
+    plane = next(plane for plane in planes_of(manifest) if plane.name == "input_ids.0")
     reader = ShardReader(storage.local(commit.file), manifest, commit)
     values = reader.read_planes(0, [plane])["input_ids.0"].tobytes()
     return frames.column_code(plane.number, plane.plane), values
@@ -1027,7 +1028,7 @@ def claims(positions, *, no_number=False):
         sizes["entry"] = 255 * sizes["position"]
 
         def change(values):
-            for plane in layout(manifest):
+            for plane in planes_of(manifest):
                 old, new = values[plane.name], int(sizes[plane.per] * plane.item_bytes)
                 values[plane.name] = np.zeros(new, np.uint8)
                 values[plane.name][: min(old.size, new)] = old[:new]
@@ -1041,7 +1042,7 @@ def claims(positions, *, no_number=False):
                 values["target_codes.1"][-1] = 0x7E  # told after the classes are decoded
 
         forge_planes(path, change)
-        lengths = {"row_tokens": _pack(tokens), "row_positions": _pack(places)}
+        lengths = {"row_tokens": packed_lengths(tokens), "row_positions": packed_lengths(places)}
         totals = {"tokens": int(tokens.sum()), "positions": int(places.sum())}
         forge_commit(path, lambda body: body | lengths | totals)
 
@@ -1105,7 +1106,7 @@ def long_row(path):
     tokens[0] = size - tokens.sum()
     positions[0] = tokens[0] - 1
     forge_shard(path, replaced_frame("input_ids.0", long_frame(size, column)))
-    lengths = {"row_tokens": _pack(tokens), "row_positions": _pack(positions)}
+    lengths = {"row_tokens": packed_lengths(tokens), "row_positions": packed_lengths(positions)}
     totals = {"tokens": int(tokens.sum()), "positions": int(positions.sum())}
     forge_commit(path, lambda body: body | lengths | totals)
 
@@ -1114,7 +1115,7 @@ def many_rows(path):
     """64 commits of a few hundred bytes, each of as many rows as a shard may have."""
     forge_manifest(path, setter("plan.num_shards", 64))
     ones = np.ones(MAX_SHARD_ROWS, np.int64)
-    lengths = {"row_tokens": _pack(ones), "row_positions": _pack(ones - 1)}
+    lengths = {"row_tokens": packed_lengths(ones), "row_positions": packed_lengths(ones - 1)}
     totals = {"rows": ones.size, "tokens": ones.size, "positions": 0, "block_rows": [ones.size]}
     forge_commit(path, lambda body: body | lengths | totals | {"batch_blocks": [1]})
     body = json.loads((path / commit_name(0)).read_bytes())

@@ -18,7 +18,7 @@ import os, sys
 from pathlib import Path
 import torch.distributed
 from shared import storage
-from shared.format import shards
+from shared.format import writer
 from teacher_cache import cli
 
 folder, name = Path(os.environ["SEEN"]), "before-publish"
@@ -35,7 +35,7 @@ def crash_point(point):
     if (start, seen) == ("0", 2):  # whichever rank is first
         os._exit(9)
 
-storage.crash_point = shards.crash_point = crash_point
+storage.crash_point = writer.crash_point = crash_point
 cli.main()
 """
 

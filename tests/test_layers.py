@@ -108,7 +108,8 @@ def test_a_cli_imports_nothing_heavy_at_the_top(path):
 
 LIGHT = [
     "shared.options",
-    "shared.format.manifest",
+    "shared.format.manifest_file",
+    "shared.format.writer",
     "student_train.compare.report",
     "student_train.compare.table",
     "teacher_cache.tools.report",

@@ -18,12 +18,12 @@ import pytest
 from shared.format import manifest as manifests
 from shared.format.blocks import Block
 from shared.format.schema import MIN_BLOCK_POSITIONS
-from shared.format.shards import ShardWriter, encode_block
+from shared.format.writer import ShardWriter, encode_block
 from shared.storage import LocalStorage
 from shared.targets.record import ClassRanks, Target
 from shared.targets.spec import TargetSpec
 from tests.conftest import WORDS
-from tests.shared.test_shards import cache_manifest
+from tests.shared.format.test_shards import cache_manifest
 
 pytestmark = pytest.mark.slow
 

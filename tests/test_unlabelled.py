@@ -17,7 +17,7 @@ from transformers import BertForTokenClassification
 
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError
-from shared.format.manifest import _beyond_limits
+from shared.format.limits import problems
 from student_train.config import EvaluateConfig, ExportConfig, TrainConfig
 from student_train.data.cache_set import CacheSet
 from student_train.evaluate.evaluate import run as evaluate
@@ -240,10 +240,10 @@ def test_a_job_goes_on_only_with_or_only_without_labels(folder, tmp_path):
 )
 def test_a_manifest_that_does_not_hold_together_is_refused(folder, changes, message):
     manifest = open_cache(folder / "single_label-plain").manifest
-    assert not list(_beyond_limits(manifest))
+    assert not list(problems(manifest))
     if "more" in changes:
         changes = {"columns": (*manifest.columns, changes["more"])}
-    assert message in "; ".join(_beyond_limits(replace(manifest, **changes)))
+    assert message in "; ".join(problems(replace(manifest, **changes)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

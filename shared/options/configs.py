@@ -133,8 +133,8 @@ def _field(declared: "dataclasses.Field[Any]", hint: Any, heading: str) -> Field
         option=option,
         heading=heading,
         default=declared.default if made is MISSING else made(),
-        types=scalars,
-        choices=choices,
+        types=tuple(each for each in scalars if each is not str or not option.choices),
+        choices=option.choices or choices,
         optional=optional,
         repeated=repeated,
     )

@@ -5,7 +5,7 @@ import datetime
 import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +37,8 @@ class Option:
     argument: bool = False
     read_when: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     """Other field -> its values for which this option is read; all must hold, see also SET."""
+    choices: Collection[str] = ()
+    """The names that text may be, where a table of them is open and no Literal can list them."""
     show_default: str | None = None
     """Shown in --help for a default that means little as it stands."""
 
@@ -50,7 +52,7 @@ class Field:
     heading: str
     default: Any
     types: tuple[type, ...]  # of one item where repeated, in the order of SCALARS
-    choices: tuple[Any, ...]  # the values of a Literal
+    choices: Collection[Any]  # the values of a Literal, or the names of a table
     optional: bool  # None is a value
     repeated: bool  # the value is a tuple
 

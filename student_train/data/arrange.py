@@ -10,7 +10,7 @@ import numpy as np
 
 from shared.arrays import ranges
 from shared.format.blocks import Block
-from shared.windows import bounds_of
+from shared.format.layouts import bounds_of
 
 Columns = dict[str, np.ndarray]
 # Arrays of a micro-batch, where each token goes in [B, T], flat, and the row of each sequence.

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from shared.cache import Cache
-from shared.format.schema import layout
+from shared.format.schema import planes_of
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.rows import Row
 from student_train.config import WorstBy
@@ -111,7 +111,7 @@ class Details:
 
 def row_numbers(cache: Cache, row_ids: Sequence[int]) -> dict[int, int]:
     """The places of rows of these ids in a cache; reads the ids of blocks until all are found."""
-    planes = [plane for plane in layout(cache.manifest) if plane.column == "row_ids"]
+    planes = [plane for plane in planes_of(cache.manifest) if plane.column == "row_ids"]
     wanted, found, first = np.array(row_ids, np.int64), {}, 0
     for block, rows in enumerate(cache.block_rows.tolist()):
         ids_R = cache.read_planes(block, planes)["row_ids.0"].view(np.int64)

@@ -9,7 +9,7 @@ from transformers import EarlyStoppingCallback, PretrainedConfig
 
 from shared.cache import Cache
 from shared.errors import ConfigError
-from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.storage import LocalStorage
 from student_train.architecture import trunk_parts
 from student_train.config import TrainConfig
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 def with_numbers(config: TrainConfig) -> TrainConfig:
     """The config of this run: what was left to the task is decided by the first cache's."""
-    read = [manifests.read(LocalStorage(path))[0] for path in config.cache_paths]
+    read = [manifest_file.read(LocalStorage(path))[0] for path in config.cache_paths]
     manifest, labelled = read[0], any(each.labelled for each in read)
     start: Start = "scratch" if is_from_scratch(config.student) else "pretrained"
     config = resolved_weights(config, manifest.task, labelled=labelled)

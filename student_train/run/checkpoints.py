@@ -18,8 +18,8 @@ from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from shared.errors import CorruptRun
-from shared.format.manifest import build, parse_json
 from shared.storage import LocalStorage
+from shared.strict import build, parse_json
 
 _STATE = "trainer_state.json"  # written last
 _INDEX = "model.safetensors.index.json"

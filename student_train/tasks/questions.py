@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from shared.cache import Cache
+from shared.format.layouts import NO_ANSWER, PLACES
 from shared.format.manifest import Manifest
 from shared.rows import Row
-from shared.windows import NO_ANSWER, PLACES
 from student_train.data.arrange import WINDOWS
 from student_train.loss.outputs import OF_WINDOWS
 from student_train.tasks.base import Collector, HardLabels, NameOf

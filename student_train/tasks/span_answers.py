@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from shared.cache import Cache
+from shared.format.layouts import PLACES, bounds_of
 from shared.format.schema import ROW_CHUNK_BITS
 from shared.rows import references
-from shared.windows import PLACES, Spans, WindowReference, best_spans, bounds_of, reference_of
+from shared.windows import Spans, WindowReference, best_spans, reference_of
 from student_train.data.collate import MicroBatch
 from student_train.loss.rows import SoftTarget
 from student_train.metrics.spans import WindowAnswer, span_numbers

@@ -21,8 +21,8 @@ import pyarrow as pa
 import xxhash
 
 from shared.errors import CorpusError
+from shared.format.commits import file_hash
 from shared.format.manifest import CorpusInfo
-from shared.format.shards import file_hash
 from shared.tasks import TASKS, ProblemType, TaskName
 from teacher_cache.config import CaptureConfig
 from teacher_cache.corpus import conll

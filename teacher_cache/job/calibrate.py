@@ -27,12 +27,10 @@ from shared import compat
 from shared.errors import CorpusError, Refused
 from shared.fit_rules import Side
 from shared.format import manifest as manifests
-from shared.format.manifest import (
-    BatchPlan,
-    HiddenSpec,
-    Manifest,
-)
-from shared.format.schema import ROW_CHUNK_BITS, optional_columns
+from shared.format import manifest_file
+from shared.format.column import Contents
+from shared.format.manifest import BatchPlan, HiddenSpec, Manifest
+from shared.format.schema import ROW_CHUNK_BITS, columns_of
 from shared.storage import Storage
 from shared.targets.hidden import ChannelScale, ChannelStatistics, int8_scale, without_massive
 from shared.targets.ragged import MAX_ENTRIES
@@ -166,16 +164,18 @@ def manifest_of(draft: Draft, plan: BatchPlan, side_files: dict[str, bytes]) -> 
     its_labels, layout = TASKS[draft.config.task].labels, TASKS[draft.config.task].layout
     stored = its_labels == "stored" and draft.labelled
     windows, pairs = layout == "window", layout == "pair"
-    columns = optional_columns(
-        segments=draft.preprocessing.pack or windows or pairs,
-        references=windows or pairs or draft.preprocessing.generation is not None,
-        positions=(draft.corpus.supervised or its_labels != "next")
-        and draft.problem_type == "single_label",
-        labels=stored and draft.problem_type != "regression",
-        label_values=stored and draft.problem_type == "regression",
-        label_logprob=draft.labelled,
-        targets=draft.targets.kind not in ("values", "none"),
-        token_types="text_pair" in draft.corpus.columns or windows,
+    columns = columns_of(
+        Contents(
+            segments=draft.preprocessing.pack or windows or pairs,
+            references=windows or pairs or draft.preprocessing.generation is not None,
+            positions=(draft.corpus.supervised or its_labels != "next")
+            and draft.problem_type == "single_label",
+            labels=stored and draft.problem_type != "regression",
+            label_values=stored and draft.problem_type == "regression",
+            label_logprob=draft.labelled,
+            targets=draft.targets.kind not in ("values", "none"),
+            token_types="text_pair" in draft.corpus.columns or windows,
+        )
     )
     return Manifest(
         format_version=manifests.FORMAT_VERSION,
@@ -357,13 +357,13 @@ def learn_targets(
 
 def publish_or_adopt(draft: Draft, storage: Storage) -> tuple[Manifest, str]:
     """The manifest all workers of this cache follow: the first one's. Returns it and its id."""
-    if not storage.exists(manifests.MANIFEST):
+    if not storage.exists(manifest_file.MANIFEST):
         manifest, side_files = calibrate(draft)
         for name, data in side_files.items():
             storage.put_new(name, data)
-        manifests.publish(storage, manifest)
-    manifests.write_hash(storage)
-    manifest, cache_id = manifests.read(storage)
+        manifest_file.publish(storage, manifest)
+    manifest_file.write_hash(storage)
+    manifest, cache_id = manifest_file.read(storage)
     check_asked(draft, manifest, storage)
     _mend_tokenizer(draft, manifest, storage)
     return manifest, cache_id

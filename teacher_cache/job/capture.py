@@ -202,7 +202,7 @@ def capture_window(
     targets = WindowTargets(manifest, window)
     waiting: _Forwarded | None = None
     tokens, packed = manifest.plan.forward_tokens, manifest.preprocessing.pack
-    layout = manifest.layout
+    layout = manifest.layout.name
     for batch in forward_batches(window, tokens, packed=packed, layout=layout):
         check_stop()
         forwarded = _forward(teacher, manifest, batch, targets)
@@ -254,7 +254,7 @@ def _capture_halves(
     for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
         check_stop()
         torch.cuda.empty_cache()  # outside the `except`, whose error holds what did not fit
-        packed, layout = manifest.preprocessing.pack, manifest.layout
+        packed, layout = manifest.preprocessing.pack, manifest.layout.name
         batch = batch_of(window, half, targets.starts, packed=packed, layout=layout)
         forwarded = _forward(teacher, manifest, batch, targets)
         if forwarded is None:

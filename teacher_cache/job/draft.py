@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from shared import compat
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
 from shared.fit_rules import Side
-from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.format.manifest import (
     GenerationSpec,
     HiddenSpec,
@@ -138,7 +138,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
     """
     old = None if config.like is None else LocalStorage(config.like)
     if old is not None:
-        config = _as_in(config, manifests.read(old)[0])
+        config = _as_in(config, manifest_file.read(old)[0])
     corpus = open_corpus(config)
     problem_type = problem_type_for(config, corpus)
     wants_teacher = load_teacher and config.uses_teacher
@@ -147,7 +147,7 @@ def resolve(config: CaptureConfig, *, load_teacher: bool = True) -> Draft:
     assert name is not None  # CaptureConfig refuses a job without either
     tokenizer = load_tokenizer(name, revision=None if config.tokenizer else config.revision)
     info = describe(tokenizer)
-    known = () if old is None else manifests.read(old)[0].labels
+    known = () if old is None else manifest_file.read(old)[0].labels
     labels = _labels(config, corpus, teacher, problem_type, known)
     num_classes = len(labels) or _num_classes(config, teacher, info)
     draft = Draft(
@@ -198,7 +198,7 @@ def _as_in(config: CaptureConfig, old: Manifest) -> CaptureConfig:
 
 def _like(draft: Draft, old: Storage) -> Draft:
     """Refuses another teacher or tokenizer than the old cache's, and takes over what it learnt."""
-    manifest, _ = manifests.read(old)
+    manifest, _ = manifest_file.read(old)
     asked = draft.asked_of(manifest)
     if draft.teacher is None:  # of a plan that reads no weights nobody can say whose they are
         asked = replace(asked, teacher=manifest.teacher)

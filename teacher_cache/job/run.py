@@ -20,9 +20,10 @@ import torch
 from shared.cache import channel_scales, class_ranks, committed_shards, read_commits
 from shared.errors import DiskFull, NonFiniteTargets, Stopped, TeacherCacheError
 from shared.format.blocks import Block
+from shared.format.commits import commit_name
 from shared.format.manifest import Manifest
 from shared.format.schema import MIN_BLOCK_POSITIONS, ROW_CHUNK_BITS
-from shared.format.shards import EncodedBlock, ShardWriter, commit_name
+from shared.format.writer import EncodedBlock, ShardWriter
 from shared.options import write_resolved
 from shared.progress import Progress, WaitClock
 from shared.signals import StopRequest, stop_on_signals

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from shared.format.blocks import Block, to_planes
+from shared.format.blocks import Block
+from shared.format.encoding import to_planes
 from shared.format.manifest import Manifest
-from shared.format.shards import EncodedBlock, compress_planes
+from shared.format.writer import EncodedBlock, compress_planes
 from shared.targets import hidden
 from shared.targets.hidden import ChannelScales
 from shared.targets.record import ClassRanks, Floats, Target

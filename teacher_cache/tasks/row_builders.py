@@ -64,3 +64,4 @@ def build_rows(
         case "question-answering":
             length, stride = preprocessing.max_length, preprocessing.stride
             return window_rows.build(documents, tokenizer, length, stride, counters)
+    raise ValueError(f"{context.task}: no rows are built for this task")

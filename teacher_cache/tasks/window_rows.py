@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shared.errors import CorpusError
+from shared.format.layouts import NO_ANSWER, PLACES
 from shared.format.schema import ROW_CHUNK_BITS
-from shared.windows import NO_ANSWER, PLACES, WindowReference
+from shared.windows import WindowReference
 from teacher_cache.tasks.rows import Row
 
 if TYPE_CHECKING:

@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from shared.format.layouts import NO_ANSWER, PLACES
 from shared.rows import Row
 from shared.tasks import MAX_ANSWER_TOKENS
-from shared.windows import NO_ANSWER, PLACES, best_spans, reference_of
+from shared.windows import best_spans, reference_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

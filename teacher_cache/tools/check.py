@@ -132,7 +132,7 @@ def _row(cache: Cache, index: int) -> Row:
     row = cache[index]
     ids, positions = row.input_ids.numpy().astype(np.int32), row.positions.numpy()
     types = None if row.token_type_ids is None else row.token_type_ids.numpy()
-    of_outputs = cache.manifest.layout == "outputs"
+    of_outputs = cache.manifest.layout.name == "outputs"
     return Row(
         row.row_id,
         ids,
@@ -175,7 +175,7 @@ def _live(teacher: Teacher, cache: Cache, rows: list[Row], ids_NK: Tensor) -> _L
     plan, packed = cache.manifest.plan, cache.manifest.preprocessing.pack
     cells_NJ = torch.empty(len(ids_NK), ids_NK.shape[1] + 1, dtype=torch.float64)
     best_N = torch.empty(len(ids_NK), dtype=torch.int64)
-    layout = cache.manifest.layout
+    layout = cache.manifest.layout.name
     for batch in forward_batches(rows, plan.forward_tokens, packed=packed, layout=layout):
         output = teacher.forward(batch.inputs, chunk_positions=plan.chunk_positions)
         for part, logits_nV in output.chunks:
@@ -207,7 +207,7 @@ def _drawn(teacher: Teacher, cache: Cache, rows: list[Row]) -> list[Tensor]:
     manifest = cache.manifest
     bits_N, plan = random_bits(manifest.seed, rows), manifest.plan
     found: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * len(bits_N)
-    layout, packed = manifest.layout, manifest.preprocessing.pack
+    layout, packed = manifest.layout.name, manifest.preprocessing.pack
     for batch in forward_batches(rows, plan.forward_tokens, packed=packed, layout=layout):
         output = teacher.forward(batch.inputs, chunk_positions=plan.chunk_positions)
         for part, logits_nV in output.chunks:

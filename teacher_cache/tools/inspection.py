@@ -23,10 +23,11 @@ from shared.cache import (
     read_commit,
 )
 from shared.errors import CorruptCache, TeacherCacheError
-from shared.format import manifest as manifests
+from shared.format import manifest_file
+from shared.format.commits import Commit, commit_name, file_hash
 from shared.format.manifest import Manifest
-from shared.format.schema import layout
-from shared.format.shards import Commit, ShardReader, commit_name, file_hash
+from shared.format.reader import ShardReader
+from shared.format.schema import planes_of
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.progress import Progress
 from shared.rows import Row
@@ -163,11 +164,11 @@ def _decoded(cache: Cache, row: Row, tokenizer: Any) -> dict[str, Any]:
     }
     if cache.manifest.task == "sequence-classification":
         return shown | {"said": said_of_row(row, cache.manifest)}
-    if cache.manifest.layout == "window":
+    if cache.manifest.layout.name == "window":
         classes = cache.manifest.targets.num_classes
         return shown | {"window": window_view.shown(row, classes, tokenizer)}
     begin = 0  # of the sequence that the positions are in
-    if cache.manifest.layout == "pair":
+    if cache.manifest.layout.name == "pair":
         begin = row.segments[0]
         shown["text"] = tokenizer.decode(row.input_ids[: min(begin, 64)])
         shown["target"] = tokenizer.decode(row.input_ids[begin:][:64])
@@ -266,7 +267,7 @@ class Verification:
 def verify(config: VerifyConfig) -> Verification:
     """Reads every byte of every committed shard; --drop-bad removes the commits of bad ones."""
     storage = LocalStorage(config.cache)
-    manifest, cache_id = manifests.read(storage)
+    manifest, cache_id = manifest_file.read(storage)
     check_side_files(storage, manifest)
     found = Verification(num_shards=manifest.plan.num_shards)
     numbers = committed_shards(storage)
@@ -296,7 +297,7 @@ def _verify_shard(storage: Storage, manifest: Manifest, cache_id: str, shard: in
     commit = read_commit(storage, manifest, cache_id, shard)
     path, where = storage.local(commit.file), storage.where(commit.file)
     reader = ShardReader(path, manifest, commit, where)
-    ranks, planes = class_ranks(storage, manifest), layout(manifest)
+    ranks, planes = class_ranks(storage, manifest), planes_of(manifest)
     scales = channel_scales(storage, manifest)
     tokens, positions = commit.lengths(where, manifest.num_outputs)
     start = 0
@@ -321,7 +322,7 @@ def _verify_shard(storage: Storage, manifest: Manifest, cache_id: str, shard: in
 def clean(config: CleanConfig) -> list[str]:
     """Removes shards that no commit names and temporary files that have no writer any more."""
     storage = LocalStorage(config.cache)
-    manifest, cache_id = manifests.read(storage)
+    manifest, cache_id = manifest_file.read(storage)
     removable = [
         *_unnamed_shards(storage, manifest, cache_id),
         *_unnamed_side_files(storage, manifest),

@@ -21,7 +21,7 @@ import torch
 
 from shared.errors import ConfigError, NonFiniteTargets
 from shared.format.manifest import BatchPlan, HiddenSpec, Manifest
-from shared.format.shards import encode_block
+from shared.format.writer import encode_block
 from shared.targets.hidden import NO_SCALES, ChannelScales
 from shared.targets.ragged import MAX_ENTRIES
 from shared.targets.record import ClassRanks

@@ -20,11 +20,13 @@ import numpy as np
 from shared.arrays import mixed_bits, ranges
 from shared.cache import Cache, class_ranks, open_cache
 from shared.errors import CacheMismatch, ConfigError
-from shared.format import manifest as manifests
-from shared.format.blocks import from_planes
+from shared.format import manifest_file
+from shared.format.column import PlaneSpec
+from shared.format.commits import commit_name
+from shared.format.encoding import from_planes
 from shared.format.manifest import HiddenSpec, Manifest, differences
-from shared.format.schema import ROW_CHUNK_BITS, Plane, layout
-from shared.format.shards import ShardWriter, commit_name, compress_planes
+from shared.format.schema import ROW_CHUNK_BITS, planes_of
+from shared.format.writer import ShardWriter, compress_planes
 from shared.progress import Progress
 from shared.storage import LocalStorage, Storage
 from shared.targets.hidden import num_states
@@ -126,12 +128,12 @@ def _hidden_errors(statistics: Mapping[str, float], layers: Sequence[int]) -> di
 
 
 def _publish_or_adopt(storage: Storage, source: Cache, manifest: Manifest) -> tuple[Manifest, str]:
-    if not storage.exists(manifests.MANIFEST):
+    if not storage.exists(manifest_file.MANIFEST):
         for name in manifest.side_files:
             storage.put_new(name, source.storage.read(name))
-        manifests.publish(storage, manifest)
-    manifests.write_hash(storage)
-    found, cache_id = manifests.read(storage)
+        manifest_file.publish(storage, manifest)
+    manifest_file.write_hash(storage)
+    found, cache_id = manifest_file.read(storage)
     lines = list(differences(asdict(found), asdict(manifest)))
     if lines:
         raise CacheMismatch(
@@ -157,7 +159,7 @@ def _parts(
     hidden = [f"hidden.{layer}" for layer in manifest.hidden.layers]
     planes = [
         plane
-        for plane in layout(source.manifest)
+        for plane in planes_of(source.manifest)
         if plane.column in hidden or not plane.column.startswith("hidden.")
     ]
     starts = np.concatenate([[0], np.cumsum(source.block_rows)])
@@ -173,7 +175,7 @@ def _parts(
 
 
 def only_rows(
-    part: Part, kept_R: np.ndarray, planes: Sequence[Plane], *, hidden_every: int
+    part: Part, kept_R: np.ndarray, planes: Sequence[PlaneSpec], *, hidden_every: int
 ) -> Part:
     """The rows where `kept_R` [R] is true; bytes are taken as they are."""
     items_R: dict[Per, Any] = {

@@ -13,8 +13,9 @@ import pyarrow as pa
 
 from shared.cache import read_commits
 from shared.errors import CorruptCache, IncompleteCache
+from shared.format.commits import Commit
 from shared.format.manifest import Manifest
-from shared.format.shards import Commit, open_arrow
+from shared.format.reader import open_arrow
 from shared.storage import Storage
 
 INDEX = "index.arrow"

@@ -20,8 +20,8 @@ from shared import cache as cache_module
 from shared import open_cache
 from shared.cache import class_ranks, committed_shards
 from shared.errors import CacheMismatch, CorruptCache, IncompleteCache
-from shared.format import manifest as manifests
-from shared.format.shards import commit_name, file_hash, parse_commit
+from shared.format import manifest_file
+from shared.format.commits import commit_name, file_hash, parse_commit
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.storage import LocalStorage
 from teacher_cache.config import VerifyConfig
@@ -29,7 +29,7 @@ from teacher_cache.engines.batches import forward_batches
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.tasks.rows import Row
 from teacher_cache.tools.inspection import verify
-from tests.shared.test_shards import assert_same
+from tests.shared.format.test_shards import assert_same
 from tests.shared.test_storage import tree
 
 MAX_LENGTH = 64
@@ -320,9 +320,9 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path):
 def test_a_newer_format_is_refused(cache_copy):
     raw = json.loads((cache_copy / "manifest.json").read_text())
     storage = LocalStorage(cache_copy)
-    storage.put(manifests.MANIFEST, json.dumps(raw | {"format_version": 2}).encode())
-    storage.delete(manifests.MANIFEST_HASH)
-    manifests.write_hash(storage)
+    storage.put(manifest_file.MANIFEST, json.dumps(raw | {"format_version": 2}).encode())
+    storage.delete(manifest_file.MANIFEST_HASH)
+    manifest_file.write_hash(storage)
     with pytest.raises(CacheMismatch, match="format 2 needs a newer teacher-cache"):
         open_cache(cache_copy)
 

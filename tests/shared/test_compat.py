@@ -15,7 +15,7 @@ from shared.fit_rules import Side, Student
 from shared.format.manifest import GenerationSpec, HiddenSpec, Manifest, TokenizerInfo
 from shared.targets.spec import TargetSpec
 from shared.tasks import TASKS, TaskName
-from tests.shared.test_manifest import make_manifest
+from tests.shared.format.test_manifest import make_manifest
 
 
 def leaves(kind: Any, prefix: str = "") -> Iterator[str]:

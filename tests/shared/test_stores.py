@@ -15,8 +15,9 @@ import pytest
 from shared import open_cache
 from shared.cache import committed_shards
 from shared.errors import CorruptCache, IncompleteCache
-from shared.format import manifest as manifests
-from shared.format.shards import ShardWriter, commit_name, encode_block
+from shared.format import manifest_file
+from shared.format.commits import commit_name
+from shared.format.writer import ShardWriter, encode_block
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.storage import LocalStorage, Storage, check_name
 from tests.shared.test_storage import tree
@@ -254,7 +255,7 @@ def filled(store, cache_dir):
     source = open_cache(cache_dir)
     for name in source.manifest.side_files:
         assert store.put_new(name, source.storage.read(name))
-    assert manifests.publish(store, source.manifest)
+    assert manifest_file.publish(store, source.manifest)
     first = 0
     for commit in source.commits:
         with ShardWriter(store, source.manifest, source.cache_id, commit.shard) as writer:

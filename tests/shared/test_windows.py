@@ -1,4 +1,4 @@
-"""Windows: which tokens may be chosen, the likeliest span, references, and blocks that are none."""
+"""Windows: which tokens may be chosen, the likeliest span, and references."""
 
 import re
 from itertools import product
@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from shared import strict
 from shared.errors import CorruptCache
-from shared.format import manifest as manifests
-from shared.format.blocks import Block
-from shared.windows import WindowReference, best_spans, check, reference_of, window_logits
+from shared.windows import WindowReference, best_spans, reference_of, window_logits
 
 CONTEXT = torch.tensor([[3, 6], [2, 8], [1, 2]])  # the first row has 7 tokens, the last 3
 
@@ -95,8 +94,8 @@ def test_a_reference_that_is_none_is_an_error(value, message):
 
 def test_the_places_of_a_windows_tokens_are_checked_together(monkeypatch):
     """Not one after another: a window has hundreds, and an evaluation has thousands of windows."""
-    calls, original = [], manifests._build
-    monkeypatch.setattr(manifests, "_build", lambda *a: calls.append(a) or original(*a))
+    calls, original = [], strict._build
+    monkeypatch.setattr(strict, "_build", lambda *a: calls.append(a) or original(*a))
     places = {"steps": list(range(384)), "lengths": [2**63] * 384}
     found = reference_of({"answers": ["a"], "text": "a"} | places, 384, "here")
     assert (found.steps, found.lengths) == (tuple(range(384)), (2**63,) * 384)
@@ -105,37 +104,3 @@ def test_the_places_of_a_windows_tokens_are_checked_together(monkeypatch):
         steps = [*range(383), wrong]
         with pytest.raises(CorruptCache, match=f"here: steps: found '{re.escape(str(wrong))}'"):
             reference_of({"answers": ["a"], "text": "a"} | places | {"steps": steps}, 384, "here")
-
-
-def block(**changes):
-    columns = {
-        "row_ids": np.arange(2, dtype=np.uint64),
-        "num_tokens": np.array([7, 5], np.int32),
-        "num_positions": np.array([2, 2], np.int32),
-        "input_ids": np.zeros(12, np.int32),
-        "positions": np.array([0, 1, 0, 1], np.int32),
-        "segments": np.array([3, 3, 1, 2, 3], np.int32),
-        "num_segments": np.array([3, 2], np.int32),
-        "labels": np.array([3, 5, 0, 0], np.int32),
-    }
-    return Block(**columns | {name: np.array(v, np.int32) for name, v in changes.items()})
-
-
-def test_a_block_of_windows_passes():
-    check(block(), 8)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_segments": [4, 1]}, "two or three parts"),
-        ({"positions": [0, 1, 1, 0]}, "the positions 0 and 1"),
-        ({"num_positions": [3, 1]}, "the positions 0 and 1"),
-        ({"num_tokens": [7, 9]}, "at most 8 tokens"),
-        ({"labels": [3, 6, 0, 0]}, "labels that are tokens of the context, or 0"),
-        ({"labels": [2, 5, 0, 0]}, "labels that are tokens of the context, or 0"),
-    ],
-)
-def test_a_block_that_is_none_of_windows_is_an_error(changes, message):
-    with pytest.raises(CorruptCache, match=message):
-        check(block(**changes), 8)

@@ -13,17 +13,19 @@ from transformers import (
     BertForTokenClassification,
 )
 
-from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.format.blocks import Block
+from shared.format.column import Contents
+from shared.format.commits import file_hash
 from shared.format.manifest import HiddenSpec
-from shared.format.schema import optional_columns
-from shared.format.shards import ShardWriter, encode_block, file_hash
+from shared.format.schema import columns_of
+from shared.format.writer import ShardWriter, encode_block
 from shared.models.tokenizer import describe
 from shared.storage import LocalStorage
 from shared.targets.record import ClassRanks, Target
 from shared.targets.spec import TargetSpec
 from shared.tasks import TaskName
-from tests.shared.test_manifest import make_manifest
+from tests.shared.format.test_manifest import make_manifest
 
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 CLASSES = ("bad", "fair", "good")
@@ -131,19 +133,21 @@ def write_cache(
         hidden=NO_HIDDEN,
         labelled=labelled,
         columns=tuple(
-            optional_columns(
-                segments=False,
-                positions=True,
-                labels=labelled,
-                targets=teacher is not None,
-                label_logprob=labelled,
-                token_types=True,
+            columns_of(
+                Contents(
+                    segments=False,
+                    positions=True,
+                    labels=labelled,
+                    targets=teacher is not None,
+                    label_logprob=labelled,
+                    token_types=True,
+                )
             )
         ),
         plan=replace(base.plan, num_shards=2),
         side_files={f"tokenizer/{file.name}": file_hash(file) for file in files},
     )
-    manifests.publish(storage, manifest)
+    manifest_file.publish(storage, manifest)
     own = np.arange(len(names), dtype=np.uint32)
     for shard in range(2):
         with ShardWriter(storage, manifest, manifest.cache_id, shard) as writer:

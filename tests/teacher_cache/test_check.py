@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from shared.cache import Cache, open_cache
 from shared.format.blocks import Block
-from shared.format.shards import ShardWriter, encode_block
+from shared.format.writer import ShardWriter, encode_block
 from teacher_cache.config import CheckConfig
 from teacher_cache.tools.check import check
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import teacher_cache.job.run as job
 from shared import open_cache
 from shared.errors import CacheMismatch
-from shared.format.shards import commit_name
+from shared.format.commits import commit_name
 from shared.storage import LocalStorage
 from teacher_cache.config import CaptureConfig
 from teacher_cache.engines.teacher import Teacher

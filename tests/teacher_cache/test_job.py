@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from shared import Cache, open_cache
 from shared.errors import NonFiniteTargets, Refused, Stopped, TeacherCacheError
-from shared.format import shards
+from shared.format import writer as shard_writer
 from teacher_cache.config import VerifyConfig
 from teacher_cache.engines.teacher import Teacher, TeacherOutput
 from teacher_cache.tools.inspection import summary, verify
@@ -327,7 +327,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, count: in
         if seen == count and name == "after-temporary-write":
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(shards, "crash_point", crash_point)
+    monkeypatch.setattr(shard_writer, "crash_point", crash_point)
 
 
 @pytest.mark.parametrize("kind", ["targets", "labels"])

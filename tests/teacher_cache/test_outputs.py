@@ -13,7 +13,7 @@ import torch
 
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, CorruptCache
-from shared.format.manifest import _beyond_limits
+from shared.format.limits import problems
 from shared.targets.scalars import decode_values, encode_values
 from shared.targets.spec import TargetSpec
 from teacher_cache.config import (
@@ -414,10 +414,10 @@ def test_numbers_are_stored_bit_by_bit():
 )
 def test_a_manifest_that_does_not_hold_together_is_refused(problem, changes, message, caches):
     manifest = open_cache(caches[problem]).manifest
-    assert not list(_beyond_limits(manifest))
+    assert not list(problems(manifest))
     if "columns" in changes:
         changes = {"columns": (*manifest.columns, *changes["columns"])}
-    assert message in "; ".join(_beyond_limits(replace(manifest, **changes)))
+    assert message in "; ".join(problems(replace(manifest, **changes)))
 
 
 def test_a_row_of_another_number_of_positions_is_refused(caches):

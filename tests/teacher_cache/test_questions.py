@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BertForQuestionAnswering
 
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, CorruptCache, Refused
-from shared.format import manifest as manifests
+from shared.format import manifest_file
 from shared.storage import LocalStorage
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
 from teacher_cache.tasks.window_rows import Answer, Asked, answers_of, build, windows
@@ -329,7 +329,7 @@ def test_a_manifest_of_windows_that_are_none_is_refused(change, message, dense, 
     digest = hashlib.sha256(data).hexdigest()
     (tmp_path / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
     with pytest.raises(CorruptCache, match=message):
-        manifests.read(LocalStorage(tmp_path))
+        manifest_file.read(LocalStorage(tmp_path))
 
 
 def test_a_tokenizer_that_puts_the_context_first_is_refused():

@@ -8,7 +8,7 @@ import torch
 
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError
-from shared.format.schema import layout
+from shared.format.schema import planes_of
 from teacher_cache.config import RepackConfig, VerifyConfig
 from teacher_cache.tools.inspection import summary, verify
 from teacher_cache.tools.repack import repack
@@ -75,7 +75,7 @@ def planes_by_row(cache: Cache) -> dict[int, dict[str, bytes]]:
     found: dict[int, dict[str, bytes]] = {}
     start = 0
     for number in range(cache.num_blocks):
-        values = cache.read_planes(number, layout(cache.manifest))
+        values = cache.read_planes(number, planes_of(cache.manifest))
         at = {"row": 0, "token": 0, "position": 0, "segment": 0, "entry": 0, "state": 0}
         for line, row_id in enumerate(values["row_ids.0"].view(np.uint64).tolist()):
             items = {"row": 1, "token": int(cache.row_tokens[start + line])}
@@ -88,7 +88,7 @@ def planes_by_row(cache: Cache) -> dict[int, dict[str, bytes]]:
             if "num_segments.0" in values:
                 items["segment"] = int(values["num_segments.0"].view(np.uint32)[line])
             found[row_id] = {}
-            for plane in layout(cache.manifest):
+            for plane in planes_of(cache.manifest):
                 first, size = at[plane.per] * plane.item_bytes, items[plane.per] * plane.item_bytes
                 found[row_id][plane.name] = values[plane.name][first : first + size].tobytes()
             for per, count in items.items():

@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
-from shared.format.schema import layout
+from shared.format.schema import planes_of
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
 from teacher_cache.corpus.chat import Conversation
 from teacher_cache.corpus.sources import open_corpus
@@ -36,7 +36,7 @@ from tests.seq2seq import (
     make_teachers,
     make_tokenizer,
 )
-from tests.shared.test_manifest import make_manifest
+from tests.shared.format.test_manifest import make_manifest
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_reader_that_follows_the_text_of_the_format_finds_the_same(files, tmp_
         max_length=200,
         max_target_length=100,  # together more than a byte holds
     )
-    assert {plane.name for plane in layout(cache.manifest)} >= {"positions.1", "segments.1"}
+    assert {plane.name for plane in planes_of(cache.manifest)} >= {"positions.1", "segments.1"}
     rows = plain_reader.read_cache(tmp_path / "c")
     for ours, theirs in zip(cache, rows, strict=True):
         assert ours.input_ids.tolist() == theirs["input_ids"].tolist()

@@ -12,24 +12,21 @@ import pyarrow as pa
 import pytest
 
 from shared.errors import CorruptCache, DiskFull
-from shared.format import shards as shard_module
-from shared.format.blocks import Block, from_planes, to_planes
+from shared.format import commits, reader
+from shared.format import writer as writer_module
+from shared.format.blocks import Block
+from shared.format.column import Contents
+from shared.format.commits import Commit, commit_name, file_hash, parse_commit
+from shared.format.encoding import from_planes, to_planes
 from shared.format.manifest import HiddenSpec
-from shared.format.schema import COLUMNS, layout, optional_columns
-from shared.format.shards import (
-    Commit,
-    ShardReader,
-    ShardWriter,
-    commit_name,
-    encode_block,
-    file_hash,
-    parse_commit,
-)
+from shared.format.reader import ShardReader
+from shared.format.schema import COLUMNS, columns_of, planes_of
+from shared.format.writer import ShardWriter, encode_block
 from shared.storage import LocalStorage, temporary_files
 from shared.targets.record import ClassRanks, Target
 from shared.targets.sample import drawn_logprob
 from shared.targets.spec import TargetSpec
-from tests.shared.test_manifest import PREPROCESSING, make_manifest
+from tests.shared.format.test_manifest import PREPROCESSING, make_manifest
 from tests.shared.test_storage import file_size_limit, tree
 
 CLASSES = 300
@@ -41,11 +38,13 @@ NO_HIDDEN = HiddenSpec(layers=(), widths=(), codec="bf16")
 
 def cache_manifest(*, packed=False, positions=False, labels=False, **changes):
     """A manifest whose columns are as asked for."""
-    columns = optional_columns(
-        segments=packed,
-        positions=positions,
-        labels=labels,
-        targets=changes.get("targets") is not NO_TARGETS,
+    columns = columns_of(
+        Contents(
+            segments=packed,
+            positions=positions,
+            labels=labels,
+            targets=changes.get("targets") is not NO_TARGETS,
+        )
     )
     preprocessing = replace(PREPROCESSING, pack=packed)
     return make_manifest(columns=tuple(columns), preprocessing=preprocessing, **changes)
@@ -178,7 +177,7 @@ def test_planes_hold_the_block(kind, rows):
     manifest = MANIFESTS[kind]
     block = random_block(manifest, rows)
     planes = to_planes(block, manifest, RANKS)
-    assert list(planes) == [plane.name for plane in layout(manifest)]
+    assert list(planes) == [plane.name for plane in planes_of(manifest)]
     counts = {
         "row": rows,
         "token": int(block.num_tokens.sum()),
@@ -186,7 +185,7 @@ def test_planes_hold_the_block(kind, rows):
         "state": len(block.hidden.get(-1, ())),
         "segment": 0 if block.segments is None else len(block.segments),
     }
-    for plane in layout(manifest):
+    for plane in planes_of(manifest):
         values = planes[plane.name]
         assert values.dtype == np.uint8
         assert values.size == counts[plane.per] * plane.item_bytes, plane.name
@@ -260,7 +259,7 @@ def test_segments_of_one_token_have_no_position(kind):
 def test_every_column_has_a_number_of_its_own_and_planes_a_name_of_their_own():
     assert len({column.number for column in COLUMNS}) == len(COLUMNS)
     for manifest in MANIFESTS.values():
-        planes = layout(manifest)
+        planes = planes_of(manifest)
         assert len({plane.name for plane in planes}) == len(planes)
         assert len({(plane.number, plane.plane) for plane in planes}) == len(planes)
 
@@ -268,7 +267,7 @@ def test_every_column_has_a_number_of_its_own_and_planes_a_name_of_their_own():
 def test_a_column_of_a_later_version_is_ignored():
     manifest = make_manifest()
     later = replace(manifest, columns=(*manifest.columns, "loss_weights"))
-    assert layout(later) == layout(manifest)
+    assert planes_of(later) == planes_of(manifest)
 
 
 def write(storage, manifest, blocks, shard=0, statistics=None):
@@ -306,7 +305,7 @@ def through_planes(block, manifest):
 
 @pytest.mark.parametrize("kind", MANIFESTS)
 def test_a_shard_of_several_record_batches_round_trips(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(shard_module, "_BATCH_BLOCKS", 2)
+    monkeypatch.setattr(writer_module, "_BATCH_BLOCKS", 2)
     manifest, storage = MANIFESTS[kind], LocalStorage(tmp_path)
     blocks = [random_block(manifest, rows, rows) for rows in (3, 1, 6, 2, 4)]
     writer = write(storage, manifest, blocks, statistics={"documents": 4, "sum_entropy": 1.5})
@@ -326,13 +325,13 @@ def test_a_shard_of_several_record_batches_round_trips(tmp_path, monkeypatch, ki
     path = storage.local(commit.file)
     assert (commit.num_bytes, commit.xxh3_128) == (path.stat().st_size, file_hash(path))
     assert commit.file == f"shards/00000-{commit.xxh3_128[:16]}.arrow"
-    assert commit.column_bytes.keys() == {plane.column for plane in layout(manifest)}
+    assert commit.column_bytes.keys() == {plane.column for plane in planes_of(manifest)}
     assert 0 < sum(commit.column_bytes.values()) < commit.num_bytes
     assert tree(tmp_path) == {commit.file, "commits/00000.json"}
 
 
 def test_record_batches_are_cut_by_bytes_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_module, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(writer_module, "_BATCH_BYTES", 1)
     manifest, storage = MANIFESTS["plain"], LocalStorage(tmp_path)
     write(storage, manifest, [random_block(manifest, 2, seed) for seed in range(3)])
     with pa.OSFile(str(storage.local(read_commit(storage).file))) as file:
@@ -498,7 +497,7 @@ def test_an_exception_inside_the_writer_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("batch_blocks", [1, 64])
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, monkeypatch, limit, batch_blocks):
     """At the schema, in a record batch inside the `with`, and in the last batch at its end."""
-    monkeypatch.setattr(shard_module, "_BATCH_BLOCKS", batch_blocks)
+    monkeypatch.setattr(writer_module, "_BATCH_BLOCKS", batch_blocks)
     manifest, storage = MANIFESTS["plain"], LocalStorage(tmp_path)
     encoded = encode_block(random_block(manifest, 20), 0, manifest, RANKS)
     with (
@@ -515,7 +514,7 @@ def test_a_full_disk_while_the_file_is_opened(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shard_module.pa, "OSFile", fail)
+    monkeypatch.setattr(writer_module.pa, "OSFile", fail)
     manifest = MANIFESTS["plain"]
     with (
         pytest.raises(DiskFull, match="no space left on the disk"),
@@ -537,8 +536,8 @@ def make_commit(**changes):
         "positions": 5,
         "batch_blocks": (1,),
         "block_rows": (2,),
-        "row_tokens": shard_module._pack(np.array([3, 4])),
-        "row_positions": shard_module._pack(np.array([2, 3])),
+        "row_tokens": commits.packed_lengths(np.array([3, 4])),
+        "row_positions": commits.packed_lengths(np.array([2, 3])),
         "column_bytes": {"input_ids": 5},
         "statistics": {"documents": 2.0},
     }
@@ -600,14 +599,14 @@ def test_what_is_no_commit_is_refused(data):
 def test_a_commit_lacking_a_field_is_refused_even_with_a_right_checksum():
     body = json.loads(make_commit().to_json())
     del body["checksum"], body["rows"]
-    body["checksum"] = shard_module._checksum(body)
+    body["checksum"] = commits._checksum(body)
     with pytest.raises(CorruptCache, match="here: the field 'rows' is missing"):
         parse_commit(json.dumps(body).encode(), "here")
 
 
 def test_a_plane_of_zeros_alone_does_not_make_a_block_too_large(tmp_path, monkeypatch):
     """The high bytes of small gaps take next to nothing, however many entries a block has."""
-    monkeypatch.setattr(shard_module, "_FREE_BLOCK_BYTES", 0)
+    monkeypatch.setattr(reader, "_FREE_BLOCK_BYTES", 0)
     spec = TargetSpec(kind="adaptive", num_classes=CLASSES, mean_entries=8.0, threshold=0.001)
     manifest = cache_manifest(targets=spec, hidden=NO_HIDDEN)
     block = random_block(manifest, 500)

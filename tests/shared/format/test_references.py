@@ -8,20 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shared import strict
 from shared.cache import open_cache
 from shared.errors import CorruptCache
-from shared.format import manifest as manifests
-from shared.format.blocks import from_planes, to_planes
-from shared.format.schema import optional_columns
-from shared.format.shards import ShardWriter, commit_name, encode_block
+from shared.format import manifest_file
+from shared.format.column import Contents
+from shared.format.commits import commit_name
+from shared.format.encoding import from_planes, to_planes
+from shared.format.schema import columns_of
+from shared.format.writer import ShardWriter, encode_block
 from shared.storage import LocalStorage
 from teacher_cache.config import RepackConfig, VerifyConfig
 from teacher_cache.tools.inspection import verify
 from teacher_cache.tools.repack import repack
 from tests import test_hostile as hostile
 from tests.plain_reader import read_cache
-from tests.shared.test_manifest import make_manifest
-from tests.shared.test_shards import NO_HIDDEN, NO_TARGETS, RANKS, assert_same, random_block
+from tests.shared.format.test_manifest import make_manifest
+from tests.shared.format.test_shards import NO_HIDDEN, NO_TARGETS, RANKS, assert_same, random_block
 
 VALUES = [
     None,
@@ -50,8 +53,8 @@ def values_of(number):
 
 @pytest.fixture(scope="module")
 def manifest():
-    columns = optional_columns(
-        segments=False, positions=False, labels=False, targets=False, references=True
+    columns = columns_of(
+        Contents(segments=False, positions=False, labels=False, targets=False, references=True)
     )
     made = make_manifest(
         columns=tuple(columns), targets=NO_TARGETS, hidden=NO_HIDDEN, side_files={}, teacher=None
@@ -63,7 +66,7 @@ def manifest():
 def cache(manifest, tmp_path_factory, tokenizer_dir) -> Path:
     """One shard of three blocks."""
     storage = LocalStorage(tmp_path_factory.mktemp("references") / "cache")
-    manifests.publish(storage, manifest)
+    manifest_file.publish(storage, manifest)
     with ShardWriter(storage, manifest, manifest.cache_id, 0) as writer:
         for number in range(BLOCKS):
             block = reference_block(manifest, number)
@@ -84,13 +87,13 @@ def test_rows_have_their_references(cache):
 
 
 def test_one_row_parses_its_own_reference_only(cache, monkeypatch):
-    opened, parsed, original = open_cache(cache), [], manifests.parse_json
+    opened, parsed, original = open_cache(cache), [], strict.parse_json
 
     def parse_json(data, where, **limits):
         parsed.append(where)
         return original(data, where, **limits)
 
-    monkeypatch.setattr(manifests, "parse_json", parse_json)
+    monkeypatch.setattr(strict, "parse_json", parse_json)
     row = opened[ROWS + 2]
     assert row.reference == values_of(1)[2]
     assert parsed == [f"reference of row {row.row_id}"]

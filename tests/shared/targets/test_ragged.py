@@ -14,13 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import CorruptCache
-from shared.format.shards import empty_block
+from shared.format.reader import empty_block
 from shared.targets.record import Target
 from shared.targets.sample import MIN_SPACING, drawn_logprob
 from shared.targets.spec import TargetSpec
 from teacher_cache.select.targets import select
-from tests.shared.test_codec import FLOAT32_SUM, LARGE, TAIL_STEP, ranks_of
-from tests.shared.test_shards import CLASSES, RANKS, cache_manifest
+from tests.shared.format.test_shards import CLASSES, RANKS, cache_manifest
+from tests.shared.targets.test_fixed import FLOAT32_SUM, LARGE, TAIL_STEP, ranks_of
 
 M = {7: 127, 8: 255}
 BEYOND = math.exp(-3)  # of the spacing: the smallest largest class that a sample keeps as it is

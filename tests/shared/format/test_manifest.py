@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from shared.errors import CacheMismatch, CorruptCache, IncompleteCache
-from shared.format import manifest as manifests
+from shared.format import manifest_file
+from shared.format.column import Contents
 from shared.format.manifest import (
     BatchPlan,
     CorpusInfo,
@@ -20,7 +21,7 @@ from shared.format.manifest import (
     differences,
     rows_id,
 )
-from shared.format.schema import optional_columns
+from shared.format.schema import columns_of
 from shared.storage import LocalStorage
 from shared.targets.spec import TargetSpec
 
@@ -60,7 +61,7 @@ def make_manifest(**changes):
         targets=TargetSpec(kind="topk", num_classes=300, top_k=8, temperatures=(2.0, 4.0)),
         hidden=HiddenSpec(layers=(-1, 3), widths=(32, 32), codec="bf16"),
         columns=tuple(
-            optional_columns(segments=False, positions=False, labels=False, targets=True)
+            columns_of(Contents(segments=False, positions=False, labels=False, targets=True))
         ),
         plan=BatchPlan(
             documents_per_shard=3,
@@ -82,9 +83,9 @@ def make_manifest(**changes):
 
 def forge(storage, data):
     """A manifest with a matching hash, as only someone with intent (or a newer writer) makes it."""
-    storage.put(manifests.MANIFEST, data)
+    storage.put(manifest_file.MANIFEST, data)
     digest = hashlib.sha256(data).hexdigest()
-    storage.put(manifests.MANIFEST_HASH, f"{digest}  {manifests.MANIFEST}\n".encode())
+    storage.put(manifest_file.MANIFEST_HASH, f"{digest}  {manifest_file.MANIFEST}\n".encode())
 
 
 def forged(tmp_path, change):
@@ -108,18 +109,18 @@ def forged(tmp_path, change):
 )
 def test_what_is_published_is_what_is_read(tmp_path, manifest):
     storage = LocalStorage(tmp_path / "a cache")
-    assert manifests.publish(storage, manifest)
-    found, cache_id = manifests.read(storage)
+    assert manifest_file.publish(storage, manifest)
+    found, cache_id = manifest_file.read(storage)
     assert found == manifest
     assert cache_id == manifest.cache_id
 
 
 def test_the_cache_id_is_the_sha256_of_the_file_and_the_hash_file_is_for_sha256sum(tmp_path):
     storage = LocalStorage(tmp_path)
-    manifests.publish(storage, make_manifest())
+    manifest_file.publish(storage, make_manifest())
     data = (tmp_path / "manifest.json").read_bytes()
     digest = hashlib.sha256(data).hexdigest()
-    assert manifests.read(storage)[1] == digest
+    assert manifest_file.read(storage)[1] == digest
     assert (tmp_path / "manifest.sha256").read_text() == f"{digest}  manifest.json\n"
 
 
@@ -132,24 +133,24 @@ def test_equal_manifests_are_equal_bytes_and_any_other_field_is_another_cache():
 
 def test_the_second_publisher_changes_nothing(tmp_path):
     storage = LocalStorage(tmp_path)
-    assert manifests.publish(storage, make_manifest())
-    assert not manifests.publish(storage, make_manifest(seed=1))
-    assert manifests.read(storage)[0].seed == 0
+    assert manifest_file.publish(storage, make_manifest())
+    assert not manifest_file.publish(storage, make_manifest(seed=1))
+    assert manifest_file.read(storage)[0].seed == 0
 
 
 def test_a_crash_between_manifest_and_hash_is_told_and_mended(tmp_path):
     storage = LocalStorage(tmp_path)
-    manifests.publish(storage, make_manifest())
-    storage.delete(manifests.MANIFEST_HASH)
+    manifest_file.publish(storage, make_manifest())
+    storage.delete(manifest_file.MANIFEST_HASH)
     with pytest.raises(IncompleteCache, match=r"manifest.sha256 is missing.* run command again"):
-        manifests.read(storage)
-    manifests.write_hash(storage)
-    assert manifests.read(storage)[0] == make_manifest()
+        manifest_file.read(storage)
+    manifest_file.write_hash(storage)
+    assert manifest_file.read(storage)[0] == make_manifest()
 
 
 def test_a_folder_without_a_manifest_is_no_cache(tmp_path):
     with pytest.raises(IncompleteCache, match=r"no cache here .*cache-teacher run --out"):
-        manifests.read(LocalStorage(tmp_path))
+        manifest_file.read(LocalStorage(tmp_path))
 
 
 def paths_of(value, path=()):
@@ -180,16 +181,16 @@ def at(raw, path):
 def test_a_missing_field_is_named(tmp_path, path):
     storage = forged(tmp_path, lambda raw: at(raw, path[:-1]).pop(path[-1]))
     with pytest.raises(CorruptCache, match=f"manifest.json.*'{path[-1]}' is missing"):
-        manifests.read(storage)
+        manifest_file.read(storage)
 
 
 @pytest.mark.parametrize("path", ADDED, ids=".".join)
 def test_a_field_that_was_added_later_has_its_default(tmp_path, path):
     """The id of such a cache stays that of its file."""
     storage = forged(tmp_path, lambda raw: at(raw, path[:-1]).pop(path[-1]))
-    found, cache_id = manifests.read(storage)
+    found, cache_id = manifest_file.read(storage)
     assert found == make_manifest()
-    assert cache_id == hashlib.sha256(storage.read(manifests.MANIFEST)).hexdigest()
+    assert cache_id == hashlib.sha256(storage.read(manifest_file.MANIFEST)).hexdigest()
 
 
 @pytest.mark.parametrize("path", EVERY_FIELD, ids=".".join)
@@ -198,7 +199,7 @@ def test_a_field_of_another_type_is_named(tmp_path, path):
     wrong = "yes" if path[-1] in ("pack", "labelled") else True
     storage = forged(tmp_path, lambda raw: at(raw, path[:-1]).__setitem__(path[-1], wrong))
     with pytest.raises(CorruptCache, match=f"manifest.json: .*{path[-1]}: found .*expected"):
-        manifests.read(storage)
+        manifest_file.read(storage)
 
 
 @pytest.mark.parametrize(
@@ -224,12 +225,12 @@ def test_a_field_of_another_type_is_named(tmp_path, path):
 def test_a_value_that_cannot_be_is_an_error_that_names_the_file(tmp_path, path, value):
     storage = forged(tmp_path, lambda raw: at(raw, path[:-1]).__setitem__(path[-1], value))
     with pytest.raises((CorruptCache, CacheMismatch), match=r"manifest\.json"):
-        manifests.read(storage)
+        manifest_file.read(storage)
 
 
 def test_whole_numbers_are_fine_where_a_float_belongs(tmp_path):
     storage = forged(tmp_path, lambda raw: raw["targets"].update(temperatures=[2, 4]))
-    assert manifests.read(storage)[0].targets.temperatures == (2.0, 4.0)
+    assert manifest_file.read(storage)[0].targets.temperatures == (2.0, 4.0)
 
 
 def test_unknown_fields_are_ignored_but_belong_to_the_cache_id(tmp_path):
@@ -238,7 +239,7 @@ def test_unknown_fields_are_ignored_but_belong_to_the_cache_id(tmp_path):
         raw["plan"]["later"] = 3
         raw["targets"]["later"] = None
 
-    found, cache_id = manifests.read(forged(tmp_path, add))
+    found, cache_id = manifest_file.read(forged(tmp_path, add))
     assert found == make_manifest()
     assert cache_id != make_manifest().cache_id
 
@@ -252,7 +253,7 @@ def test_a_newer_format_is_refused_whatever_else_it_says(tmp_path, version):
         match=rf"manifest.json: format {version} needs a newer teacher-cache; this one reads up to "
         r"format 1. Run pip install --upgrade teacher-cache",
     ):
-        manifests.read(storage)
+        manifest_file.read(storage)
 
 
 @pytest.mark.parametrize(
@@ -272,30 +273,30 @@ def test_what_is_no_manifest_is_an_error_that_names_the_file(tmp_path, data):
     storage = LocalStorage(tmp_path)
     forge(storage, data)
     with pytest.raises(CorruptCache, match=r"manifest\.json: "):
-        manifests.read(storage)
+        manifest_file.read(storage)
 
 
 def test_a_manifest_too_large_is_not_read(tmp_path):
     storage = LocalStorage(tmp_path)
-    manifests.publish(storage, make_manifest())
+    manifest_file.publish(storage, make_manifest())
     with open(tmp_path / "manifest.json", "r+b") as file:
-        file.truncate(manifests.MAX_MANIFEST_BYTES + 1)  # sparse: takes no disk
+        file.truncate(manifest_file.MAX_MANIFEST_BYTES + 1)  # sparse: takes no disk
     with pytest.raises(CorruptCache, match=r"manifest.json: 16,777,217 bytes where at most"):
-        manifests.read(storage)
+        manifest_file.read(storage)
 
 
 def test_a_changed_manifest_is_found_by_its_hash_and_a_changed_hash_too(tmp_path):
     storage = LocalStorage(tmp_path)
-    manifests.publish(storage, make_manifest())
+    manifest_file.publish(storage, make_manifest())
     good = deepcopy(make_manifest())
-    storage.put(manifests.MANIFEST, replace(good, seed=1).to_json())
+    storage.put(manifest_file.MANIFEST, replace(good, seed=1).to_json())
     with pytest.raises(CorruptCache, match=r"manifest.json: its sha256 is .* manifest.sha256 says"):
-        manifests.read(storage)
-    storage.put(manifests.MANIFEST, good.to_json())
+        manifest_file.read(storage)
+    storage.put(manifest_file.MANIFEST, good.to_json())
     for content in (b"", b"00  manifest.json\n", b"\xff\x00"):
-        storage.put(manifests.MANIFEST_HASH, content)
+        storage.put(manifest_file.MANIFEST_HASH, content)
         with pytest.raises(CorruptCache, match=r"manifest.sha256 says .*restore it from a copy"):
-            manifests.read(storage)
+            manifest_file.read(storage)
 
 
 def test_rows_are_joinable_exactly_when_corpus_tokenizer_and_preprocessing_agree():
@@ -350,4 +351,4 @@ def test_a_decoder_starts_from_a_token_and_nothing_else_does(tmp_path, task, sta
         raw["task"], raw["preprocessing"]["decoder_start"] = task, start
 
     with pytest.raises(CorruptCache, match=message):
-        manifests.read(forged(tmp_path, forge))
+        manifest_file.read(forged(tmp_path, forge))
