@@ -52,7 +52,7 @@ def some_states(capture: Capture, other_teacher_dir: Path) -> tuple[Path, Path]:
     asked = {"targets": "dense", "hidden_layers": (-1,), "hidden_every": 3, **FEW}
     first = capture(**asked)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("teacher_cache.job.run.MIN_BLOCK_POSITIONS", 150)
+        patch.setattr("teacher_cache.job.assemble.MIN_BLOCK_POSITIONS", 150)
         return first, capture(**asked | {"shard_tokens": 900, "teacher": str(other_teacher_dir)})
 
 
