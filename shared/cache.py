@@ -94,7 +94,7 @@ class Cache(Sequence[Row]):
         return {str(commit.shard): commit.xxh3_128 for commit in self.commits}
 
     def restrict(self, snapshot: dict[str, str]) -> "Cache":
-        """The same cache with exactly the shards of a snapshot; one that is gone is an error."""
+        """This cache with exactly the shards of a snapshot; one that is gone is an error."""
         there = {str(commit.shard): commit for commit in self.commits}
         for shard, digest in snapshot.items():
             if shard not in there or there[shard].xxh3_128 != digest:

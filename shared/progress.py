@@ -115,7 +115,7 @@ class WaitClock:
             return dict(self._seconds)
 
     def shares(self) -> dict[str, float]:
-        """Of the time since this clock was made; above 1 where several threads wait at once."""
+        """Shares of the time since this clock began; above 1 where several threads wait at once."""
         elapsed_s = self._clock() - self._started_s
         return {name: s / elapsed_s if elapsed_s > 0 else 0.0 for name, s in self.seconds().items()}
 

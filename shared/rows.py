@@ -46,7 +46,7 @@ class RowTargets:
         return self.ids[start : start + count], self.logprobs[start : start + count]
 
     def at_temperature(self, temperature: float) -> "RowTargets":
-        """The same targets with the logprobs and the tail mass of the softmax at a temperature."""
+        """These targets with the logprobs and the tail mass of the softmax at a temperature."""
         if temperature == 1:
             return replace(self, log_partition_ratio={})
         ratio_P = self.log_partition_ratio.get(temperature)

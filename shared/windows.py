@@ -48,7 +48,7 @@ class Spans:
 
 
 def best_spans(logp_B2T: Tensor, context_B2: Tensor, max_tokens: int) -> Spans:
-    """Of all spans of 1 to `max_tokens` tokens of the context the likeliest, the first of equal."""
+    """The likeliest span of 1 to `max_tokens` tokens of the context, the first of equal ones."""
     T = logp_B2T.shape[2]
     token_T = torch.arange(T, device=logp_B2T.device)
     inside_BT = (token_T >= context_B2[:, :1]) & (token_T < context_B2[:, 1:])

@@ -77,7 +77,7 @@ class Field:
 
     @property
     def is_plain(self) -> bool:
-        """Of one type, which typer knows how to convert a flag's text to."""
+        """Whether it is of one type, which typer knows how to convert a flag's text to."""
         return len(self.types) == 1 and not self.choices
 
     @property

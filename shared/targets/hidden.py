@@ -275,7 +275,7 @@ class ChannelStatistics:
 
     @classmethod
     def of(cls, states_PD: Bits) -> "ChannelStatistics":
-        """Of one batch; no position at all is fine."""
+        """The statistics of one batch; no position at all is fine."""
         count, width = states_PD.shape
         if count == 0:
             return cls(0, np.zeros(width), np.zeros(width))
@@ -285,7 +285,7 @@ class ChannelStatistics:
         return cls(count, mean, np.einsum("pd,pd->d", values_PD, values_PD))
 
     def merge(self, other: "ChannelStatistics") -> "ChannelStatistics":
-        """Of both together (Chan, Golub and LeVeque 1979)."""
+        """The statistics of both together (Chan, Golub and LeVeque 1979)."""
         count = self.count + other.count
         if count == 0:
             return self

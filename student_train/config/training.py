@@ -56,7 +56,7 @@ class TrainingOptions:
     ] = None
 
     def with_recipe(self, usual: Recipe) -> Self:
-        """The same with a usual number wherever it said auto in place of one of `Recipe`."""
+        """This config with a usual number wherever it said auto in place of one of `Recipe`."""
         rate, epochs, decay = self.learning_rate, self.epochs, self.weight_decay
         tokens, warmup = self.batch_tokens, self.warmup_ratio
         return replace(

@@ -218,7 +218,7 @@ def _counts(
 def _picked_state(
     state: Mapping[str, Tensor], wanted: Any, lists: Sequence[Blocks]
 ) -> dict[str, Tensor]:
-    """Of every weight of the new model the teacher's; every weight of a picked block is used.
+    """The weights of the new model, each the teacher's; every one of a picked block is used.
 
     What only the block at some place has (the position bias of T5, in block 0) comes from the
     block at that place.
@@ -287,7 +287,7 @@ def probe(model: Any) -> Tensor:
 
 
 def probe_without(teacher: Any, lists: Sequence[Blocks]) -> Tensor:
-    """The same of a model whose other blocks hand on the states they were given."""
+    """What `probe` gives of a model whose other blocks hand on the states they were given."""
     with ExitStack() as stack:
         for blocks in lists:
             modules = teacher.get_submodule(blocks.name)
