@@ -1,12 +1,30 @@
 """What is kept of the teacher's distribution at a position."""
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from shared.options import Option, group
+from shared.targets.kinds import KINDS
 from teacher_cache.config.job import NOT_LIKE
 
-Targets = Literal["auto", "topk", "adaptive", "sample", "dense", "none"]
+
+class KindsToAskFor(Collection[str]):
+    """auto, and each kind in the table but those that only the labels of a task decide on."""
+
+    def __iter__(self) -> Iterator[str]:
+        yield "auto"
+        yield from (name for name, kind in KINDS.items() if not kind.numbers)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == each for each in self)
+
+
+def _kinds_that_read(option: str) -> tuple[str, ...]:
+    return ("auto", *(name for name, kind in KINDS.items() if option in kind.reads))
 
 
 @group("What is kept of each distribution")
@@ -15,11 +33,12 @@ class TargetOptions:
     """Which classes of a distribution are kept, and how exactly."""
 
     targets: Annotated[
-        Targets,
+        str,
         Option(
             help="What to keep of each distribution: the k largest classes, all above a threshold, "
             "an unbiased sample, or every class; none: hard labels only; auto: every class where "
             "they are few, topk where --top-k or --temperature ask for it, else sample.",
+            choices=KindsToAskFor(),
             read_when=NOT_LIKE,
         ),
     ] = "auto"
@@ -29,7 +48,7 @@ class TargetOptions:
             help="Entries kept at a position on average.",
             min=1,
             max=255,
-            read_when=NOT_LIKE | {"targets": ("auto", "adaptive", "sample")},
+            read_when=NOT_LIKE | {"targets": _kinds_that_read("mean_entries")},
         ),
     ] = 16.0
     top_k: Annotated[
@@ -39,14 +58,14 @@ class TargetOptions:
             min=1,
             max=255,
             show_default="32",
-            read_when=NOT_LIKE | {"targets": ("auto", "topk")},
+            read_when=NOT_LIKE | {"targets": _kinds_that_read("top_k")},
         ),
     ] = None
     value_bits: Annotated[
         Literal[7, 8, 16],
         Option(
             help="Bits of a log-probability; 16 is fp16.",
-            read_when=NOT_LIKE | {"targets": ("auto", "topk", "adaptive", "sample")},
+            read_when=NOT_LIKE | {"targets": _kinds_that_read("value_bits")},
         ),
     ] = 7
     temperature: Annotated[
