@@ -229,8 +229,11 @@ def test_a_kind_of_target(
     folder = tmp_path / "cache"
     asked = ("--targets", toy_kind, "--limit-documents", 60, "--max-length", 64, "--device", "cpu")
     common = ("--teacher", teacher_dir, "--corpus", corpus_file, "--out", folder)
-    run_command(teacher_cli.app, "run", *common, *asked)
-    run_command(teacher_cli.app, "verify", folder)
+    for command in ("plan", "run"):
+        run_command(teacher_cli.app, command, *common, *asked)
+    for command in ("verify", "inspect"):
+        run_command(teacher_cli.app, command, folder)
+    run_command(teacher_cli.app, "check", folder, "--teacher", teacher_dir)
     cache = open_cache(folder)
     assert cache.manifest.targets.text == toy_kind
 
