@@ -22,7 +22,6 @@ from shared.arrays import Plane, join_planes, split_planes
 from shared.cache import Cache
 from shared.errors import ConfigError
 from shared.options import main
-from shared.storage import LocalStorage
 from shared.targets.base import Kind, TargetFields
 from shared.targets.kinds import KINDS
 from shared.targets.planes import PlaneShape
@@ -53,11 +52,22 @@ from teacher_cache.tasks.rows import TrainingRow
 from teacher_cache.tasks.table import TEACHER_TASKS
 from tests.conftest import Capture
 from tests.shared.targets.test_kinds import check_round_trip, spec_of
-from tests.shared.test_storage import tree
 from tests.shared.test_stores import MemoryStore
 from tests.teacher_cache.engines.toy import ToyEngine
 
 HALF = 2.0**-11  # relative error of an IEEE half
+
+
+@pytest.fixture
+def run_command():
+    """Runs one command in this process, as if it had been typed."""
+
+    def typed(command: Any, *arguments: object) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(command, [str(argument) for argument in arguments])
+        assert ended.value.code == 0
+
+    return typed
 
 
 def trained(cache: Path, student: Path, out: Path, **options: Any) -> tuple[dict[str, Any], Any]:
@@ -145,11 +155,19 @@ def backwards(texts: list[str], tokenizer_dir: Path) -> list[list[int]]:
 
 
 def test_a_task(
-    toy_task, capture: Capture, corpus_file, teacher_dir, student_config_dir, tmp_path: Path
+    toy_task,
+    capture: Capture,
+    corpus_file,
+    teacher_dir,
+    student_config_dir,
+    tmp_path: Path,
+    run_command,
 ):
     folder = capture(task=toy_task, targets="dense", limit_documents=60, max_length=64)
     cache = open_cache(folder)
     assert cache.manifest.task == toy_task
+    for command in (("verify",), ("inspect",), ("check", "--teacher", teacher_dir)):
+        run_command(teacher_cli.app, *command, folder)
     expected = backwards(corpus_file.read_text().splitlines()[:60], teacher_dir)
     assert [row.input_ids.tolist() for row in cache] == expected
     assert [row.positions.tolist() for row in cache] == [[0, 1, 2][: len(e) - 1] for e in expected]
@@ -252,18 +270,6 @@ def test_a_kind_of_target(
     assert numbers["targets"] == toy_kind
 
 
-@pytest.fixture
-def run_command():
-    """Runs one command in this process, as if it had been typed."""
-
-    def typed(command: Any, *arguments: object) -> None:
-        with pytest.raises(SystemExit) as ended:
-            main(command, [str(argument) for argument in arguments])
-        assert ended.value.code == 0
-
-    return typed
-
-
 # An engine ---------------------------------------------------------------------------------------
 
 
@@ -304,9 +310,10 @@ def batches_of(cache: Cache) -> list[dict[str, Tensor]]:
 
 def test_a_store(cache_dir, teacher_dir, tmp_path: Path):
     """One of names and bytes: a cache that is put into it is read and trained on as from disk."""
-    folder, store = LocalStorage(cache_dir), MemoryStore(tmp_path)
-    for name in tree(cache_dir):
-        assert store.put_new(name, folder.read(name))
+    store = MemoryStore(tmp_path)
+    for path in cache_dir.rglob("*"):
+        if path.is_file():
+            assert store.put_new(path.relative_to(cache_dir).as_posix(), path.read_bytes())
     expected, found = open_cache(cache_dir), open_cache(store)
     assert found.storage is store
     assert found.cache_id == expected.cache_id
