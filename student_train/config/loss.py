@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from shared.options import Option, group
-from student_train.loss.spec import LossSpec, SoftLoss, Tail
+from student_train.loss.spec import SOFT_LOSSES, LossSpec, SoftLoss, Tail
 
 
 @group("What it learns from")
@@ -22,9 +22,9 @@ class LossOptions:
         float,
         Option(help="Temperature of the soft loss; 1 or one the cache stores.", min=0.05, max=20),
     ] = 1.0
-    soft_loss: Annotated[SoftLoss, Option(help="Loss against the teacher's targets.")] = (
-        "forward-kl"
-    )
+    soft_loss: Annotated[
+        SoftLoss, Option(help="Loss against the teacher's targets.", choices=SOFT_LOSSES)
+    ] = "forward-kl"
     tail: Annotated[
         Tail, Option(help="What becomes of the probability of classes that were not kept.")
     ] = "bucket"

@@ -20,7 +20,7 @@ from torch import Tensor
 from shared.errors import ConfigError
 from shared.targets.base import Kind, TargetKind
 from shared.targets.kinds import KINDS
-from student_train.loss.spec import LossSpec, SoftLoss
+from student_train.loss.spec import SOFT_LOSSES, LossSpec, SoftLoss
 
 LOG_FLOOR = -1e4  # stands for log 0: exp gives exactly 0, and 0 * LOG_FLOOR is 0, not NaN
 MASKED_LOGIT = -1e30  # stands for a logit of -inf, and is below LOG_FLOOR after any normalisation
@@ -134,8 +134,8 @@ def soft_rows(student_NJ: Tensor, teacher_NJ: Tensor, spec: LossSpec) -> Tensor:
     Both arguments are log-probabilities at the temperature of `spec`. T^2 for divergences is
     Hinton et al. 2015, section 2; total variation has a gradient one power of T larger.
     """
-    loss = SOFT_LOSSES[spec.soft_loss]
-    return loss.rows(student_NJ, teacher_NJ, spec) * spec.temperature**loss.temperature_power
+    loss_N = ROW_LOSSES[spec.soft_loss](student_NJ, teacher_NJ, spec)
+    return loss_N * spec.temperature ** SOFT_LOSSES[spec.soft_loss].temperature_power
 
 
 def sampled_rows(student_NJ: Tensor, teacher_NJ: Tensor) -> Tensor:
@@ -180,20 +180,12 @@ def log_mse(student_NJ: Tensor, teacher_NJ: Tensor, spec: LossSpec) -> Tensor:
     return squares_NK.sum(dim=-1) / kept_NK.sum(dim=-1).clamp_min(1)
 
 
-@dataclass(frozen=True, slots=True)
-class RowLoss:
-    """A soft loss, and the power of the temperature its value and gradient are multiplied by."""
-
-    rows: Callable[[Tensor, Tensor, LossSpec], Tensor]
-    temperature_power: int
-
-
-SOFT_LOSSES: dict[SoftLoss, RowLoss] = {
-    "forward-kl": RowLoss(forward_kl, 2),
-    "reverse-kl": RowLoss(reverse_kl, 2),
-    "jsd": RowLoss(jensen_shannon, 2),
-    "tvd": RowLoss(total_variation, 1),
-    "mse": RowLoss(log_mse, 0),
+ROW_LOSSES: dict[SoftLoss, Callable[[Tensor, Tensor, LossSpec], Tensor]] = {
+    "forward-kl": forward_kl,
+    "reverse-kl": reverse_kl,
+    "jsd": jensen_shannon,
+    "tvd": total_variation,
+    "mse": log_mse,
 }
 
 

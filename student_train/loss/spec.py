@@ -1,14 +1,38 @@
 """Which loss is asked for. Apart from the arithmetic, so that the options need no torch."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 from shared.errors import ConfigError
 
-SoftLoss = Literal["forward-kl", "reverse-kl", "jsd", "tvd", "mse"]
+SoftLoss: TypeAlias = str  # a name in SOFT_LOSSES
 Tail = Literal["bucket", "label", "none", "renormalise"]
 HiddenLoss = Literal["mse", "cosine", "contrastive"]
+
+
+@dataclass(frozen=True, slots=True)
+class SoftLossTraits:
+    """What options ask of a soft loss; its arithmetic is a line of `rows.ROW_LOSSES`.
+
+    `temperature_power`: the power of the temperature that value and gradient are multiplied by.
+    `every_tail`: it is defined whatever becomes of the tail, and not as a bucket alone.
+    `every_temperature`: it is defined at others than 1.
+    """
+
+    temperature_power: int
+    every_tail: bool = False
+    every_temperature: bool = True
+
+
+SOFT_LOSSES: dict[SoftLoss, SoftLossTraits] = {
+    "forward-kl": SoftLossTraits(2, every_tail=True),
+    "reverse-kl": SoftLossTraits(2),
+    "jsd": SoftLossTraits(2),
+    "tvd": SoftLossTraits(1),
+    "mse": SoftLossTraits(0, every_temperature=False),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +50,7 @@ class LossSpec:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_choice("soft-loss", self.soft_loss, get_args(SoftLoss))
+        _check_choice("soft-loss", self.soft_loss, SOFT_LOSSES)
         _check_choice("tail", self.tail, get_args(Tail))
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ConfigError(f"--temperature {self.temperature}: expected a number above 0")
@@ -36,18 +60,20 @@ class LossSpec:
             raise ConfigError(
                 f"--label-smoothing {self.label_smoothing}: expected a number from 0 to below 1"
             )
-        if self.tail != "bucket" and self.soft_loss != "forward-kl":
+        traits = SOFT_LOSSES[self.soft_loss]
+        if self.tail != "bucket" and not traits.every_tail:
+            defined = ", ".join(name for name, each in SOFT_LOSSES.items() if each.every_tail)
             raise ConfigError(
-                f"--tail {self.tail} is only defined for --soft-loss forward-kl, not for "
+                f"--tail {self.tail} is only defined for --soft-loss {defined}, not for "
                 f"{self.soft_loss}: use --tail bucket"
             )
-        if self.soft_loss == "mse" and self.temperature != 1:
+        if self.temperature != 1 and not traits.every_temperature:
             raise ConfigError(
-                f"--soft-loss mse compares log-probabilities at temperature 1, not "
+                f"--soft-loss {self.soft_loss} compares log-probabilities at temperature 1, not "
                 f"{self.temperature}: leave --temperature out"
             )
 
 
-def _check_choice(option: str, found: str, choices: tuple[str, ...]) -> None:
+def _check_choice(option: str, found: str, choices: Collection[str]) -> None:
     if found not in choices:
         raise ConfigError(f"--{option} {found}: expected one of {', '.join(choices)}")

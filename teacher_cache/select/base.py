@@ -69,7 +69,7 @@ class Selector(ABC):
     distributions = True  # what is kept are probabilities of classes
     learns_classes = True  # calibration learns in which order classes are often kept
     # Bytes of all target columns of a position by its entries, at 7 bits and 151,936 classes:
-    # benchmarks/README.md. Empty where they go with the number of classes.
+    # benchmarks/README.md. Empty where they go with the number of classes, or were not measured.
     bytes_by_entries: ClassVar[Mapping[float, float]] = {}
 
     # Options
@@ -94,8 +94,8 @@ class Selector(ABC):
     def compared(
         self, kind: TargetKind, asked: TargetSpec, config: "CaptureConfig"
     ) -> list[TargetSpec]:
-        """The sizes of this kind that `plan` holds against what is asked for."""
-        return []
+        """The sizes of this kind that `plan` compares; the one that is asked for is among them."""
+        return [asked] if asked.kind == kind and asked.distributions else []
 
     # From a teacher's logits
 

@@ -186,13 +186,15 @@ def _from_table(draft: Draft, sample: Sample) -> list[Choice]:
 
 def _tabled(spec: TargetSpec, possible_classes: float) -> float:
     """Bytes of a position; between two sizes of the table those of an entry go with the logarithm
-    of the size, beyond them they stay what they are at the nearest."""
+    of the size, beyond them they stay what they are at the nearest. Of a kind that was never
+    measured all planes are counted, as they are before compression."""
     if spec.every_temperature:
         return _DENSE_BYTES * possible_classes
-    table = SELECTORS[spec.kind].bytes_by_entries
+    table, size = SELECTORS[spec.kind].bytes_by_entries, choices.size_of(spec)
+    if not table:
+        return sum(p.item_bytes * (size if p.per == "entry" else 1) for p in spec.plane_shapes)
     sizes = np.array(list(table))
     each = np.array(list(table.values())) / sizes
-    size = choices.size_of(spec)
     of_entry = float(np.interp(np.log(size), np.log(sizes), each))
     return size * (of_entry * _ALLOWANCE + (spec.value_bits - 7) / 8)
 
