@@ -23,8 +23,8 @@ from shared.format.reader import ShardReader
 from shared.format.schema import COLUMNS, columns_of, planes_of
 from shared.format.writer import ShardWriter, encode_block
 from shared.storage import LocalStorage, temporary_files
+from shared.targets.ragged import drawn_logprob
 from shared.targets.record import ClassRanks, Target
-from shared.targets.sample import drawn_logprob
 from shared.targets.spec import TargetSpec
 from tests.shared.format.test_manifest import PREPROCESSING, make_manifest
 from tests.shared.test_storage import file_size_limit, tree
