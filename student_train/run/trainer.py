@@ -21,7 +21,7 @@ from shared.errors import ConfigError
 from shared.format import manifest_file
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.signals import StopRequest, stop_on_signals
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from student_train.architecture import trunk_parts
 from student_train.config import TrainConfig
 from student_train.data.cache_set import Source
