@@ -34,7 +34,7 @@ from torch import Tensor
 from shared.targets.base import TargetKind
 from shared.targets.record import ClassRanks, Target
 from shared.targets.spec import TargetSpec
-from student_train.loss.linear import logits_loss
+from student_train.loss.logits import logits_loss
 from student_train.loss.rows import SoftTarget
 from student_train.loss.spec import LossSpec, Tail
 from teacher_cache.select.kinds import SELECTORS

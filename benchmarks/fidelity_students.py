@@ -27,9 +27,10 @@ from shared.errors import TeacherCacheError
 from student_train.config import TrainConfig
 from student_train.data.order import Order, OrderSpec
 from student_train.data.stream import BatchStream, StreamSpec
-from student_train.loss.objective import Objective, attach
+from student_train.loss.attachment import attach
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec, Tail
-from student_train.run.trainer import run as train_run
+from student_train.run.run import run as train_run
 from student_train.student.build import build_student
 from teacher_cache.config import CaptureConfig
 from teacher_cache.job.run import run as capture_run

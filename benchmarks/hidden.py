@@ -36,7 +36,7 @@ from shared.targets import hidden
 from shared.targets.hidden import ChannelStatistics, int8_scale, without_massive
 from shared.tasks import HiddenCodec
 from student_train.config import TrainConfig
-from student_train.run.trainer import run as train
+from student_train.run.run import run as train
 from teacher_cache.config import CaptureConfig
 from teacher_cache.job.run import run as capture
 from teacher_cache.tools.inspect import summary

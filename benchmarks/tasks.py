@@ -40,7 +40,7 @@ from shared.errors import TeacherCacheError
 from shared.tasks import TaskName
 from student_train.config import EvaluateConfig, TrainConfig
 from student_train.evaluate.evaluate import run as evaluate_run
-from student_train.run.trainer import run as train_run
+from student_train.run.run import run as train_run
 from teacher_cache.config import CaptureConfig
 from teacher_cache.job.run import run as capture_run
 

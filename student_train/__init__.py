@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shared.cache import open_cache
     from student_train.data.stream import BatchStream
-    from student_train.loss.objective import Objective, attach
+    from student_train.loss.attachment import attach
+    from student_train.loss.objective import Objective
     from student_train.run.trainer import DistillTrainer
 
 __all__ = ["BatchStream", "DistillTrainer", "Objective", "attach", "open_cache"]
@@ -16,7 +17,7 @@ _HOMES = {
     "BatchStream": "student_train.data.stream",
     "DistillTrainer": "student_train.run.trainer",
     "Objective": "student_train.loss.objective",
-    "attach": "student_train.loss.objective",
+    "attach": "student_train.loss.attachment",
     "open_cache": "shared.cache",
 }
 

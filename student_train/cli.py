@@ -43,7 +43,7 @@ def run_command(config: TrainConfig) -> None:
         train-student run --student Qwen/Qwen3-0.6B --cache cache --out distilled
     """
     stop = stop_until_exit()  # the next import takes seconds
-    from student_train.run.trainer import run_stoppable
+    from student_train.run.run import run_stoppable
 
     result = run_stoppable(config, stop)
     if "validation" in result:
@@ -81,7 +81,8 @@ def evaluate_command(config: EvaluateConfig) -> None:
 def compare_command(config: CompareConfig) -> None:
     """Puts many students of one cache side by side."""
     from student_train.compare.page import write_html
-    from student_train.compare.report import as_json, compare, table
+    from student_train.compare.report import compare
+    from student_train.compare.table import as_json, table
 
     comparison = compare(config)
     typer.echo(as_json(comparison) if config.json else table(comparison))

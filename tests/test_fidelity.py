@@ -20,7 +20,7 @@ import fidelity_students as students  # noqa: E402
 from shared.cache import open_cache  # noqa: E402
 from student_train.data.order import Order, OrderSpec  # noqa: E402
 from student_train.data.stream import BatchStream, StreamSpec  # noqa: E402
-from student_train.loss.objective import attach  # noqa: E402
+from student_train.loss.attachment import attach  # noqa: E402
 from student_train.student.build import build_student  # noqa: E402
 
 CE, FULL = [5.1, 5.3, 5.0, 5.2, 5.15], [4.9, 5.05, 4.82, 4.97, 4.93]

@@ -58,7 +58,7 @@ def test_caches_that_do_not_fit_are_refused(capture, cache_dir):
 
 def test_training_sees_the_rows_of_both_and_resumes_on_both(capture, student_config_dir, tmp_path):
     from student_train.config import TrainConfig
-    from student_train.run.trainer import run
+    from student_train.run.run import run
 
     old = capture(split="train[:60%]")
     new = capture(split="train[60%:]", like=old, max_length=1024)

@@ -1253,7 +1253,7 @@ STATES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"]
 def stopped(pristine, student_config_dir, tmp_path_factory):
     """A run of two steps with a checkpoint, and how to go on with it."""
     from student_train.config import TrainConfig
-    from student_train.run.trainer import run
+    from student_train.run.run import run
 
     def go_on(out, steps):
         config = TrainConfig(

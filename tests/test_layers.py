@@ -111,6 +111,7 @@ LIGHT = [
     "shared.format.manifest_file",
     "shared.format.writer",
     "student_train.compare.report",
+    "student_train.compare.table",
     "teacher_cache.tools.report",
 ]
 

@@ -22,9 +22,10 @@ from student_train.config import EvaluateConfig, ExportConfig, TrainConfig
 from student_train.data.cache_set import CacheSet
 from student_train.evaluate.evaluate import run as evaluate
 from student_train.export.export import run as export
-from student_train.loss.objective import Objective, attach
+from student_train.loss.attachment import attach
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
-from student_train.run.trainer import run as train
+from student_train.run.run import run as train
 from student_train.student.build import build_student
 from student_train.tasks.table import task_of
 from teacher_cache.config import CheckConfig, InspectConfig, PlanConfig
@@ -36,7 +37,7 @@ from teacher_cache.tools.report import inspect_text
 from tests import plain_reader
 from tests.conftest import WORDS
 from tests.output_caches import HF, SCORES, TOPICS, bert, capture, make_tokenizer, save_teacher
-from tests.student_train.test_objective import batches, sequences
+from tests.student_train.loss.test_attachment import batches, sequences
 
 TAGS = ("O", "B-thing", "I-thing")
 KINDS = ("single_label", "multi_label", "regression", "tags")

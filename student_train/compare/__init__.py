@@ -1,1 +1,4 @@
-"""Runs side by side: table and page."""
+"""Runs side by side: table and page.
+
+A single student on a cache is evaluate/.
+"""

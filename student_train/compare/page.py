@@ -1,13 +1,15 @@
 """`train-student compare --html`: the table, held-out numbers before and after, training loss."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from shared.pages import drawing
 from shared.pages.drawing import Axis, Chart, Series
 from shared.pages.pages import write_page
-from student_train.compare.report import Comparison, Line, notes, rows
+from student_train.compare.report import Comparison, Line
+from student_train.compare.table import notes, rows
 from student_train.metrics.names import TITLES
 
 _COLOURS = 6  # of charts.html
@@ -36,8 +38,8 @@ def write_html(comparison: Comparison, path: Path) -> None:
 
 def _strip(lines: Sequence[Line], name: str, title: str) -> dict[str, Any]:
     """One number of every model on a common scale, places in percent of its width."""
-    values = [getattr(line.numbers, name) for line in lines]
-    befores = [None if line.before is None else getattr(line.before, name) for line in lines]
+    values = [asdict(line.numbers)[name] for line in lines]
+    befores = [None if line.before is None else asdict(line.before)[name] for line in lines]
     ends = [_ends(line, name) for line in lines]
     known = [v for v in (*values, *befores, *(e for both in ends for e in both)) if v is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)
@@ -60,9 +62,9 @@ def _strip(lines: Sequence[Line], name: str, title: str) -> dict[str, Any]:
 
 
 def _ends(line: Line, name: str) -> tuple[float | None, float | None]:
-    """Of the interval of a run's metric, or one standard deviation over seeds."""
-    value = getattr(line.numbers, name)
-    spread = None if line.deviation is None else getattr(line.deviation, name)
+    """The ends of the interval of a run's metric, or of one standard deviation over seeds."""
+    value = asdict(line.numbers)[name]
+    spread = None if line.deviation is None else asdict(line.deviation)[name]
     if value is not None and spread is not None:
         return value - spread, value + spread
     if name != "metric":

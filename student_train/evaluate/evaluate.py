@@ -20,7 +20,8 @@ from student_train.data.stream import BatchStream, StreamSpec
 from student_train.evaluate.details import Details
 from student_train.evaluate.page import write_evaluation
 from student_train.evaluate.writing import Writing, check_writes, written_numbers
-from student_train.loss.objective import Objective, attach
+from student_train.loss.attachment import attach
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
 from student_train.metrics.texts import require_metrics
 from student_train.student.build import build_student, load_config

@@ -48,7 +48,7 @@ def answers_of_states(
     labels_N: Tensor,
     num_classes: int,
 ) -> dict[str, Tensor]:
-    """As `answers_of_logits`, from the hidden states in front of a linear head."""
+    """What `answers_of_logits` gives, from the hidden states in front of a linear head."""
     return _in_chunks(
         lambda rows: head.logits(states_ND[rows], num_classes), target, labels_N, num_classes
     )
@@ -57,11 +57,11 @@ def answers_of_states(
 def answers_of_logits(
     logits_NV: Tensor, target: SoftTarget | None, labels_N: Tensor, num_classes: int
 ) -> dict[str, Tensor]:
-    """Of each position, [N]:
+    """What the student answers at each position, [N]:
 
     `loss`: -ln of the probability of the label, nats, 0 where there is no label (a negative one);
     `student`, `probability`: the most probable class and how probable it is, at T = 1;
-    with a target that gives probabilities (any but `sample`) also `teacher` and
+    with a target that gives probabilities (not a sample) also `teacher` and
     `teacher_probability`, and `kl`: KL(teacher || student) over its entries and one cell for all
     other classes, nats.
     """
@@ -83,7 +83,7 @@ def _in_chunks(
         rows = slice(first, first + size)
         logits_nC = logits_of(rows).detach().clamp_min(MASKED_LOGIT)
         part = _of_student(logits_nC, labels_N[rows])
-        if target is not None and target.kind != "sample":
+        if target is not None and not target.of_kind.sampled:
             part |= _of_teacher(logits_nC, target.at(rows))
         parts.append(part)
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,38 +1,39 @@
-"""The arithmetic of every loss term: row losses on entries and tail, and hidden-state losses.
+"""The arithmetic of the row losses: soft losses on entries and tail, and what prepares these.
 
 A row loss compares two distributions over the K entries and one last cell, the tail: the student's
 log-probabilities come from `log_cells`, the teacher's from `teacher_cells`. Where those come from
-(chunks of a head, or full logits) is linear_loss.py's matter. Everything here is a pure function.
+(chunks of a head, or full logits) is linear.py's and logits.py's matter. All is pure functions.
 
 Shapes: N positions with a target, K entries of each, E of all, J = K + 1 cells (entries, then
-tail), D hidden, S positions with hidden states, R rows.
+tail).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from shared.errors import ConfigError
-from shared.targets.base import TargetKind
-from student_train.loss.spec import HiddenLoss, LossSpec, SoftLoss
+from shared.targets.base import Kind, TargetKind
+from shared.targets.kinds import KINDS
+from student_train.loss.spec import LossSpec, SoftLoss
 
 LOG_FLOOR = -1e4  # stands for log 0: exp gives exactly 0, and 0 * LOG_FLOOR is 0, not NaN
 MASKED_LOGIT = -1e30  # stands for a logit of -inf, and is below LOG_FLOOR after any normalisation
 MIN_TEMPERED_TAIL = 1e-6  # 1 - sum p of decoded 7-bit values is wrong by about that much
 MIN_REVERSE_LOG_TAIL = -14.0  # the smallest tail the codec stores short of exactly 0
-MIN_RELATIVE_DEVIATION = 1e-2  # a dead channel counts at most 1e4 times the typical one
 
 
 @dataclass(slots=True)
 class SoftTarget:
     """What the teacher says at N positions, all at T = 1; a log-probability of -inf is no entry.
 
-    With `counts` ids and logprobs are [E], the entries of one position after another. In a sample
-    (kind) the logprobs are ln of the weights.
+    With `counts` ids and logprobs are [E], the entries of one position after another. In a
+    sample the logprobs are ln of the weights.
     """
 
     ids: Tensor  # int32 or int64 [N, K]
@@ -48,6 +49,11 @@ class SoftTarget:
         counts = self.counts
         if counts is not None and counts.device.type != "cpu" and self.most_entries is None:
             self.most_entries = int(counts.max()) if len(counts) else 0
+
+    @property
+    def of_kind(self) -> Kind[Any]:
+        """What can be asked of targets of this kind."""
+        return KINDS[self.kind]
 
     def at(self, rows: slice) -> "SoftTarget":
         """The targets of some positions, [n, K]; missing entries are class 0 with -inf."""
@@ -196,66 +202,11 @@ def squared_error(numbers_N: Tensor, wanted_N: Tensor) -> Tensor:
     return (numbers_N - wanted_N).square().sum()
 
 
-def hidden_mse(student_ND: Tensor, teacher_ND: Tensor, deviation_D: Tensor) -> Tensor:
-    """Mean over channels, sum over positions, of the squared error of standardised states.
-
-    deviation_D is the teacher's standard deviation per channel; its mean cancels out. Where all
-    deviations are 0 (a cache of one position) the states are compared as they are.
-    """
-    student_ND, teacher_ND = _wide(student_ND), _wide(teacher_ND)
-    deviation_D = deviation_D.to(student_ND.dtype)
-    typical = deviation_D.square().mean().sqrt()
-    floor = torch.where(typical > 0, MIN_RELATIVE_DEVIATION * typical, 1.0)
-    error_ND = (student_ND - teacher_ND) / torch.maximum(deviation_D, floor)
-    return error_ND.square().mean(dim=-1).sum()
-
-
-def hidden_cosine(student_ND: Tensor, teacher_ND: Tensor, deviation_D: Tensor) -> Tensor:
-    """Sum over positions of 1 - cosine, between the states as they are."""
-    similarity_N = F.cosine_similarity(_wide(student_ND), _wide(teacher_ND), dim=-1)
-    return (1 - similarity_N).sum()
-
-
-def hidden_contrastive(
-    student_SD: Tensor, teacher_SD: Tensor, row_S: Tensor, num_rows: int, temperature: float
-) -> Tensor:
-    """Sum over rows of InfoNCE: which teacher row belongs to this student row? In nats.
-
-    A row is the mean of its states; row_S, int64 below num_rows, says which one a state is of, and
-    a row without states takes no part. With s_r, t_r the student's and the teacher's rows the loss
-    of row r is -log of softmax over r' of cos(s_r, t_r') / temperature, at r' = r (van den Oord et
-    al. 2018, equation 4; in distillation Tian et al. 2020, Sun et al. 2020). The negatives are the
-    other rows of the micro-batch, so its value depends on which rows come together and on how many:
-    other micro-batches are another loss, and one row alone has loss 0.
-    """
-    student_RD, count_R = _pooled(_wide(student_SD), row_S, num_rows)
-    teacher_RD, _ = _pooled(_wide(teacher_SD), row_S, num_rows)
-    there_R = count_R > 0
-    with torch.autocast(student_SD.device.type, enabled=False):  # bfloat16 is off by 0.1 nats
-        similarity_RR = F.normalize(student_RD, dim=-1) @ F.normalize(teacher_RD, dim=-1).T
-    logits_RR = (similarity_RR / temperature).masked_fill(~there_R, MASKED_LOGIT)
-    loss_R = -logits_RR.log_softmax(dim=-1).diagonal()
-    return torch.where(there_R, loss_R, 0.0).sum()
-
-
-def _pooled(states_SD: Tensor, row_S: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """The mean state of each row [R, D], 0 for a row without, and how many states it has [R]."""
-    sum_RD = states_SD.new_zeros(num_rows, states_SD.shape[1]).index_add(0, row_S, states_SD)
-    count_R = torch.bincount(row_S, minlength=num_rows)
-    return sum_RD / count_R.clamp_min(1)[:, None], count_R
-
-
-PER_STATE: dict[HiddenLoss, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "mse": hidden_mse,
-    "cosine": hidden_cosine,
-}
-
-
 def _temper(target: SoftTarget, temperature: float) -> SoftTarget:
     """p_T = p^(1/T) over the partition the cache stored for T; a tail of exactly 0 stays 0."""
     if temperature == 1:
         return target
-    if target.kind == "dense":
+    if target.of_kind.every_temperature:
         logprobs_NC = torch.log_softmax(target.logprobs / temperature, dim=-1)
         return replace(target, logprobs=logprobs_NC)
     if target.log_partition_ratio is None:
@@ -282,8 +233,3 @@ def _tail_to_label(target: SoftTarget, labels_N: Tensor) -> SoftTarget:
 
 def _no_tail(log_tail_N: Tensor) -> Tensor:
     return torch.full_like(log_tail_N, -math.inf)
-
-
-def _wide(states: Tensor) -> Tensor:
-    """bfloat16 and float16 are widened to float32; float32 and float64 stay."""
-    return states if states.dtype == torch.float64 else states.float()

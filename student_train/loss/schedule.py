@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from student_train.loss.objective import Attachment
+    from student_train.loss.attachment import Attachment
 
 ScheduleKind = Literal["constant", "linear", "cosine"]
 

@@ -1,1 +1,4 @@
-"""One training run: the trainer, its folder, checkpoints, logs and signals."""
+"""One training run: the trainer, its folder, checkpoints, logs and signals.
+
+What is learnt is loss/, and by whom is student/.
+"""

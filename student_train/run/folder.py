@@ -89,7 +89,7 @@ class RunFolder:
     def _check_same_caches(
         self, before: Sequence[CacheSnapshot], now: Sequence[CacheSnapshot]
     ) -> None:
-        """The same caches with the same weights, in the same order; they may have moved."""
+        """Refuses other caches, weights or another order than before; caches may have moved."""
         ids, other_ids = ([each.cache_id for each in caches] for caches in (before, now))
         if ids != other_ids:
             raise CacheMismatch(

@@ -22,7 +22,7 @@ from shared.models.tokenizer import load_cached_tokenizer
 from shared.options import load
 from shared.storage.local import LocalStorage
 from student_train.config import TrainConfig
-from student_train.loss.objective import PROJECTIONS
+from student_train.loss.layers import PROJECTIONS
 from student_train.run_files import (
     CONFIG,
     RESULT,

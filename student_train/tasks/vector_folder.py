@@ -14,7 +14,7 @@ from torch import nn
 
 from shared.cache import Cache
 from shared.errors import CacheMismatch, CorruptRun
-from student_train.loss.objective import PROJECTIONS, projection_name
+from student_train.loss.layers import PROJECTIONS, projection_name
 
 _DENSE, _POOLING = "2_Dense", "1_Pooling"
 _MODES = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}

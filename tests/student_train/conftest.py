@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from student_train.config import TrainConfig
-from student_train.run.trainer import run
+from student_train.run.run import run
 
 Train = Callable[..., dict[str, Any]]
 

@@ -17,7 +17,7 @@ from student_train.student.needs import warn_of_same_rows
 from teacher_cache.config import RepackConfig
 from teacher_cache.tools.repack import repack
 from tests.conftest import Capture, llama_config
-from tests.student_train.test_trainer import SignalAt, losses
+from tests.student_train.run.test_trainer import SignalAt, losses
 
 FEW = {"limit_documents": 60, "shard_tokens": 600}
 

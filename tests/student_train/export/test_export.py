@@ -23,7 +23,7 @@ from student_train.evaluate.evaluate import evaluate
 from student_train.export.export import run
 from student_train.export.onnx_files import write_onnx
 from student_train.export.table import table
-from student_train.run.trainer import run as train_run
+from student_train.run.run import run as train_run
 from student_train.student.saved import load_student
 from tests.student_train.label_caches import (
     TAGS,

@@ -13,13 +13,13 @@ from transformers import AutoConfig, BertModel, GPT2Config, LlamaForCausalLM, Ma
 from shared.cache import open_cache
 from shared.errors import ConfigError, Stopped
 from student_train.config import AdapterSpec, TrainConfig
-from student_train.run import trainer
-from student_train.run.trainer import run
+from student_train.run import finish
+from student_train.run.run import run
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, set_dropout
 from tests.conftest import llama_config
 from tests.student_train.label_caches import bert_config, make_rows, make_teacher, write_cache
-from tests.student_train.test_trainer import SignalAt, losses
+from tests.student_train.run.test_trainer import SignalAt, losses
 
 KINDS = ("lora", "dora", "rslora")
 IDS = torch.arange(5, 29).reshape(2, 12)
@@ -74,13 +74,13 @@ def test_every_kind_trains_loads_again_and_merges(
     model, kind, train, students, caches, tmp_path, monkeypatch
 ):
     trained: list[torch.Tensor] = []
-    save = trainer._save
+    save = finish._save
 
     def look_and_save(path: Path, student: Any, cache: Any) -> None:
         trained.append(logits_of(student))
         save(path, student, cache)
 
-    monkeypatch.setattr(trainer, "_save", look_and_save)
+    monkeypatch.setattr(finish, "_save", look_and_save)
     train(model, adapter=kind)
     cache = open_cache(caches[model])
     again = build_student(str(tmp_path / "run"), cache, seed=9)

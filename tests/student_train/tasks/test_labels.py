@@ -24,13 +24,15 @@ from transformers import (
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, Refused, Stopped
 from student_train.cli import _evaluation_text
-from student_train.compare.report import compare, table
+from student_train.compare.report import compare
+from student_train.compare.table import table
 from student_train.config import AdapterSpec, CompareConfig, EvaluateConfig, TrainConfig
 from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
-from student_train.loss.objective import Objective, attach
+from student_train.loss.attachment import attach
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
-from student_train.run.trainer import run
+from student_train.run.run import run
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, load_config
 from student_train.student.fit import check_fit
@@ -46,8 +48,8 @@ from tests.student_train.label_caches import (
     make_teacher,
     write_cache,
 )
-from tests.student_train.test_objective import batches
-from tests.student_train.test_trainer import SignalAt, losses, weights
+from tests.student_train.loss.test_attachment import batches
+from tests.student_train.run.test_trainer import SignalAt, losses, weights
 
 TASKS = list(LABELS)
 ROWS = 150

@@ -15,7 +15,8 @@ from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError
 from student_train.cli import _evaluation_text
 from student_train.compare.page import write_html
-from student_train.compare.report import compare, table
+from student_train.compare.report import compare
+from student_train.compare.table import table
 from student_train.config import CompareConfig, EvaluateConfig, ExportConfig, TrainConfig
 from student_train.data.cache_set import CacheSet
 from student_train.data.ensemble import Ensemble
@@ -23,9 +24,10 @@ from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
 from student_train.export.export import run as run_export
 from student_train.export.table import table as export_table
-from student_train.loss.objective import Objective, attach
+from student_train.loss.attachment import attach
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
-from student_train.run.trainer import run
+from student_train.run.run import run
 from student_train.student.build import build_student
 from student_train.tasks.table import task_of
 from tests.output_caches import (
@@ -40,7 +42,7 @@ from tests.output_caches import (
     save_teacher,
     write_corpus,
 )
-from tests.student_train.test_objective import batches
+from tests.student_train.loss.test_attachment import batches
 
 PROBLEMS = ("multi_label", "regression")
 

@@ -12,16 +12,18 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, ConfigError
 from student_train.cli import _evaluation_text
-from student_train.compare.report import compare, table
+from student_train.compare.report import compare
+from student_train.compare.table import table
 from student_train.config import AdapterSpec, CompareConfig, EvaluateConfig, TrainConfig
 from student_train.data.arrange import PAIRS
 from student_train.data.collate import Counts, Shape, columns_of, without_rows
 from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
 from student_train.evaluate.writing import Writing, sources_of, write
-from student_train.loss.objective import Objective, attach
+from student_train.loss.attachment import attach
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
-from student_train.run.trainer import run
+from student_train.run.run import run
 from student_train.student.adapters import add_adapters
 from student_train.student.build import build_student, load_config
 from student_train.student.fit import check_fit
@@ -38,7 +40,7 @@ from tests.seq2seq import (
     make_tokenizer,
     sides,
 )
-from tests.student_train.test_objective import batches
+from tests.student_train.loss.test_attachment import batches
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {"hidden_layers": (-1, 0)},

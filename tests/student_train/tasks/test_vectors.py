@@ -15,18 +15,21 @@ from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, Refused
 from shared.models.pooling import pooled
 from student_train.cli import _evaluation_text
-from student_train.compare.report import compare, table
+from student_train.compare.report import compare
+from student_train.compare.table import table
 from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
 from student_train.data.cache_set import CacheSet
 from student_train.data.ensemble import Ensemble
 from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
-from student_train.loss.objective import PROJECTIONS, Objective, attach
+from student_train.loss.attachment import attach
+from student_train.loss.layers import PROJECTIONS
+from student_train.loss.objective import Objective
 from student_train.loss.outputs import STATES
 from student_train.loss.spec import LossSpec
 from student_train.metrics.names import TITLES
 from student_train.metrics.vectors import nearest_agreement, similarity_correlation
-from student_train.run.trainer import run as train
+from student_train.run.run import run as train
 from student_train.student.build import build_student
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
 from teacher_cache.job.run import run
@@ -35,7 +38,7 @@ from teacher_cache.tools.inspect import inspect
 from teacher_cache.tools.pages import write_inspection
 from teacher_cache.tools.plan import estimate
 from teacher_cache.tools.report import check_text, estimate_text, inspect_text
-from tests.student_train.test_objective import batches
+from tests.student_train.loss.test_attachment import batches
 from tests.teacher_cache.tasks.test_masked import bert_config, tokenizer_of
 
 POOLINGS = ("mean", "cls", "last", "none")

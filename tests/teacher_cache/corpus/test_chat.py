@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shared.cache import open_cache
 from shared.errors import CorpusError
 from student_train.config import TrainConfig
-from student_train.run.trainer import run as train
+from student_train.run.run import run as train
 from teacher_cache.config import CaptureConfig, CheckConfig
 from teacher_cache.corpus.chat import encode_conversation, encode_exchange
 from teacher_cache.corpus.documents import Conversation, Exchange

@@ -19,9 +19,10 @@ from transformers import (
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError
 from student_train.config import TrainConfig
-from student_train.loss.objective import Objective, attach
+from student_train.loss.attachment import attach
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
-from student_train.run.trainer import run as train
+from student_train.run.run import run as train
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig
 from teacher_cache.corpus.documents import Labelled, Tagged
 from teacher_cache.corpus.sources import open_corpus
@@ -31,7 +32,7 @@ from teacher_cache.tools.check.check import check
 from teacher_cache.tools.inspect import inspect
 from teacher_cache.tools.report import inspect_text
 from tests.conftest import WORDS
-from tests.student_train.test_objective import batches
+from tests.student_train.loss.test_attachment import batches
 
 TAGS = ("O", "B-thing", "I-thing")
 CLASSES = ("calm", "loud", "odd", "plain")

@@ -27,13 +27,16 @@ from shared.errors import CacheMismatch, ConfigError, Refused
 from shared.format.manifest import rows_id
 from shared.models.limits import most_tokens
 from student_train.cli import _evaluation_text
-from student_train.compare.report import compare, table
+from student_train.compare.report import compare
+from student_train.compare.table import table
 from student_train.config import CompareConfig, EvaluateConfig, TrainConfig
 from student_train.evaluate.evaluate import evaluate
 from student_train.evaluate.evaluate import run as run_evaluate
-from student_train.loss.objective import Objective, attach, probe_head
+from student_train.loss.attachment import attach
+from student_train.loss.head import probe_head
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
-from student_train.run.trainer import run as train
+from student_train.run.run import run as train
 from student_train.student.build import load_config
 from student_train.student.fit import check_fit
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
@@ -46,7 +49,7 @@ from teacher_cache.tools.check.check import check
 from teacher_cache.tools.inspect import inspect
 from teacher_cache.tools.plan import estimate
 from teacher_cache.tools.report import inspect_text
-from tests.student_train.test_objective import batches
+from tests.student_train.loss.test_attachment import batches
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CLS, SEP, MASK = 2, 3, 4

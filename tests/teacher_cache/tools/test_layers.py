@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from shared.errors import ConfigError, Refused
 from student_train.config import TrainConfig
-from student_train.run.trainer import run as train
+from student_train.run.run import run as train
 from teacher_cache.config import StudentConfig
 from teacher_cache.tools.layers import run
 from tests.conftest import llama_config

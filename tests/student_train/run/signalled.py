@@ -1,7 +1,7 @@
 """Runs of `train-student run` in forks, one or two ranks each, that get signals at known places.
 
-python -m tests.student_train.signalled PLAN         runs one after another; writes how they ended
-torchrun ... -m tests.student_train.signalled PLAN   one run: this rank of it, whose end it notes
+python -m tests.student_train.run.signalled PLAN        runs one after another; writes how they end
+torchrun ... -m tests.student_train.run.signalled PLAN  one run: this rank of it, whose end it notes
 
 A rank that is to be signalled waits at its place until the file `sent-RANK` says that it was.
 """
@@ -18,10 +18,9 @@ from types import FrameType
 from typing import Any
 
 from student_train import cli
-from student_train.run import (
-    callbacks,
-    trainer,  # what a run imports
-)
+from student_train.run import assemble, callbacks, trainer
+from student_train.run import run as run_module  # and so all that a run imports
+from student_train.run.folder import RunFolder
 
 
 def wait_for(path: Path) -> None:
@@ -66,7 +65,7 @@ def arm(run: dict[str, Any], rank: int) -> None:
     """`hold`: rank -> step to be signalled at, 0: before the first; `own`: places that signal."""
     folder, step = Path(run["folder"]), run["hold"].get(str(rank))
     if step == 0:
-        before(trainer, "build_student", lambda: hold(folder, rank))
+        before(assemble, "build_student", lambda: hold(folder, rank))
     elif step is not None:
         on_step_end = callbacks.StopOnSignal.on_step_end
 
@@ -79,8 +78,8 @@ def arm(run: dict[str, Any], rank: int) -> None:
     places = {
         "save": (trainer.DistillTrainer, "_save_optimizer_and_scheduler"),
         "train-end": (trainer.DistillTrainer, "_finalize_training"),
-        "finish": (trainer, "_finish"),
-        "result": (trainer.RunFolder, "save_result"),
+        "finish": (run_module, "finish"),
+        "result": (RunFolder, "save_result"),
     }
     for name in run["own"]:
         if name == "exit":

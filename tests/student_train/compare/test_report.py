@@ -10,7 +10,8 @@ import pytest
 from shared.errors import CacheMismatch, CorruptRun, IncompleteCache
 from shared.options import write_resolved
 from student_train.compare.page import write_html
-from student_train.compare.report import as_json, compare, table
+from student_train.compare.report import compare
+from student_train.compare.table import as_json, table
 from student_train.config import CompareConfig, TrainConfig
 
 

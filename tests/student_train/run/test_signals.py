@@ -11,10 +11,10 @@ import pytest
 
 from shared.options import main
 from student_train.cli import app
-from tests.student_train.signalled import send, wait_for
-from tests.student_train.test_trainer import SignalAt, losses, weights
+from tests.student_train.run.signalled import send, wait_for
+from tests.student_train.run.test_trainer import SignalAt, losses, weights
 
-MODULE = "tests.student_train.signalled"
+MODULE = "tests.student_train.run.signalled"
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+)
 
 from shared.cache import Cache, open_cache
+from shared.errors import ConfigError
 from student_train.data.cache_set import CacheSet
 from student_train.data.order import Order, OrderSpec
 from student_train.data.stream import BatchStream, StreamSpec
 from student_train.evaluate.evaluate import evaluate
-from student_train.loss.objective import Objective, attach, probe_head
+from student_train.loss.attachment import attach
+from student_train.loss.head import probe_head
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
 from student_train.tasks.table import task_of
 from tests.conftest import llama_config
@@ -433,3 +442,42 @@ def test_a_cached_teacher_trains_as_one_in_the_loop(teacher, cache_dir):
     # Steps add what their targets were rounded by.
     torch.testing.assert_close(cached, live, rtol=0, atol=2e-3)
     torch.testing.assert_close(cached_head, live_head, rtol=0, atol=2e-3)
+
+
+def test_the_answers_of_a_head_with_an_offset_are_those_of_its_own_logits():
+    """BART adds a bias to its logits that is no part of its head."""
+    config = BartConfig(
+        vocab_size=60,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(0)
+    student = BartForConditionalGeneration(config).eval()
+    student.final_logits_bias.copy_(3 * torch.randn(1, 60))
+    ids = torch.randint(3, 60, (2, 5))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+    logits = student(**inputs).logits.flatten(0, 1)[[1, 7]].detach()
+    labels = torch.tensor([4, 9])
+    attach(student, objective(num_classes=60, with_answers=True))
+    output = student(
+        **inputs,
+        position_index=torch.tensor([1, 7]),
+        labels=labels,
+        num_positions=torch.tensor(2),
+        num_labels=torch.tensor(2),
+    )
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(output["answers.loss"], expected)
+    torch.testing.assert_close(output["answers.loss"].sum(), output["hard"])
+    assert torch.equal(output["answers.student"], logits.argmax(1))
+
+
+def test_an_objective_of_an_unknown_kind_is_refused():
+    with pytest.raises(ConfigError, match="found 'top-k', expected one of topk, adaptive"):
+        objective(target_kind="top-k")

@@ -14,7 +14,7 @@ from student_train.config import TrainConfig
 from student_train.data.cache_set import CacheSet
 from student_train.run.arguments import refuse_what_breaks
 from tests.student_train.label_caches import make_rows, make_teacher, write_cache
-from tests.student_train.two_ranks import (
+from tests.student_train.run.two_ranks import (
     CASES,
     first_batch,
     half_labelled_batch,
@@ -52,7 +52,7 @@ def ranks(cache_dir, tags_dir, untagged_dir, tmp_path_factory):
         "--nproc-per-node",
         "2",
     ]
-    command += ["-m", "tests.student_train.two_ranks"]
+    command += ["-m", "tests.student_train.run.two_ranks"]
     command += list(map(str, (cache_dir, tags_dir, untagged_dir, out)))
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

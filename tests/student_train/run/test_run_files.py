@@ -10,7 +10,7 @@ from shared.errors import CorruptRun, TeacherCacheError
 from student_train.compare.report import compare
 from student_train.config import CompareConfig
 from student_train.run.folder import RunFolder
-from tests.student_train.test_trainer import losses
+from tests.student_train.run.test_trainer import losses
 
 JUNK = b"\x80\x04\x95\xff\xfe\x00binary"
 

@@ -11,7 +11,7 @@ from shared.errors import CacheMismatch, ConfigError, Stopped
 from student_train.config import TrainConfig
 from student_train.loss.schedule import LossSchedule
 from tests.conftest import Capture
-from tests.student_train.test_trainer import SignalAt, losses
+from tests.student_train.run.test_trainer import SignalAt, losses
 
 
 @pytest.fixture(scope="module")

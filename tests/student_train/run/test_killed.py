@@ -5,15 +5,15 @@ import signal
 import subprocess
 import sys
 
-from tests.student_train.test_trainer import losses, weights
+from tests.student_train.run.test_trainer import losses, weights
 
 # Imports the command once, then runs it in a fork for every place in the list, where it kills
 # itself as `kill -9` does; None: nowhere. Prints how each ended.
 _KILLED = """
 import json, os, signal, sys
 from student_train import cli
-from student_train.run import callbacks
-from student_train.run import trainer  # what a run imports
+from student_train.run import callbacks, trainer
+from student_train.run import run  # and so all that it imports
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from shared.errors import CorruptCache, CorruptRun, TeacherCacheError
 from student_train.run.checkpoints import check
-from tests.student_train.test_trainer import losses
+from tests.student_train.run.test_trainer import losses
 
 OPTIONS = {"save_every": 2, "scheduler": "constant", "warmup_ratio": 0.0}
 FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "model.safetensors"]

@@ -10,9 +10,9 @@ import torch
 from shared.cache import open_cache
 from shared.errors import Stopped
 from student_train.evaluate.evaluate import evaluate
-from student_train.run import trainer
+from student_train.run import finish
 from student_train.student.build import build_student
-from tests.student_train.test_trainer import SignalAt, losses, weights
+from tests.student_train.run.test_trainer import SignalAt, losses, weights
 
 
 def eval_steps(run: Path) -> list[int]:
@@ -39,7 +39,7 @@ def test_looking_first_changes_no_step(train, cache_dir, tmp_path, monkeypatch):
         looked.append(torch.rand(3))
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(trainer, "evaluate", draw)
+    monkeypatch.setattr(finish, "evaluate", draw)
     train(out=tmp_path / "looked", validation_cache=cache_dir)
     train(out=tmp_path / "plain")
     assert len(looked) == 2  # before, and at the end

@@ -15,7 +15,8 @@ from shared.errors import CacheMismatch, ConfigError
 from shared.options import load
 from shared.tasks import TASKS
 from student_train.config import TrainConfig
-from student_train.run.trainer import run, with_numbers
+from student_train.run.assemble import with_numbers
+from student_train.run.run import run
 from student_train.tasks.table import STUDENT_TASKS
 from tests.student_train.label_caches import bert_config, make_rows, make_teacher, write_cache
 

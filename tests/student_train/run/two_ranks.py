@@ -1,6 +1,6 @@
 """One step of a student with its loss attached, on as many gloo ranks as this is started on.
 
-torchrun --standalone --nproc-per-node 2 -m tests.student_train.two_ranks CACHE TAGS UNTAGGED OUT
+torchrun --standalone --nproc-per-node 2 -m tests.student_train.run.two_ranks CACHE TAGS PLAIN OUT
 """
 
 import json
@@ -23,7 +23,8 @@ from student_train.data.cache_set import CacheSet
 from student_train.data.order import Order, OrderSpec
 from student_train.data.stream import BatchStream, StreamSpec
 from student_train.evaluate.evaluate import evaluate
-from student_train.loss.objective import Objective, attach
+from student_train.loss.attachment import attach
+from student_train.loss.objective import Objective
 from student_train.loss.spec import LossSpec
 from tests.conftest import llama_config
 from tests.student_train.label_caches import TAGS, bert_config, make_teacher

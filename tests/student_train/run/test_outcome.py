@@ -7,10 +7,10 @@ import pytest
 from shared.errors import CorruptRun, IncompleteCache, Refused, Stopped, TeacherCacheError
 from shared.options import main
 from student_train.cli import app
-from student_train.run import trainer
+from student_train.run import run as run_module
 from student_train.run.folder import RunFolder
-from student_train.run.outcome import status
-from tests.student_train.test_trainer import SignalAt
+from student_train.run.outcome import RunRecord, status
+from tests.student_train.run.test_trainer import SignalAt
 
 
 def test_a_run_that_was_stopped_is_to_be_run_again_and_is_finished_then(
@@ -31,7 +31,7 @@ def test_a_run_that_was_stopped_is_to_be_run_again_and_is_finished_then(
 def test_a_run_that_failed_says_why(train, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train_or_stop", lambda *arguments: 1 / 0)
+        patch.setattr(run_module, "train_or_stop", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(max_steps=1)
     found = status(run)
@@ -67,7 +67,7 @@ def test_a_run_that_was_killed_is_to_be_run_again(train, tmp_path, monkeypatch):
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train_or_stop", killed)
+        patch.setattr(run_module, "train_or_stop", killed)
         with pytest.raises(KeyboardInterrupt):
             train(max_steps=1)
     found = status(run)
@@ -95,12 +95,12 @@ def test_the_failure_of_the_first_rank_stays(train, tmp_path, monkeypatch):
         for reason in ("memory ran out", "connection closed by peer"):
             with (
                 pytest.raises(RuntimeError),
-                trainer.RunRecord(RunFolder(tmp_path / "run").storage, main_process=False),
+                RunRecord(RunFolder(tmp_path / "run").storage, main_process=False),
             ):
                 raise RuntimeError(reason)
         raise RuntimeError("connection closed by peer")
 
-    monkeypatch.setattr(trainer, "train_or_stop", fail)
+    monkeypatch.setattr(run_module, "train_or_stop", fail)
     with pytest.raises(RuntimeError):
         train(max_steps=1)
     assert status(tmp_path / "run").message == "RuntimeError: memory ran out"
