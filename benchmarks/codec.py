@@ -40,10 +40,9 @@ from safetensors import safe_open
 from shared.format import frames
 from shared.format.schema import MIN_BLOCK_POSITIONS
 from shared.targets.base import TargetKind
-from shared.targets.kinds import RAGGED_KINDS
-from shared.targets.ragged import MAX_ENTRIES
+from shared.targets.kinds import KINDS
+from shared.targets.ragged import MAX_ENTRIES, RANGE_BEYOND, drawn_logprob
 from shared.targets.record import ClassRanks, Target
-from shared.targets.sample import RANGE_BEYOND, drawn_logprob
 from shared.targets.spec import TargetSpec
 from teacher_cache.select.kinds import SELECTORS
 
@@ -81,7 +80,8 @@ def main() -> None:
                 for rows in args.rows:
                     results.append(measure(sample, spec, rows, args.repeats))
                     print(table_line(results[-1]), file=sys.stderr)
-        for entries, kind in itertools.product(args.mean_entries, RAGGED_KINDS):
+        ragged = [name for name, kind in KINDS.items() if kind.ragged]
+        for entries, kind in itertools.product(args.mean_entries, ragged):
             spec = ragged_spec(sample, kind, entries)
             for rows in args.rows:
                 results.append(measure_ragged(sample, spec, rows, args.repeats))

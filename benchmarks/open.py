@@ -26,7 +26,7 @@ from shared.format import manifest_file
 from shared.format.commits import commit_name, shard_name
 from shared.format.schema import MIN_BLOCK_POSITIONS
 from shared.format.writer import ShardWriter, encode_block
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from shared.targets.record import ClassRanks
 
 

@@ -46,7 +46,7 @@ from shared.format.manifest import (
 )
 from shared.format.schema import MIN_BLOCK_POSITIONS, columns_of
 from shared.format.writer import ShardWriter, encode_block
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from shared.targets.record import ClassRanks, Target
 from shared.targets.spec import TargetSpec
 from student_train.data.order import Order, OrderSpec

@@ -28,7 +28,8 @@ from shared.format.limits import MAX_SHARD_ROWS
 from shared.format.manifest import Manifest
 from shared.format.reader import ShardReader, empty_block
 from shared.rows import BlockRows, Row
-from shared.storage import LocalStorage, Storage
+from shared.storage.base import Storage
+from shared.storage.local import LocalStorage
 from shared.targets.hidden import ChannelScale, ChannelScales
 from shared.targets.record import ClassRanks
 

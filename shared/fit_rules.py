@@ -74,7 +74,7 @@ SAME, FREE = Rule(), None
 
 def _of_states(ours: Side, theirs: Side) -> bool:
     """Elsewhere no held-out state is looked at."""
-    return TASKS[ours.manifest.task].target_space == "states"
+    return TASKS[ours.manifest.task].keeps_states
 
 
 def _ends_in_eos(ours: Side, theirs: Side) -> bool:
@@ -155,12 +155,12 @@ def has_model(student: Student, cache: Side) -> str | None:
     task = TASKS[name]
     if name in student.tasks:
         return None
-    if task.layout == "pair":
+    if cache.manifest.layout.has_decoder:
         return (
             f"a model of type {student.model_type} is no encoder-decoder, which {cache.name} was "
             "cached for. Use a T5, BART, Marian or the like."
         )
-    if task.target_space in ("labels", "tokens"):
+    if not task.over_vocabulary:
         return (
             f"transformers has no model of type {student.model_type} for {name}, the task of "
             f"{cache.name}. Use a student that {task.auto_class} can load."
@@ -169,8 +169,8 @@ def has_model(student: Student, cache: Side) -> str | None:
 
 
 def knows_tokens(student: Student, cache: Side) -> str | None:
-    space, num_ids = TASKS[cache.manifest.task].target_space, cache.manifest.tokenizer.num_ids
-    if space not in ("labels", "tokens") or (student.num_tokens or num_ids) >= num_ids:
+    task, num_ids = TASKS[cache.manifest.task], cache.manifest.tokenizer.num_ids
+    if task.over_vocabulary or (student.num_tokens or num_ids) >= num_ids:
         return None  # over a vocabulary the classes are compared
     return (
         f"it knows {student.num_tokens:,} tokens, but the rows of {cache.name} are made of "
@@ -179,8 +179,8 @@ def knows_tokens(student: Student, cache: Side) -> str | None:
 
 
 def is_wide_enough(student: Student, cache: Side) -> str | None:
-    space, classes = TASKS[cache.manifest.task].target_space, cache.manifest.targets.num_classes
-    if space not in ("vocabulary", "states") or (student.num_tokens or classes) >= classes:
+    task, classes = TASKS[cache.manifest.task], cache.manifest.targets.num_classes
+    if not task.over_vocabulary or (student.num_tokens or classes) >= classes:
         return None
     return (
         f"its head has {student.num_tokens:,} classes, but {cache.name} was cached over "
@@ -191,7 +191,8 @@ def is_wide_enough(student: Student, cache: Side) -> str | None:
 
 def has_problem(student: Student, cache: Side) -> str | None:
     wanted = PROBLEM_TYPES[cache.manifest.problem_type]
-    if TASKS[cache.manifest.task].layout != "row" or student.problem_type in (None, wanted):
+    has_type = TASKS[cache.manifest.task].has_problem_type
+    if not has_type or student.problem_type in (None, wanted):
         return None
     return (
         f"its head is for {student.problem_type}, but {cache.name} is of {wanted}. Save its body "
@@ -245,7 +246,7 @@ def reads_tokens(student: Student, cache: Side) -> str | None:
 
 def starts_alike(student: Student, cache: Side) -> str | None:
     own, cached = student.decoder_start, cache.manifest.preprocessing.decoder_start
-    if TASKS[cache.manifest.task].layout != "pair" or own in (None, cached):
+    if not cache.manifest.layout.has_decoder or own in (None, cached):
         return None
     return (
         f"its decoder starts from token {own}, but the targets of {cache.name} start from "

@@ -3,7 +3,7 @@
 Rows are built in stage one and metrics live in stage two; both read the task from the manifest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -62,6 +62,7 @@ class Task:
     has no label and only what a teacher says of it is learnt. `sources`: of which ones, where the
     teacher writes what is learnt (--generate), so that a corpus need not have the answers.
     `has_problem_type`: whether its labels may be anything else than one of several (`PROBLEMS`).
+    `masks`: whether some tokens of a row are hidden, and these are what is asked for.
     """
 
     target_space: Literal["vocabulary", "labels", "tokens", "states"]
@@ -72,11 +73,27 @@ class Task:
     unlabelled: tuple[tuple[str, ...], ...] = ()
     sources: tuple[tuple[str, ...], ...] = ()
     has_problem_type: bool = False
+    masks: bool = False
 
     @property
     def named_classes(self) -> bool:
         """Whether classes are the labels that a manifest names."""
         return self.target_space == "labels"
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether hidden states are what is learnt, and there are no targets."""
+        return self.target_space == "states"
+
+    @property
+    def over_vocabulary(self) -> bool:
+        """Whether a model's own head, over its vocabulary, is what is learnt, or no head at all."""
+        return self.target_space in ("vocabulary", "states")
+
+    @property
+    def is_written(self) -> bool:
+        """Whether a teacher can write what is learnt, before it is cached."""
+        return bool(self.sources)
 
 
 TASKS: dict[TaskName, Task] = {
@@ -93,6 +110,7 @@ TASKS: dict[TaskName, Task] = {
         "AutoModelForMaskedLM",
         layout="tokens",
         ways=(("text",),),
+        masks=True,
     ),
     "seq2seq-lm": Task(
         "vocabulary",
@@ -131,6 +149,13 @@ TASKS: dict[TaskName, Task] = {
         labels="none",
     ),
 }
+
+DEFAULT_TASK: TaskName = next(iter(TASKS))
+
+
+def tasks_where(holds: Callable[[Task], bool]) -> tuple[TaskName, ...]:
+    """The names of the tasks for which something holds, in the order of the table."""
+    return tuple(name for name, task in TASKS.items() if holds(task))
 
 
 def is_unnamed(labels: Sequence[str]) -> bool:

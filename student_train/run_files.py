@@ -14,7 +14,7 @@ from typing import Any, Literal
 from shared.errors import ConfigError, CorruptCache, CorruptRun
 from shared.format.limits import MAX_SHARDS
 from shared.options import load, resolved
-from shared.storage import Storage
+from shared.storage.base import Storage
 from shared.strict import build, parse_json
 from shared.targets.base import Kind
 from shared.targets.kinds import KINDS

@@ -21,12 +21,12 @@ from shared.errors import CorruptCache, TeacherCacheError
 from shared.format import writer as shard_writer
 from shared.format.commits import commit_name, packed_lengths
 from shared.format.reader import ShardReader
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from teacher_cache.config import CleanConfig, InspectConfig, VerifyConfig
 from teacher_cache.tools.inspect import inspect
 from teacher_cache.tools.verify import clean, verify
 from tests.shared.format import test_shards as blocks
-from tests.shared.test_storage import tree
+from tests.shared.storage.test_local import tree
 
 OPTIONS = {
     "temperature": (2.0,),

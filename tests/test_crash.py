@@ -24,10 +24,11 @@ import pytest
 
 import shared
 import teacher_cache
-from shared import open_cache, storage
+from shared import open_cache
 from shared.cache import committed_shards
 from shared.format.commits import commit_name
-from shared.storage import LocalStorage, temporary_files
+from shared.storage import local
+from shared.storage.local import LocalStorage, temporary_files
 from teacher_cache.config import CleanConfig, VerifyConfig
 from teacher_cache.tools.verify import clean, verify
 
@@ -48,7 +49,7 @@ FORK_SERVER = """
 import json, multiprocessing, os, signal, sys
 import datasets, torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
-from shared import storage
+from shared.storage import base
 from shared.format import writer
 from teacher_cache import cli
 from teacher_cache.tools import inspect, verify
@@ -81,7 +82,7 @@ def child(run, barrier):
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     replacement = at_point(run, barrier)
-    original = storage.crash_point
+    original = base.crash_point
     for module in list(sys.modules.values()):
         if getattr(module, "crash_point", None) is original:
             module.crash_point = replacement
@@ -394,7 +395,7 @@ def test_the_first_commit_stays(same_bytes, calm, capture, tmp_path, monkeypatch
             commit.write_bytes(theirs.to_json())
             identity.append(commit.stat().st_ino)
 
-    monkeypatch.setattr(storage, "crash_point", another_is_first)
+    monkeypatch.setattr(local, "crash_point", another_is_first)
     capture(**CAPTURED, out=tmp_path)
     assert [commit.stat().st_ino] == identity
     assert commit.read_bytes() == theirs.to_json()

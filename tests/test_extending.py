@@ -51,8 +51,8 @@ from teacher_cache.tasks.causal import CausalTask
 from teacher_cache.tasks.rows import TrainingRow
 from teacher_cache.tasks.table import TEACHER_TASKS
 from tests.conftest import Capture
+from tests.shared.storage.test_stores import MemoryStore
 from tests.shared.targets.test_kinds import check_round_trip, spec_of
-from tests.shared.test_stores import MemoryStore
 from tests.teacher_cache.engines.toy import ToyEngine
 
 HALF = 2.0**-11  # relative error of an IEEE half

@@ -19,13 +19,14 @@ import xxhash
 from safetensors.numpy import save as save_safetensors
 
 import shared
-from shared import cache, open_cache, storage, strict
+from shared import cache, open_cache, strict
 from shared.errors import CacheMismatch, CorruptCache
 from shared.format import commits, frames, limits, manifest_file, reader
 from shared.format.encoding import to_planes
 from shared.format.schema import COLUMNS, planes_of
 from shared.format.writer import EncodedBlock, ShardWriter, encode_block
-from shared.storage import LocalStorage
+from shared.storage import base
+from shared.storage.local import LocalStorage
 from shared.targets.spec import TargetSpec
 from teacher_cache.config import VerifyConfig
 from teacher_cache.tools import seal
@@ -286,7 +287,7 @@ def test_the_text_states_every_limit_with_its_value():
     stated = {(module, name): int(value.replace(",", "")) for value, module, name in rows}
     actual = {
         (module.__name__.rpartition(".")[2], name): value
-        for module in (storage, strict, manifest_file, limits, commits, reader, cache, seal)
+        for module in (base, strict, manifest_file, limits, commits, reader, cache, seal)
         for name, value in vars(module).items()
         if LIMITS.fullmatch(name) and f"\n{name} = " in inspect.getsource(module)
     }

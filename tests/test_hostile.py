@@ -42,7 +42,7 @@ from shared.format.manifest_file import MANIFEST, MANIFEST_HASH, MAX_MANIFEST_BY
 from shared.format.reader import ShardReader
 from shared.format.schema import planes_of
 from shared.models.tokenizer import load_cached_tokenizer
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from teacher_cache.config import VerifyConfig
 from teacher_cache.tools.verify import verify
 

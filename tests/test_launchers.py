@@ -17,7 +17,7 @@ COMMAND = """
 import os, sys
 from pathlib import Path
 import torch.distributed
-from shared import storage
+from shared.storage import local
 from shared.format import writer
 from teacher_cache import cli
 
@@ -35,7 +35,7 @@ def crash_point(point):
     if (start, seen) == ("0", 2):  # whichever rank is first
         os._exit(9)
 
-storage.crash_point = writer.crash_point = crash_point
+local.crash_point = writer.crash_point = crash_point
 cli.main()
 """
 

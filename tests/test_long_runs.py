@@ -19,7 +19,7 @@ from shared.format import manifest as manifests
 from shared.format.blocks import Block
 from shared.format.schema import MIN_BLOCK_POSITIONS
 from shared.format.writer import ShardWriter, encode_block
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from shared.targets.record import ClassRanks, Target
 from shared.targets.spec import TargetSpec
 from tests.conftest import WORDS
@@ -34,7 +34,8 @@ WATCHED = """
 import json, os, sys, time
 from pathlib import Path
 import torch
-from shared import open_cache, storage
+from shared import open_cache
+from shared.storage import local
 from teacher_cache.config import CaptureConfig
 from teacher_cache.job.run import run
 
@@ -50,7 +51,7 @@ def crash_point(name):
 
 torch.set_num_threads(1)
 shards, passes = [], []
-storage.crash_point = crash_point
+local.crash_point = crash_point
 options = json.loads(sys.argv[1])
 config = CaptureConfig(**options | {"out": Path(options["out"]), "hidden_layers": (-1,)})
 run(config)

@@ -10,7 +10,7 @@ import hashlib
 from shared.errors import CacheMismatch, ConfigError, CorruptCache, IncompleteCache
 from shared.format.limits import problems
 from shared.format.manifest import FORMAT_VERSION, Manifest
-from shared.storage import Storage
+from shared.storage.base import Storage
 from shared.strict import build, parse_json
 
 MANIFEST = "manifest.json"

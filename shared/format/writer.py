@@ -30,7 +30,7 @@ from shared.format.encoding import to_planes
 from shared.format.manifest import FORMAT_VERSION, Manifest
 from shared.format.reader import ShardReader
 from shared.format.schema import planes_of
-from shared.storage import Storage, crash_point, errors_explained
+from shared.storage.base import Storage, crash_point, errors_explained
 from shared.targets.hidden import NO_SCALES, ChannelScales
 from shared.targets.record import ClassRanks
 

@@ -7,7 +7,7 @@ import xxhash
 
 from shared.errors import CorruptCache
 from shared.format.manifest import TokenizerInfo
-from shared.storage import Storage
+from shared.storage.base import Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,11 +24,13 @@ Kept = TypeVar("Kept", Target, Floats)
 class TargetFields:
     """The options of every kind of target, as they stand in a manifest; each kind reads some.
 
+    `kind` is a name in `kinds.KINDS`, which TargetSpec checks; it stands here to be the first.
     `top_k` entries of each position, or `mean_entries` on average and the `threshold` that gives
     them; `value_bits` of each log-probability; `temperatures` whose normalisers are stored. A
     threshold of 0 is one that calibration has still to find.
     """
 
+    kind: TargetKind
     num_classes: int
     top_k: int = 32
     value_bits: ValueBits = 7

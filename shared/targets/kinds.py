@@ -11,10 +11,9 @@ none      hard labels only
 
 from typing import Any
 
-from shared.targets.adaptive import Adaptive
 from shared.targets.base import Kind, TargetKind
 from shared.targets.dense import Dense
-from shared.targets.sample import Sample
+from shared.targets.ragged import Adaptive, Sample
 from shared.targets.topk import TopK
 from shared.targets.values import NoTargets, Values
 
@@ -26,5 +25,3 @@ KINDS: dict[TargetKind, Kind[Any]] = {
     "values": Values(),
     "none": NoTargets(),
 }
-
-RAGGED_KINDS = tuple(name for name, kind in KINDS.items() if kind.ragged)

@@ -1,35 +1,54 @@
-"""Targets whose positions differ in their number of entries: what `adaptive` and `sample` share.
+"""Targets whose positions differ in their number of entries: `adaptive`, `sample`, their base.
 
 Shapes: P positions, E entries of all positions one after another, C classes.
 
 Counts 1 to 255 entries of each position, one byte.
 Ids    Ranks ascend within a position; the gaps between them are kept, as in `topk`.
-Values One code of one or two bytes for each entry, on a scale that is the same for a whole cache.
+Values One code of one or two bytes for each entry, q = rint(M sqrt(drop / R)) with drop = -ln p, on
+       a scale that is the same for a whole cache. At 16 bits, drop in fp16.
+
+adaptive  R is -ln threshold. The decoder scales entries and tail to a sum of 1.
+          Tail: ln(tail / kept mass), 16 bits, as in `topk`.
+sample    R is RANGE_BEYOND nats more than -ln threshold, so that the largest class is kept as it is
+          in flat positions too. Code 0 means drawn: its weight is the threshold. A kept entry has
+          the code 1 + q, with M - 1 in the place of M. 65,535 at 16 bits: drawn. There is no tail.
+          Probabilities are rounded to one of the two nearest codes at random, so that their mean is
+          exact: nearest rounding would be a bias that no number of draws averages out.
 """
 
+import math
 import threading
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from shared.arrays import Plane, join_planes, split_planes
+from shared.arrays import Plane, join_planes, mixed_bits, split_planes
 from shared.errors import ConfigError
 from shared.targets.base import Kind, TargetFields, TargetKind
 from shared.targets.planes import (
+    DRAWN_HALF,
+    LOG_KEPT,
+    LOG_TAIL,
     PlaneShape,
     beyond_classes,
     bits_per_rank,
+    halves,
     id_planes,
     named,
     no_class_left,
+    tail_codes,
 )
 from shared.targets.record import ClassRanks, Floats, Target
 
 MAX_ENTRIES = 255  # of one position: a byte counts them
 LEVELS: dict[int, int] = {7: 127, 8: 255}  # M
+MIN_SPACING = 1 / 254  # of a sample; a smaller one could draw more than MAX_ENTRIES
+RANGE_BEYOND = 3.0  # nats below the spacing that the largest class of a sample may be
+DRAWN = {7: 0, 8: 0, 16: DRAWN_HALF}  # code of a drawn entry
 
 # What a weight of 1 is summed up as, in int64: 255 of them fit, and float32 weights of 2**-30 or
 # more, as every class has that is kept, are whole numbers.
@@ -120,6 +139,143 @@ class RaggedKind(Kind[Target]):
         the tail into `out_P`. `rooms_E` may be written to."""
 
 
+class Adaptive(RaggedKind):
+    """As many of the likeliest classes as reach the threshold, the likeliest always."""
+
+    truncated = True
+
+    def plane_shapes(self, spec: TargetFields) -> Sequence[PlaneShape]:
+        tails = (PlaneShape(f"target_tail.{n}", "position", 1) for n in range(2))
+        return [*super().plane_shapes(spec), *tails]
+
+    def codes(self, target: Target, spec: TargetFields) -> npt.NDArray[Any]:
+        if spec.value_bits == 16:
+            return (-target.logprobs).clip(0).astype(np.float16).view(np.uint16)
+        M = LEVELS[spec.value_bits]
+        root_E = np.sqrt(target.logprobs.clip(max=0) * np.float32(-(M**2) / adaptive_range(spec)))
+        return np.rint(root_E).clip(0, M).astype(np.uint8)
+
+    def tails(self, target: Target, starts: npt.NDArray[np.intp]) -> dict[str, Plane]:
+        log_kept_P = np.log(np.add.reduceat(np.exp(target.logprobs, dtype=np.float64), starts))
+        tail_P = tail_codes(target.log_tail - log_kept_P, target.log_tail)
+        return named("target_tail", split_planes(tail_P, 2))
+
+    def logprobs(self, planes: Mapping[str, Plane], spec: TargetFields) -> Floats:
+        code_E = planes["target_codes.0"]
+        if spec.value_bits == 16:
+            drop_E = halves([code_E, planes["target_codes.1"]])
+            return -drop_E.astype(np.float32)
+        logprobs = code_E.astype(np.float32)  # in a third of the time of looking up
+        logprobs *= logprobs
+        logprobs *= np.float32(-adaptive_range(spec) / LEVELS[spec.value_bits] ** 2)
+        return logprobs
+
+    def scale(
+        self,
+        planes: Mapping[str, Plane],
+        logprobs: Floats,
+        ends: npt.NDArray[np.intp],
+        rooms_E: tuple[Floats, npt.NDArray[np.int64]],
+        *,
+        out_P: Floats,
+    ) -> None:
+        tail_P = join_planes([planes["target_tail.0"], planes["target_tail.1"]], np.uint16)
+        out_P[:] = LOG_TAIL.take(tail_P)
+        weight_E = np.exp(logprobs, out=rooms_E[0])
+        shift_P = LOG_KEPT.take(tail_P) - np.log(_masses(weight_E, ends, rooms_E[1]))
+        logprobs += _spread(shift_P, ends, rooms_E[1])
+
+
+def adaptive_range(spec: TargetFields) -> float:
+    """R of `adaptive`, nats."""
+    return -math.log(spec.threshold)
+
+
+class Sample(RaggedKind):
+    """Entries are weights, whose sums are right on average."""
+
+    sampled = True
+    lowest_threshold = MIN_SPACING
+
+    def check(self, spec: TargetFields) -> None:
+        if spec.temperatures:
+            raise ConfigError(
+                f"temperatures={spec.temperatures}: a sample of p says nothing of p^(1/T). Use "
+                "--targets topk or adaptive where another temperature is wanted."
+            )
+        super().check(spec)
+
+    def codes(self, target: Target, spec: TargetFields) -> npt.NDArray[Any]:
+        """Codes of the mean p: between two codes, each with the probability that its distance
+        gives. A logprob equal to `drawn_logprob` is a drawn entry."""
+        if target.random_bits is None:
+            raise ValueError("target: a sample is rounded at random and needs random_bits")
+        assert target.counts is not None  # `encode` has checked it
+        drop_E = -target.logprobs.clip(max=0).astype(np.float64)
+        first_E = _first_half(drop_E) if spec.value_bits == 16 else _first_code(drop_E, spec)
+        second_E = first_E + first_E.dtype.type(1)
+        high_E, low_E = (_weights(code_E, spec) for code_E in (first_E, second_E))
+        bits_E = mixed_bits(
+            np.repeat(target.random_bits, target.counts), target.ids.astype(np.uint64)
+        )
+        share_E = (bits_E >> np.uint64(11)) * 2.0**-53
+        takes_second_E = share_E * (high_E - low_E) >= np.exp(-drop_E) - low_E
+        code_E = np.where(takes_second_E, second_E, first_E)
+        code_E[target.logprobs == drawn_logprob(spec)] = DRAWN[spec.value_bits]
+        return code_E
+
+    def logprobs(self, planes: Mapping[str, Plane], spec: TargetFields) -> Floats:
+        code_E = planes["target_codes.0"]
+        if spec.value_bits != 16:
+            return _table(spec).take(code_E)
+        drop_E = halves([code_E, planes["target_codes.1"]], drawn=True)
+        logprobs = -drop_E.astype(np.float32)
+        logprobs[np.isnan(logprobs)] = drawn_logprob(spec)
+        return logprobs
+
+
+def sample_range(spec: TargetFields) -> float:
+    """R of `sample`, nats."""
+    return RANGE_BEYOND - math.log(spec.threshold)
+
+
+def drawn_logprob(spec: TargetFields) -> np.float32:
+    """What stands for a drawn entry: ln of its weight."""
+    return np.float32(math.log(spec.threshold))
+
+
+def _first_code(drop_E: npt.NDArray[np.float64], spec: TargetFields) -> npt.NDArray[np.uint8]:
+    """The last code of 1..M - 1 whose drop is not larger."""
+    M = LEVELS[spec.value_bits]
+    place_E = np.floor(np.sqrt(drop_E / sample_range(spec)) * (M - 1))
+    return (1 + place_E.clip(0, M - 2)).astype(np.uint8)
+
+
+def _first_half(drop_E: npt.NDArray[np.float64]) -> npt.NDArray[np.uint16]:
+    """The bits of the largest IEEE half that is not larger; those of the next one are 1 more."""
+    half_E = drop_E.astype(np.float16)
+    return half_E.view(np.uint16) - (half_E > drop_E).astype(np.uint16)
+
+
+def _weights(code_E: npt.NDArray[Any], spec: TargetFields) -> npt.NDArray[np.float64]:
+    """What kept entries of these codes are read as, float64."""
+    if spec.value_bits == 16:
+        return np.exp(-code_E.view(np.float16).astype(np.float64))
+    return np.exp(_table(spec).astype(np.float64)).take(code_E)
+
+
+@lru_cache(maxsize=64)
+def _table(spec: TargetFields) -> Floats:
+    """ln of the weight of each code; f32 [256]."""
+    M, R = LEVELS[spec.value_bits], sample_range(spec)
+    table = -R * ((np.arange(256) - 1) / (M - 1)) ** 2
+    table[0] = drawn_logprob(spec)
+    return table.astype(np.float32)
+
+
+# ---- What both are made of
+
+
 def _check(target: Target, spec: TargetFields) -> None:
     """What a caller can get wrong and no decoder could notice."""
     counts, ids, logprobs = target.counts, target.ids, target.logprobs
@@ -177,7 +333,7 @@ class _Rooms(threading.local):
 _rooms = _Rooms()
 
 
-def masses(weight_E: Floats, ends: npt.NDArray[np.intp], room_E: npt.NDArray[np.int64]) -> Floats:
+def _masses(weight_E: Floats, ends: npt.NDArray[np.intp], room_E: npt.NDArray[np.int64]) -> Floats:
     """Sums of the weights, at most 1 each, of each position [P], exact but for one rounding."""
     np.multiply(weight_E, np.float32(WEIGHT_ONE), out=room_E, casting="unsafe")
     mass_P = _sums(room_E, ends, out_E=room_E)
@@ -200,7 +356,7 @@ def _sums(
     return sum_P
 
 
-def spread(values_P: Floats, ends: npt.NDArray[np.intp], room_E: npt.NDArray[np.int64]) -> Floats:
+def _spread(values_P: Floats, ends: npt.NDArray[np.intp], room_E: npt.NDArray[np.int64]) -> Floats:
     """Each value at every entry of its position, in `room_E`; as np.repeat, but faster.
 
     The bits are summed up, as integers, so they arrive as they are.

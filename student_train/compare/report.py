@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared.errors import CacheMismatch, ConfigError, IncompleteCache
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from student_train.compare.groups import (
     common_name,
     is_baseline,

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch
-from shared.folders import check_free, new_folder
 from shared.models.tokenizer import content_hash
+from shared.storage.folders import check_free, new_folder
 from student_train.config import ExportConfig, ExportFormat
 from student_train.export.check import (
     Check,

@@ -10,7 +10,7 @@ from transformers import EarlyStoppingCallback, PretrainedConfig
 from shared.cache import Cache
 from shared.errors import ConfigError
 from shared.format import manifest_file
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from student_train.architecture import trunk_parts
 from student_train.config import TrainConfig
 from student_train.data.cache_set import Source

@@ -18,7 +18,7 @@ from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from shared.errors import CorruptRun
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from shared.strict import build, parse_json
 
 _STATE = "trainer_state.json"  # written last

@@ -20,7 +20,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import CacheMismatch, CorruptCache, CorruptRun
 from shared.format.manifest import differences
 from shared.options import resolved, write_resolved
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from student_train.config import TrainConfig
 from student_train.data.cache_set import CacheSet, Source
 from student_train.data.ensemble import Ensemble

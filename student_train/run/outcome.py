@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from shared.errors import IncompleteCache, Stopped, TeacherCacheError
-from shared.storage import LocalStorage, Storage
+from shared.storage.base import Storage
+from shared.storage.local import LocalStorage
 from student_train.run_files import (
     RESULT,
     SNAPSHOT,

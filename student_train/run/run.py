@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from shared.cache import Cache, open_cache
 from shared.signals import StopRequest, stop_on_signals
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from student_train.config import TrainConfig
 from student_train.data.cache_set import Source
 from student_train.data.order import Order, OrderSpec

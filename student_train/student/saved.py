@@ -20,7 +20,7 @@ from shared.cache import Cache, open_cache
 from shared.errors import ConfigError, IncompleteCache, Refused
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.options import load
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from student_train.config import TrainConfig
 from student_train.loss.layers import PROJECTIONS
 from student_train.run_files import (

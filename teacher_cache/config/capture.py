@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 from shared.errors import ConfigError
+from shared.format.layouts import LAYOUTS, RowLayout
 from shared.options import Option, check_bounds, group
-from shared.tasks import TASKS, Pooling
+from shared.tasks import TASKS, Pooling, Task
 from teacher_cache.config.corpus import CorpusOptions
 from teacher_cache.config.execution import ExecutionOptions
 from teacher_cache.config.generation import GenerationOptions
@@ -34,22 +35,22 @@ class CaptureConfig(
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        if TASKS[self.task].target_space == "labels":
+        if self._task.named_classes:
             self._check_label_space()
-        if self.task == "masked-lm" and self.pack:
+        if self._task.masks and self.pack:
             raise ConfigError(
-                "--pack is not there for --task masked-lm: in a packed row the documents of a "
+                f"--pack is not there for --task {self.task}: in a packed row the documents of a "
                 "bidirectional model see each other. Rows of similar length are batched anyway."
             )
-        if self.pack and TASKS[self.task].layout == "pair":
+        if self.pack and self._layout.has_decoder:
             raise ConfigError(f"--pack is not there for --task {self.task}")
-        if TASKS[self.task].layout == "window":
+        if self._layout.classes_are_tokens:
             self._check_windows()
         if self.generate:
             self._check_generation()
-        if TASKS[self.task].target_space == "states":
+        if self._task.keeps_states:
             self._check_states()
-        elif self.targets == "none":
+        elif self.label_only:
             self._check_label_only()
         elif self.teacher is None:
             raise ConfigError(
@@ -61,31 +62,34 @@ class CaptureConfig(
                 raise ConfigError(f"--columns {pair}: expected ROLE=COLUMN, such as text=body")
 
     def _check_label_space(self) -> None:
-        if self.unlabelled and self.targets == "none":
+        if self.unlabelled and self.label_only:
             raise ConfigError(
                 "--unlabelled with --targets none: nothing would be left to learn from. Give a "
                 "--teacher, or leave one of the two out."
             )
-        if self.targets not in ("auto", "dense", "none"):
+        kind = self.asked_kind
+        if kind is not None and kind.has_targets and not kind.every_temperature:
             raise ConfigError(
                 f"--targets {self.targets}: --task {self.task} keeps every class, which is dense, "
                 "or hard labels only, which is none"
             )
-        if self.problem_type == "regression" and (self.targets == "dense" or self.temperature):
+        asked = self.asked_problem
+        if asked is not None and asked.numbers and (self.asks_for_every_class or self.temperature):
             raise ConfigError(
                 "--targets dense and --temperature are of probabilities: --problem-type regression "
                 "keeps the teacher's numbers. Leave them out"
             )
         if self.pack:
             raise ConfigError(f"--pack is not there for --task {self.task}")
-        if self.hidden_layers and TASKS[self.task].layout != "tokens":
+        if self.hidden_layers and self._layout.of_rows:
             raise ConfigError(
                 f"--hidden-layers is not there for --task {self.task}, whose targets are of a row "
                 "as a whole: leave it out"
             )
 
     def _check_states(self) -> None:
-        if self.targets not in ("auto", "none") or self.temperature or self.top_k is not None:
+        asks = self.asked_kind is not None and self.asked_kind.has_targets
+        if asks or self.temperature or self.top_k is not None:
             raise ConfigError(
                 f"--task {self.task} keeps hidden states and no distribution: leave --targets, "
                 "--top-k and --temperature out"
@@ -104,7 +108,7 @@ class CaptureConfig(
             )
 
     def _check_windows(self) -> None:
-        if self.targets == "sample":
+        if self.asked_kind is not None and self.asked_kind.sampled:
             raise ConfigError(
                 f"--targets sample: --task {self.task} looks for the likeliest span, of which a "
                 "sample says nothing. Use dense, the default, or topk or adaptive."
@@ -113,7 +117,7 @@ class CaptureConfig(
             raise ConfigError(f"--pack and --hidden-layers are not there for --task {self.task}")
 
     def _check_generation(self) -> None:
-        if self.targets == "none":
+        if self.label_only:
             raise ConfigError("--generate keeps targets beside what is written: not --targets none")
         if self.pack:
             raise ConfigError("--pack is not there with --generate: every row has its reference")
@@ -121,8 +125,9 @@ class CaptureConfig(
             raise ConfigError(
                 "--sample-temperature draws one token after the other: not with --num-beams above 1"
             )
-        # With --like the length of a row is that of its cache.
-        if self.task == "causal-lm" and not self.like and self.max_new_tokens >= self.max_length:
+        # With --like the length of a row is that of its cache; a pair has a length of its own.
+        in_one_row = self._task.is_written and not self._layout.has_decoder
+        if in_one_row and not self.like and self.max_new_tokens >= self.max_length:
             raise ConfigError(
                 f"--max-new-tokens {self.max_new_tokens}: leaves no room for a prompt in the "
                 f"{self.max_length} tokens of --max-length"
@@ -137,20 +142,28 @@ class CaptureConfig(
             )
 
     @property
+    def _task(self) -> Task:
+        return TASKS[self.task]
+
+    @property
+    def _layout(self) -> RowLayout:
+        return LAYOUTS[self._task.layout]
+
+    @property
     def uses_teacher(self) -> bool:
         """Whether anything is asked of a teacher; else its tokenizer alone is read."""
-        return self.targets != "none" or TASKS[self.task].target_space == "states"
+        return not self.label_only or self._task.keeps_states
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The hidden layers to keep, ascending."""
-        default = (-1,) if TASKS[self.task].target_space == "states" else ()
+        default = (-1,) if self._task.keeps_states else ()
         return tuple(sorted(set(self.hidden_layers))) or default
 
     @property
     def pooled(self) -> Pooling:
         """How the states of a row become one."""
-        if TASKS[self.task].target_space != "states":
+        if not self._task.keeps_states:
             return "none"
         return "mean" if self.pooling == "auto" else self.pooling
 
@@ -174,7 +187,7 @@ class PlanConfig(CaptureConfig):
 
     def __post_init__(self) -> None:
         CaptureConfig.__post_init__(self)
-        if self.calibrate and TASKS[self.task].target_space == "states":
+        if self.calibrate and self._task.keeps_states:
             raise ConfigError(
                 f"--calibrate compares kinds of targets, of which --task {self.task} has none: "
                 "leave it out"

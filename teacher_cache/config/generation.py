@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from shared.options import SET, Option, group
+from shared.tasks import tasks_where
 
 
 @group("Texts that the teacher writes first")
@@ -16,7 +17,7 @@ class GenerationOptions:
         Option(
             help="Let the teacher write the targets first: the last answer of a conversation, the "
             "completion, or the target of a pair.",
-            read_when={"task": ("causal-lm", "seq2seq-lm")},
+            read_when={"task": tasks_where(lambda task: task.is_written)},
         ),
     ] = False
     max_new_tokens: Annotated[

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from shared.options import SET, Option, group
-from shared.tasks import HiddenCodec
+from shared.tasks import HiddenCodec, tasks_where
 from teacher_cache.config.job import NOT_LIKE
 
 
@@ -40,6 +40,6 @@ class HiddenOptions:
         Option(
             help="What becomes of a text's states: their mean, special tokens included (auto), "
             "that of its first or last token, or all of them but those of special tokens.",
-            read_when={"task": ("feature-extraction",)} | NOT_LIKE,
+            read_when={"task": tasks_where(lambda task: task.keeps_states)} | NOT_LIKE,
         ),
     ] = "auto"

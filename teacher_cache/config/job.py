@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from shared.options import Option, group
-from shared.tasks import TASKS, TaskName
+from shared.tasks import DEFAULT_TASK, TASKS, TaskName
 
 NOT_LIKE = {"like": (None,)}  # with --like these come from that cache
 
@@ -26,7 +26,7 @@ class JobOptions:
         ),
     ]
     out: Annotated[Path, Option(help="Folder of the cache.")]
-    task: Annotated[TaskName, Option(help="What is distilled.", choices=TASKS)] = "causal-lm"
+    task: Annotated[TaskName, Option(help="What is distilled.", choices=TASKS)] = DEFAULT_TASK
     like: Annotated[
         Path | None,
         Option(help="A cache to match: its targets, rows and learnt tables, on new documents."),

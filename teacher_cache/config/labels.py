@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from shared.options import Option, group
-from shared.tasks import ProblemType
+from shared.tasks import PROBLEMS, Problem, ProblemType, tasks_where
+
+_NAMED = {"task": tasks_where(lambda task: task.named_classes)}
 
 
 @group("Labels of texts and words")
@@ -18,7 +20,7 @@ class LabelOptions:
         Option(
             help="JSON list of the classes' names, in order.",
             show_default="the teacher's, or those in the corpus",
-            read_when={"task": ("token-classification", "sequence-classification")},
+            read_when=_NAMED,
         ),
     ] = None
     problem_type: Annotated[
@@ -29,7 +31,7 @@ class LabelOptions:
             "number with a point regression. A list names or numbers the labels of its text; of "
             "0 and 1 alone, one for each label, it is no or yes for each (of two labels only if "
             "written 0.0 and 1.0).",
-            read_when={"task": ("sequence-classification",)},
+            read_when={"task": tasks_where(lambda task: task.has_problem_type)},
         ),
     ] = "auto"
     unlabelled: Annotated[
@@ -37,6 +39,17 @@ class LabelOptions:
         Option(
             help="Take no labels from the corpus: students learn from what the teacher says of its "
             "rows alone. So it is anyhow where no column of labels is found.",
-            read_when={"task": ("token-classification", "sequence-classification")},
+            read_when=_NAMED,
         ),
     ] = False
+
+    @property
+    def asked_problem_type(self) -> ProblemType | None:
+        """What labels are said to be to a text; None where the job finds out."""
+        return None if self.problem_type == "auto" else self.problem_type
+
+    @property
+    def asked_problem(self) -> Problem | None:
+        """The object of `asked_problem_type`."""
+        name = self.asked_problem_type
+        return None if name is None else PROBLEMS[name]

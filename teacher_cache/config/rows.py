@@ -3,8 +3,14 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from shared.format.layouts import LAYOUTS
 from shared.options import Option, group
+from shared.tasks import tasks_where
 from teacher_cache.config.job import NOT_LIKE
+
+_WINDOWS = {"task": tasks_where(lambda task: LAYOUTS[task.layout].classes_are_tokens)}
+_PAIRS = {"task": tasks_where(lambda task: LAYOUTS[task.layout].has_decoder)}
+_MASKED = {"task": tasks_where(lambda task: task.masks)}
 
 
 @group("Rows")
@@ -23,7 +29,7 @@ class RowOptions:
         Option(
             help="Tokens that two windows of a long text share.",
             min=0,
-            read_when={"task": ("question-answering",)} | NOT_LIKE,
+            read_when=_WINDOWS | NOT_LIKE,
         ),
     ] = 128
     max_target_length: Annotated[
@@ -31,7 +37,7 @@ class RowOptions:
         Option(
             help="Tokens of a target; longer ones are cut, and then have no end.",
             min=1,
-            read_when=NOT_LIKE | {"task": ("seq2seq-lm",), "generate": (False,)},
+            read_when=NOT_LIKE | _PAIRS | {"generate": (False,)},
         ),
     ] = 128
     decoder_start: Annotated[
@@ -40,7 +46,7 @@ class RowOptions:
             help="Token that a decoder starts from; auto: the teacher's, without one the "
             "tokenizer's padding, else its BOS, else its end.",
             min=0,
-            read_when=NOT_LIKE | {"task": ("seq2seq-lm",)},
+            read_when=NOT_LIKE | _PAIRS,
         ),
     ] = "auto"
     mask_copies: Annotated[
@@ -49,7 +55,7 @@ class RowOptions:
             help="Rows of each text, or chunk of one, that differ in what is masked.",
             min=1,
             max=1000,
-            read_when={"task": ("masked-lm",)} | NOT_LIKE,
+            read_when=_MASKED | NOT_LIKE,
         ),
     ] = 4
     mask_share: Annotated[
@@ -59,6 +65,6 @@ class RowOptions:
             "token, 10 % by any token, 10 % kept.",
             min=0.001,
             max=1,
-            read_when={"task": ("masked-lm",)} | NOT_LIKE,
+            read_when=_MASKED | NOT_LIKE,
         ),
     ] = 0.15

@@ -2,9 +2,10 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from shared.options import Option, group
+from shared.targets.base import Kind
 from shared.targets.kinds import KINDS
 from teacher_cache.config.job import NOT_LIKE
 
@@ -82,3 +83,18 @@ class TargetOptions:
             max=20,
         ),
     ] = ()
+
+    @property
+    def asked_kind(self) -> Kind[Any] | None:
+        """The kind that is asked for; None where the job chooses one."""
+        return KINDS.get(self.targets)
+
+    @property
+    def label_only(self) -> bool:
+        """Whether no target is asked for, so that there are hard labels only."""
+        return self.asked_kind is not None and not self.asked_kind.has_targets
+
+    @property
+    def asks_for_every_class(self) -> bool:
+        """Whether every class of every distribution is asked for."""
+        return self.asked_kind is not None and self.asked_kind.every_temperature

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shared.errors import ConfigError, Refused
 from shared.models.limits import most_tokens
-from shared.tasks import Pooling, ProblemType, TaskName
+from shared.tasks import DEFAULT_TASK, Pooling, ProblemType, TaskName
 from teacher_cache.engines import probes, streamed_head
 from teacher_cache.engines.heads import HEADS, Fitted, Head, LogitsOf
 from teacher_cache.engines.hidden_states import FINAL, keeping
@@ -26,7 +26,7 @@ from teacher_cache.engines.loading import (
 )
 from teacher_cache.engines.streamed_head import model_inputs, same_values
 from teacher_cache.tasks.inputs import TeacherBatch
-from teacher_cache.tasks.table import DEFAULT_TASK, task_for
+from teacher_cache.tasks.table import task_for
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of logits, counted as float32
 CHUNK_MULTIPLE = 16  # matrix products like whole tiles

@@ -32,7 +32,7 @@ from shared.format import manifest as manifests
 from shared.format import manifest_file
 from shared.format.manifest import BatchPlan, Manifest
 from shared.format.schema import ROW_CHUNK_BITS
-from shared.storage import Storage
+from shared.storage.base import Storage
 from shared.targets.record import ClassRanks
 from shared.targets.spec import TargetSpec
 from teacher_cache.engines.base import Engine

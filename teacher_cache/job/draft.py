@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from shared.format import manifest_file
 from shared.format.manifest import HiddenSpec, Manifest, Preprocessing, TeacherInfo, TokenizerInfo
 from shared.models.tokenizer import describe
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from shared.targets.spec import TargetSpec
 from shared.tasks import ProblemType
 from teacher_cache.config import CaptureConfig

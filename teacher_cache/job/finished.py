@@ -24,7 +24,7 @@ from shared.cache import committed_shards
 from shared.errors import CacheMismatch
 from shared.format import manifest_file
 from shared.format.manifest import Manifest, TeacherInfo
-from shared.storage import Storage
+from shared.storage.base import Storage
 from shared.tasks import TASKS
 from teacher_cache.config import CaptureConfig
 from teacher_cache.engines.loading import config_hash, digest_of, model_source, teacher_id

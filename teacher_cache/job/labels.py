@@ -23,14 +23,15 @@ def problem_type_for(config: CaptureConfig, corpus: Corpus) -> ProblemType:
     its: ProblemType | None = None
     if config.teacher is not None and config.uses_teacher:
         its = problem_type_of(config.teacher, config.revision)
-    if config.problem_type == "auto":
+    asked = config.asked_problem_type
+    if asked is None:
         return its or corpus.problem_type
-    if its not in (None, config.problem_type):
+    if its not in (None, asked):
         log.warning(
             "--problem-type %s: the config of %s says %s; its logits are read as asked for",
-            *(config.problem_type, config.teacher, its),
+            *(asked, config.teacher, its),
         )
-    return config.problem_type
+    return asked
 
 
 def label_names(

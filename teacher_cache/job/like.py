@@ -6,7 +6,7 @@ from typing import Any
 from shared import compat
 from shared.fit_rules import Side
 from shared.format.manifest import Manifest
-from shared.storage import Storage
+from shared.storage.base import Storage
 from teacher_cache.config import CaptureConfig
 from teacher_cache.select.kinds import SELECTORS
 from teacher_cache.tasks.table import TEACHER_TASKS

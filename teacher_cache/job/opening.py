@@ -18,7 +18,8 @@ from shared.format.manifest import Manifest
 from shared.options import write_resolved
 from shared.progress import Progress, WaitClock
 from shared.signals import StopRequest
-from shared.storage import LocalStorage, Storage
+from shared.storage.base import Storage
+from shared.storage.local import LocalStorage
 from teacher_cache.config import CaptureConfig
 from teacher_cache.engines.base import LoadEngine
 from teacher_cache.engines.table import DEFAULT_ENGINE, ENGINES

@@ -13,7 +13,7 @@ from shared.cache import committed_shards
 from shared.errors import Stopped, TeacherCacheError
 from shared.options import write_resolved
 from shared.signals import StopRequest, stop_on_signals
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from teacher_cache.config import CaptureConfig
 from teacher_cache.engines.base import LoadEngine
 from teacher_cache.engines.table import DEFAULT_ENGINE, ENGINES

@@ -22,7 +22,7 @@ from shared.format.schema import ROW_CHUNK_BITS
 from shared.format.writer import EncodedBlock, ShardWriter
 from shared.progress import Progress, WaitClock
 from shared.signals import StopRequest
-from shared.storage import Storage
+from shared.storage.base import Storage
 from shared.targets.hidden import ChannelScales
 from shared.targets.record import ClassRanks
 from teacher_cache.engines.base import Engine

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shared.format.blocks import Block
-from shared.targets.sample import drawn_logprob
+from shared.targets.ragged import drawn_logprob
 from shared.targets.spec import TargetSpec
 from teacher_cache.select.base import PositionTargets, Selected, Selector
 from teacher_cache.select.class_sums import LOG2_E, ClassSums, WorkAreas, group_maxima

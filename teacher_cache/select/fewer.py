@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from shared.arrays import ranges
+from shared.targets.ragged import RANGE_BEYOND, drawn_logprob
 from shared.targets.record import Floats, Target
-from shared.targets.sample import RANGE_BEYOND, drawn_logprob
 from shared.targets.spec import TargetSpec
 
 _UNITS = float(1 << 40)  # of probability 1: a block of 2**22 positions fits 63 bits

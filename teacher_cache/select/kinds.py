@@ -38,19 +38,19 @@ def asked_targets(config: "CaptureConfig", task: "TeacherTask", num_classes: int
 
 
 def _numbers(config: "CaptureConfig") -> TargetSpec:
-    if config.targets == "dense" or config.temperature:
+    if config.asks_for_every_class or config.temperature:
         raise ConfigError(
             "--targets dense and --temperature are of probabilities, but labels are numbers "
             "here (--problem-type regression). Leave them out"
         )
-    kind: TargetKind = "none" if config.targets == "none" else "values"
+    kind: TargetKind = "none" if config.label_only else "values"
     return TargetSpec(kind=kind, num_classes=1, top_k=1, value_bits=16)
 
 
 def _kind(config: "CaptureConfig", task: "TeacherTask", num_classes: int) -> TargetKind:
     if not task.predicts:
         return "none"
-    if config.targets != "auto":
+    if config.asked_kind is not None:
         return config.targets
     if task.keeps_every_class or num_classes <= AUTO_DENSE_CLASSES:
         return "dense"

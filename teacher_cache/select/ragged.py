@@ -15,8 +15,8 @@ from torch import Tensor
 
 from shared.arrays import mixed_bits, ranges
 from shared.targets.base import TargetKind
+from shared.targets.ragged import MIN_SPACING, RANGE_BEYOND, drawn_logprob
 from shared.targets.record import Floats, Target
-from shared.targets.sample import MIN_SPACING, RANGE_BEYOND, drawn_logprob
 from shared.targets.spec import TargetSpec
 from teacher_cache.select.base import (
     Buffer,

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.targets.ragged import MAX_ENTRIES
-from shared.targets.sample import RANGE_BEYOND
+from shared.targets.ragged import MAX_ENTRIES, RANGE_BEYOND
 from shared.targets.spec import TargetSpec
 
 GROUP = 64  # classes of a group: what is looked through class by class is a few groups of them

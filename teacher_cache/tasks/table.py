@@ -11,9 +11,8 @@ from teacher_cache.tasks.seq2seq import PairTask
 from teacher_cache.tasks.tagged import TaggedTask
 from teacher_cache.tasks.vectors import VectorTask
 
-DEFAULT_TASK: TaskName = "causal-lm"
 _FAMILIES: dict[TaskName, type[TeacherTask]] = {
-    DEFAULT_TASK: CausalTask,
+    "causal-lm": CausalTask,
     "masked-lm": MaskedTask,
     "seq2seq-lm": PairTask,
     "token-classification": TaggedTask,

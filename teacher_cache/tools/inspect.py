@@ -13,7 +13,7 @@ from shared.cache import Cache, open_cache
 from shared.format.manifest import Manifest
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.rows import Row
-from shared.targets.sample import drawn_logprob
+from shared.targets.ragged import drawn_logprob
 from shared.targets.spec import TargetSpec
 from teacher_cache.config import InspectConfig
 from teacher_cache.job.statistics import HIDDEN_ERRORS, add, histogram, kept_masses

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from shared.errors import ConfigError, Refused
-from shared.folders import check_free, new_folder
+from shared.storage.folders import check_free, new_folder
 from teacher_cache.config import StudentConfig
 from teacher_cache.engines.loading import load_tokenizer
 from teacher_cache.engines.probes import SAME_SHAPE

@@ -28,7 +28,8 @@ from shared.format.manifest import HiddenSpec, Manifest, differences
 from shared.format.schema import ROW_CHUNK_BITS, planes_of
 from shared.format.writer import ShardWriter, compress_planes
 from shared.progress import Progress
-from shared.storage import LocalStorage, Storage
+from shared.storage.base import Storage
+from shared.storage.local import LocalStorage
 from shared.targets.hidden import num_states
 from shared.targets.planes import Per
 from shared.targets.record import ClassRanks

@@ -16,7 +16,7 @@ from shared.errors import CorruptCache, IncompleteCache
 from shared.format.commits import Commit
 from shared.format.manifest import Manifest
 from shared.format.reader import open_arrow
-from shared.storage import Storage
+from shared.storage.base import Storage
 
 INDEX = "index.arrow"
 # An index holds the text of every commit, a name and a hash: 1.02 to 1.3 times its commits.

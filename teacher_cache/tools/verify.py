@@ -23,7 +23,8 @@ from shared.format.manifest import Manifest
 from shared.format.reader import ShardReader
 from shared.format.schema import planes_of
 from shared.progress import Progress
-from shared.storage import LocalStorage, Storage, temporary_files, temporary_writer
+from shared.storage.base import Storage
+from shared.storage.local import LocalStorage, temporary_files, temporary_writer
 from teacher_cache.config import CleanConfig, VerifyConfig
 from teacher_cache.tools import seal as seals
 

@@ -23,14 +23,14 @@ from shared.errors import CacheMismatch, CorruptCache, IncompleteCache
 from shared.format import manifest_file
 from shared.format.commits import commit_name, file_hash, parse_commit
 from shared.models.tokenizer import load_cached_tokenizer
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from teacher_cache.config import VerifyConfig
 from teacher_cache.engines.batches import forward_batches
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.tasks.rows import TrainingRow
 from teacher_cache.tools.verify import verify
 from tests.shared.format.test_shards import assert_same
-from tests.shared.test_storage import tree
+from tests.shared.storage.test_local import tree
 
 MAX_LENGTH = 64
 EOS = 0

@@ -12,7 +12,7 @@ from shared.format.manifest import Manifest
 from shared.format.schema import COLUMN_OF
 from shared.strict import build
 from shared.targets.kinds import KINDS
-from shared.tasks import PROBLEMS, TASKS
+from shared.tasks import DEFAULT_TASK, PROBLEMS, TASKS, tasks_where
 from teacher_cache.config import CaptureConfig
 from tests.shared.format.test_manifest import make_manifest
 
@@ -50,3 +50,12 @@ def test_a_task_in_the_table_is_one_that_a_manifest_and_an_option_may_name(monke
     manifest = build(Manifest, raw, "here")
     assert (manifest.layout, manifest.hard_labels) == (LAYOUTS["tokens"], "next")
     assert asdict(manifest)["task"] == CaptureConfig(**options).task == "own-lm"
+
+
+def test_what_a_task_is_like_says_which_options_it_reads():
+    assert DEFAULT_TASK == "causal-lm"
+    assert tasks_where(lambda task: task.is_written) == ("causal-lm", "seq2seq-lm")
+    assert tasks_where(lambda task: task.masks) == ("masked-lm",)
+    assert tasks_where(lambda task: task.keeps_states) == ("feature-extraction",)
+    heads = ("token-classification", "sequence-classification", "question-answering")
+    assert tasks_where(lambda task: not task.over_vocabulary) == heads

@@ -21,7 +21,7 @@ from shared.format.manifest import HiddenSpec
 from shared.format.schema import columns_of
 from shared.format.writer import ShardWriter, encode_block
 from shared.models.tokenizer import describe
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from shared.targets.record import ClassRanks, Target
 from shared.targets.spec import TargetSpec
 from shared.tasks import TaskName

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from shared.cache import Cache
 from shared.rows import RowTargets
-from shared.targets.ragged import MAX_ENTRIES
-from shared.targets.sample import drawn_logprob
+from shared.targets.ragged import MAX_ENTRIES, drawn_logprob
 from shared.targets.spec import TargetSpec
 from teacher_cache.engines.batches import forward_batches
 from teacher_cache.engines.teacher import Teacher

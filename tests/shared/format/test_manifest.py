@@ -22,7 +22,7 @@ from shared.format.manifest import (
     rows_id,
 )
 from shared.format.schema import columns_of
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from shared.targets.spec import TargetSpec
 
 TOKENIZER = TokenizerInfo(

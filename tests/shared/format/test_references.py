@@ -17,7 +17,7 @@ from shared.format.commits import commit_name
 from shared.format.encoding import from_planes, to_planes
 from shared.format.schema import columns_of
 from shared.format.writer import ShardWriter, encode_block
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from teacher_cache.config import RepackConfig, VerifyConfig
 from teacher_cache.tools.repack import repack
 from teacher_cache.tools.verify import verify

@@ -22,12 +22,12 @@ from shared.format.manifest import HiddenSpec
 from shared.format.reader import ShardReader
 from shared.format.schema import COLUMNS, columns_of, planes_of
 from shared.format.writer import ShardWriter, encode_block
-from shared.storage import LocalStorage, temporary_files
+from shared.storage.local import LocalStorage, temporary_files
+from shared.targets.ragged import drawn_logprob
 from shared.targets.record import ClassRanks, Target
-from shared.targets.sample import drawn_logprob
 from shared.targets.spec import TargetSpec
 from tests.shared.format.test_manifest import PREPROCESSING, make_manifest
-from tests.shared.test_storage import file_size_limit, tree
+from tests.shared.storage.test_local import file_size_limit, tree
 
 CLASSES = 300
 RANKS = ClassRanks.from_counts(np.random.default_rng(0).poisson(1.0, CLASSES))

@@ -190,3 +190,7 @@ def test_a_kind_is_one_object_and_one_line_of_the_table(monkeypatch):
     test_the_traits_of_a_kind_agree("likeliest")
     test_a_spec_of_each_kind_is_read_from_json_as_it_was_written("likeliest")
     assert spec_of("likeliest").text == "likeliest 1"
+
+
+def test_the_kind_stands_first_where_a_spec_is_shown():
+    assert next(iter(asdict(spec_of("topk")))) == "kind"

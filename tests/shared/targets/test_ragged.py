@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from shared.errors import CorruptCache
 from shared.format.reader import empty_block
+from shared.targets.ragged import MIN_SPACING, drawn_logprob
 from shared.targets.record import Target
-from shared.targets.sample import MIN_SPACING, drawn_logprob
 from shared.targets.spec import TargetSpec
 from teacher_cache.select.targets import select
 from tests.shared.format.test_shards import CLASSES, RANKS, cache_manifest

@@ -19,7 +19,7 @@ from shared.cache import open_cache
 from shared.errors import Stopped, TeacherCacheError
 from shared.format.blocks import Block
 from shared.format.manifest import GenerationSpec, Manifest
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from teacher_cache.config import CaptureConfig
 from teacher_cache.engines.base import Engine, LoadEngine
 from teacher_cache.engines.batches import forward_batches

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from shared import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, Refused
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from teacher_cache.config import CaptureConfig, RepackConfig
 from teacher_cache.engines.teacher import Teacher
 from teacher_cache.job import calibrate as plan

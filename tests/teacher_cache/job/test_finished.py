@@ -12,11 +12,11 @@ import teacher_cache.job.run as job
 from shared import open_cache
 from shared.errors import CacheMismatch
 from shared.format.commits import commit_name
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from teacher_cache.config import CaptureConfig
 from teacher_cache.engines.teacher import Teacher
 from tests.conftest import llama_config
-from tests.shared.test_storage import tree
+from tests.shared.storage.test_local import tree
 
 SMALL = {"limit_documents": 20, "shard_tokens": 700, "max_length": 64, "top_k": 8, "device": "cpu"}
 

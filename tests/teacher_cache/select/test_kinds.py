@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from shared.cache import Cache, open_cache
 from shared.models.tokenizer import load_cached_tokenizer
-from shared.targets.sample import drawn_logprob
+from shared.targets.ragged import drawn_logprob
 from teacher_cache.config import InspectConfig
 from teacher_cache.tools.inspect import inspect
 from tests.conftest import Capture

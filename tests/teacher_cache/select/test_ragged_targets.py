@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.targets.sample import drawn_logprob
+from shared.targets.ragged import drawn_logprob
 from shared.targets.spec import TargetSpec
 from teacher_cache.select import class_sums
 from teacher_cache.select.base import Selected

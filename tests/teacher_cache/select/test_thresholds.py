@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.targets.ragged import MAX_ENTRIES
-from shared.targets.sample import MIN_SPACING
+from shared.targets.ragged import MAX_ENTRIES, MIN_SPACING
 from shared.targets.spec import TargetSpec
 from teacher_cache.select.ragged import Adaptive, Sample
 from teacher_cache.select.targets import select

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BertForQuestionAnswering
 from shared.cache import open_cache
 from shared.errors import CacheMismatch, ConfigError, CorpusError, CorruptCache, Refused
 from shared.format import manifest_file
-from shared.storage import LocalStorage
+from shared.storage.local import LocalStorage
 from teacher_cache.config import CaptureConfig, CheckConfig, InspectConfig, PlanConfig
 from teacher_cache.corpus.documents import Answer, Asked, answers_of
 from teacher_cache.tasks.questions import build, windows

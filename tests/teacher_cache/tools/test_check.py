@@ -49,7 +49,7 @@ def rewritten(cache: Cache, out: Path, change: object) -> Path:
 
 
 def cache_storage(path: Path) -> object:
-    from shared.storage import LocalStorage
+    from shared.storage.local import LocalStorage
 
     return LocalStorage(path)
 

@@ -15,7 +15,7 @@ import pytest
 from shared import open_cache
 from shared.models.tokenizer import load_cached_tokenizer
 from shared.pages.drawing import Axis, Series, histogram, lines, log_axis
-from shared.targets.sample import drawn_logprob
+from shared.targets.ragged import drawn_logprob
 from teacher_cache.config import InspectConfig, PlanConfig
 from teacher_cache.tools import inspect as inspection
 from teacher_cache.tools.inspect import inspect

@@ -19,8 +19,9 @@ from shared.format import manifest_file
 from shared.format.commits import commit_name
 from shared.format.writer import ShardWriter, encode_block
 from shared.models.tokenizer import load_cached_tokenizer
-from shared.storage import LocalStorage, Storage, check_name
-from tests.shared.test_storage import tree
+from shared.storage.base import Storage, check_name
+from shared.storage.local import LocalStorage
+from tests.shared.storage.test_local import tree
 
 
 class MemoryStore(Storage):

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from shared import storage as storages
 from shared.errors import CorruptCache, DiskFull, Refused, TeacherCacheError
-from shared.storage import LocalStorage, temporary_files, temporary_writer
+from shared.storage import local
+from shared.storage.local import LocalStorage, temporary_files, temporary_writer
 
 FULL = r"no space left on the disk .*Nothing finished is lost.*run the same command again"
 
@@ -176,7 +176,7 @@ def test_a_full_disk_says_so_and_leaves_nothing_half_written(
     if call == "fsync":
         monkeypatch.setattr(os, "fsync", fail)
     else:
-        monkeypatch.setattr(storages, "open", fail, raising=False)
+        monkeypatch.setattr(local, "open", fail, raising=False)
     with pytest.raises(DiskFull, match=f"{tmp_path}: {FULL}") as caught:
         getattr(storage, verb)("new" if verb == "put_new" else "old", b"new")
     assert caught.value.exit_code == 1
@@ -269,7 +269,7 @@ def test_temporary_files_are_unique_beside_their_name_and_gone_after_any_excepti
 
 
 def test_the_writer_of_a_temporary_file_is_known_whatever_its_host_is_called(tmp_path, monkeypatch):
-    monkeypatch.setattr(storages.socket, "gethostname", lambda: "node-7.rack.example")
+    monkeypatch.setattr(local.socket, "gethostname", lambda: "node-7.rack.example")
     with LocalStorage(tmp_path).temporary("x") as temporary:
         assert temporary_writer(temporary) == ("node-7.rack.example", os.getpid())
 
@@ -295,7 +295,7 @@ def test_files_are_flushed_before_they_get_their_name_and_the_folder_after(tmp_p
     assert calls == ["fsync", "link", "fsync"]
     calls.clear()
     monkeypatch.setattr(
-        storages, "crash_point", lambda name: calls.append(name) if "publish" in name else None
+        local, "crash_point", lambda name: calls.append(name) if "publish" in name else None
     )
     storage.put("x", b"2")
     assert calls == ["fsync", "before-publish", "after-publish", "fsync"]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shared.errors import Refused
-from shared.storage import TEMPORARY_PREFIX, errors_explained
+from shared.storage.base import TEMPORARY_PREFIX, errors_explained
 
 
 def check_free(out: Path) -> None:

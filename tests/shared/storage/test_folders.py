@@ -3,7 +3,7 @@
 import pytest
 
 from shared.errors import Refused
-from shared.folders import new_folder
+from shared.storage.folders import new_folder
 
 
 def test_a_folder_appears_at_a_clean_exit(tmp_path):
