@@ -120,7 +120,8 @@ def test_ranks_signalled_apart_stop_at_the_same_step_and_go_on_to_the_same_weigh
         assert_equal_runs(out, calm)
 
 
-@pytest.mark.parametrize("who", ["one rank", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["one rank", "torchrun"])
 def test_under_torchrun_every_rank_ends_with_75_and_the_folder_says_so(
     who, plan, calm, tmp_path, status
 ):
