@@ -11,7 +11,7 @@ demo: $(STAMP)
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
 
-# about 4 minutes on 2 idle cores
+# about 11 minutes beside other jobs on 2 cores
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu" -n 2
 
